@@ -1,0 +1,276 @@
+"""Describes an image with a LLaVA checkpoint, full cache beside PrefixKV: `python demo.py`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from minillava.model import Llava, LlavaError
+from minillava.processor import Processor, open_image
+from prefixkv import PrefixKV
+from weights import load
+
+TINY = Path(__file__).resolve().parent / "minillava" / "tiny"
+WIDTH = 80
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass
+class Run:
+    """One answer and what it cost; the fields of `--json`."""
+
+    method: str  # "full" or "prefixkv"
+    budget: float
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    kept_per_layer: list[int]  # after prefill
+    kv_bytes: int  # held at the end
+    kv_bytes_full: int  # what the full cache would hold at the end
+    prefill_seconds: float
+    decode_seconds: float
+    tokens_per_second: float
+
+
+class Typewriter:
+    """Prints text word by word as it grows, wrapped to the terminal's usual width."""
+
+    def __init__(self, indent: str = "  "):
+        self.indent, self.column, self.shown = indent, 0, ""
+
+    def update(self, text: str, final: bool = False) -> None:
+        """Shows what `text` has beyond the last call; a word waits until it is whole."""
+        whole = len(text) if final else max(text.rfind(" "), text.rfind("\n")) + 1
+        for line in text[len(self.shown) : whole].splitlines(keepends=True):
+            for word in line.split():
+                if self.column + 1 + len(word) > WIDTH - 1 or self.column == 0:
+                    sys.stdout.write(("\n" if self.column else "") + self.indent + word)
+                    self.column = len(self.indent) + len(word)
+                else:
+                    sys.stdout.write(" " + word)
+                    self.column += 1 + len(word)
+            if line.endswith("\n"):
+                sys.stdout.write("\n")
+                self.column = 0
+        self.shown = text[:whole] if whole > len(self.shown) else self.shown
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        sys.stdout.write("\n" if self.column else "")
+
+
+def answer(
+    model: Llava,
+    processor: Processor,
+    prompt: str,
+    images: list[Image.Image],
+    budget: float | None,
+    args: argparse.Namespace,
+    show: bool,
+) -> Run:
+    """Answers one prompt; budget None is the full cache. Prints the text as it comes if `show`."""
+    device = model.lm_head.weight.device
+    inputs = {name: tensor.to(device) for name, tensor in processor(prompt, images).items()}
+    compressor = None if budget is None else PrefixKV(budget)
+    start = time.perf_counter()
+    logits, cache = model.prefill(**inputs, max_new_tokens=args.max_new_tokens, compressor=compressor)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    prefilled = time.perf_counter()
+    kept = cache.kept[:, 0].tolist()
+    typewriter, ids, ended = Typewriter(), [], prefilled
+    for token in model.decode(
+        logits, cache, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed
+    ):
+        ids.append(int(token))
+        ended = time.perf_counter()
+        if show:
+            typewriter.update(processor.decode(ids).lstrip())
+    text = processor.decode(ids).strip()
+    if show:
+        typewriter.update(text, final=True)
+        typewriter.end()
+    seen = int(cache.seen[0])
+    token_bytes = sum(2 * key.shape[1] * key.shape[3] * key.element_size() for key in cache.key)
+    return Run(
+        method="full" if budget is None else "prefixkv",
+        budget=1.0 if budget is None else budget,
+        text=text,
+        token_ids=ids,
+        prompt_tokens=int(cache.prompt[0]),
+        kept_per_layer=kept,
+        kv_bytes=cache.bytes,
+        kv_bytes_full=seen * token_bytes,
+        prefill_seconds=prefilled - start,
+        decode_seconds=ended - prefilled,
+        tokens_per_second=len(ids) / max(ended - prefilled, 1e-9),
+    )
+
+
+def bars(run: Run) -> str:
+    """The share of the prompt that each layer kept, one character a layer; many layers are averaged to 32."""
+    shares = [kept / run.prompt_tokens for kept in run.kept_per_layer]
+    columns = min(len(shares), 16)
+    groups = [shares[i * len(shares) // columns : (i + 1) * len(shares) // columns] for i in range(columns)]
+    marks = [BARS[max(1, round(8 * sum(group) / len(group)))] for group in groups]
+    text = "".join(marks)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:  # a terminal without block characters gets tenths
+        text = "".join(str(min(9, int(10 * sum(group) / len(group)))) for group in groups)
+    return text
+
+
+def agreement(run: Run, full: Run) -> float:
+    """Share of words in common with the full cache's text, in order."""
+    return difflib.SequenceMatcher(None, full.text.split(), run.text.split(), autojunk=False).ratio()
+
+
+def human(count: int) -> str:
+    """A number of bytes in a few characters."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"
+
+
+def table(runs: list[Run]) -> str:
+    """The closing table, at most 80 columns wide."""
+    rows = [("budget", "prompt", "kept in all layers", "per layer", "KV held", "tokens/s", "same words")]
+    for run in runs:
+        total = run.prompt_tokens * len(run.kept_per_layer)
+        kept = sum(run.kept_per_layer)
+        rows.append(
+            (
+                "full" if run.method == "full" else f"{run.budget:.0%}",
+                str(run.prompt_tokens),
+                f"{kept} of {total}",
+                bars(run),
+                human(run.kv_bytes),
+                f"{run.tokens_per_second:.0f}",
+                f"{agreement(run, runs[0]):.0%}" if runs[0].method == "full" else "-",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def chat(model: Llava, processor: Processor, images: list[Image.Image], args: argparse.Namespace) -> None:
+    """Several turns in the terminal; every turn reads the whole conversation again."""
+    budget = args.budget[0] if args.budget else None
+    turns: list[tuple[str, str | None]] = []
+    print("Ask about the image; an empty line ends the conversation.")
+    while True:
+        try:
+            question = input("you: ").strip()
+        except EOFError:
+            print()
+            return
+        if not question:
+            return
+        turns.append((question, None))
+        try:
+            run = answer(model, processor, processor.chat(turns, len(images)), images, budget, args, show=True)
+        except LlavaError as error:
+            print(f"{error}", file=sys.stderr)
+            turns.pop()
+            continue
+        turns[-1] = (question, run.text)
+
+
+def share(text: str) -> float:
+    """A budget from the command line."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        return PrefixKV(value).budget
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no budget; expected a share above 0 and at most 1, or 20%"
+        ) from None
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="demo.py", description="Describes images with a LLaVA checkpoint, full cache beside PrefixKV."
+    )
+    parser.add_argument(
+        "--model", default=str(TINY), help="folder of a checkpoint, or Hub id (default: the embedded one)"
+    )
+    parser.add_argument("--image", action="append", help="image file; repeat for several (default: an example scene)")
+    parser.add_argument("--prompt", help="question about the images (default: describe in detail)")
+    parser.add_argument(
+        "--budget", action="append", type=share, help="share of the cache to keep; repeatable (50%%, 20%%)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument(
+        "--chat", action="store_true", help="several turns in the terminal, at the first --budget if given"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
+    args = parser.parse_args(arguments)
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens is {args.max_new_tokens}; expected 1 or more")
+    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+        parser.error("sampling needs --temperature 0 or more, --top-k 0 or more, and --top-p above 0 and at most 1")
+    if args.chat and args.json:
+        parser.error("--chat talks in the terminal and --json writes one object; choose one of them")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Loads, answers, and shows; raises LlavaError for input that cannot be used."""
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise LlavaError(f"The device {args.device!r} cannot be used ({reason}); try --device cpu.") from None
+    paths = args.image or [str(TINY / "examples" / "scene_1.png")]
+    images = [open_image(path) for path in paths]
+    model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype))
+    if args.chat:
+        return chat(model, processor, images, args)
+    question = args.prompt or "Describe the image in detail."
+    prompt = question if "<image>" in question else processor.chat([(question, None)], len(images))
+    runs = []
+    for budget in [None, *(args.budget or [0.5, 0.2])]:
+        if not args.json:
+            print("full cache" if budget is None else f"PrefixKV, {budget:.0%} of the cache")
+        runs.append(answer(model, processor, prompt, images, budget, args, show=not args.json))
+        if not args.json:
+            print()
+    if args.json:
+        print(json.dumps({"model": args.model, "images": paths, "prompt": prompt, "runs": [asdict(r) for r in runs]}))
+    else:
+        print(table(runs))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with one sentence on stderr for input that cannot be used."""
+    args = parse(arguments)
+    try:
+        run(args)
+    except LlavaError as error:
+        print(f"demo.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

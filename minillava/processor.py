@@ -1,0 +1,348 @@
+"""What goes into the model: a PIL image becomes pixels, a prompt becomes token ids, and ids become text again.
+
+Pixels agree with `transformers`' PIL image processors (CLIP and LLaVA), token ids with sentencepiece's own
+encoding around added tokens, which is what LLaVA's `tokenizer.json` does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from minillava.model import LlavaConfig, LlavaError
+
+IMAGE_TOKEN = "<image>"
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
+
+
+# ---------------------------------------------------------------- images
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The picture in a file, decoded whole; raises LlavaError for a file that holds none, or far too large a one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+            if image.width * image.height > MAX_PIXELS:
+                raise LlavaError(
+                    f"{path} is {image.width} x {image.height} pixels; at most {MAX_PIXELS // 10**6} million are read. "
+                    "Make it smaller first."
+                )
+            image.load()
+    except LlavaError:
+        raise
+    except FileNotFoundError:
+        raise LlavaError(f"There is no image at {path}; check the path.") from None
+    except Image.DecompressionBombError:
+        raise LlavaError(
+            f"{path} claims more than {MAX_PIXELS // 10**6} million pixels. Make it smaller first."
+        ) from None
+    except Exception as error:  # Pillow's decoders raise whatever their format's code does
+        raise LlavaError(
+            f"{path} cannot be read as an image ({error}). Expected a whole PNG, JPEG or the like."
+        ) from None
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture as a person sees it, in RGB: turned as its EXIF data says, on white where it is transparent.
+
+    16-bit greyscale is brought to 8 bits; Pillow's own conversion would clip it.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        scale = 1 / 257 if image.mode != "F" else 1.0
+        image = image.convert("F").point(lambda value: value * scale + 0.5).convert("L")
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def size_of(value: Any, name: str) -> tuple[int, int] | int:
+    """(height, width), or the length of the shortest edge, from any spelling in use in preprocessor configs."""
+    if isinstance(value, dict):
+        value = value.get("shortest_edge") or (value.get("height"), value.get("width"))
+    sides = value if isinstance(value, tuple) else (value,)
+    if not all(type(side) is int and 0 < side <= 16384 for side in sides):
+        raise LlavaError(f"The image processor's config has {name} = {value!r}; expected pixels, from 1 to 16384.")
+    return value
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Resize, crop, rescale, normalise; the names and defaults of `LlavaImageProcessor`."""
+
+    size: Any = 224
+    crop_size: Any = 224
+    do_convert_rgb: bool = True
+    do_pad: bool = False  # pad to a square with the mean colour first, as LLaVA-1.5 was trained
+    do_resize: bool = True
+    do_center_crop: bool = True
+    do_rescale: bool = True
+    do_normalize: bool = True
+    resample: int = int(Image.Resampling.BICUBIC)
+    rescale_factor: float = 1 / 255
+    image_mean: Sequence[float] = CLIP_MEAN
+    image_std: Sequence[float] = CLIP_STD
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> ImageProcessor:
+        """From a `preprocessor_config.json`, or the `image_processor` part of a `processor_config.json`."""
+        names = cls.__dataclass_fields__
+        values = {name: raw[name] for name in names if raw.get(name) is not None}
+        processor = cls(**values)
+        size_of(processor.size, "size"), size_of(processor.crop_size, "crop_size")
+        for name in ("image_mean", "image_std"):
+            value = getattr(processor, name)
+            numbers = isinstance(value, (list, tuple)) and len(value) == 3
+            if not numbers or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in value):
+                raise LlavaError(f"The image processor's config has {name} = {value!r}; expected three numbers.")
+        if not all(processor.image_std):
+            raise LlavaError("The image processor's config has a 0 in image_std; pixels are divided by it.")
+        if processor.resample not in list(Image.Resampling):
+            raise LlavaError(f"The image processor's config has resample = {processor.resample!r}; expected 0 to 5.")
+        return processor
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """PIL image -> float32 [3, R, R]."""
+        image = to_rgb(image)
+        if self.do_pad and image.width != image.height:
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in self.image_mean))
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
+        if self.do_resize:
+            size = size_of(self.size, "size")
+            if isinstance(size, int):
+                short, long = sorted(image.size)
+                other = int(size * long / short)
+                size = (other, size) if image.width == short else (size, other)
+            height, width = size
+            if height * width > MAX_PIXELS:
+                raise LlavaError(f"An image of {image.width} x {image.height} pixels is too long and thin to resize.")
+            image = image.resize((width, height), Image.Resampling(self.resample))
+        if self.do_center_crop:
+            crop = size_of(self.crop_size, "crop_size")
+            height, width = (crop, crop) if isinstance(crop, int) else crop
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))  # black where the image is smaller
+        raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        pixels = raw.view(image.height, image.width, 3).permute(2, 0, 1)  # [3, R, R]
+        # In float64 and rounded once, as NumPy does for transformers.
+        values = pixels.double() * self.rescale_factor if self.do_rescale else pixels.double()
+        if self.do_normalize:
+            mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (self.image_mean, self.image_std))
+            values = (values - mean) / std
+        return values.float()
+
+
+# ---------------------------------------------------------------- text
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token outside the sentencepiece model, or one of its control tokens, found in the text as it stands."""
+
+    content: str
+    id: int
+    lstrip: bool = False
+    rstrip: bool = False
+    special: bool = True
+
+
+class Tokenizer:
+    """Sentencepiece between added tokens.
+
+    Every stretch of text between two added tokens is encoded by itself, with sentencepiece's own leading space.
+    """
+
+    def __init__(self, model: sentencepiece.SentencePieceProcessor, added: Sequence[AddedToken], add_bos: bool = True):
+        self.model, self.add_bos = model, add_bos
+        self.added = {token.content: token for token in added}
+        self.special_ids = {token.id for token in added if token.special}
+        self.by_id = {token.id: token for token in added}
+        longest_first = sorted(added, key=lambda token: -len(token.content))
+        alternatives = [
+            (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+            for token in longest_first
+        ]
+        self.pattern = re.compile("(" + "|".join(alternatives) + ")") if alternatives else None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """From `tokenizer.model` and the JSON files beside it that name added tokens."""
+        path = folder / "tokenizer.model"
+        if not path.is_file():
+            raise LlavaError(f"{folder} has no tokenizer.model; expected a sentencepiece model beside the weights.")
+        model = sentencepiece.SentencePieceProcessor()
+        try:
+            model.LoadFromSerializedProto(path.read_bytes())
+            size = model.vocab_size()
+        except Exception:  # sentencepiece raises RuntimeError and others, with addresses of its own source
+            raise LlavaError(f"{path} is not a sentencepiece model; copy or download it again.") from None
+        if size <= 0:
+            raise LlavaError(f"{path} holds no pieces; copy or download it again.")
+        config = read_json(folder / "tokenizer_config.json")
+        found: dict[str, dict[str, Any]] = {}
+        for id in (model.unk_id(), model.bos_id(), model.eos_id()):
+            if id >= 0:
+                found[model.id_to_piece(id)] = {"id": id}
+        # Later files know more: only tokenizer.json and tokenizer_config.json say how a token is matched.
+        for content, id in read_json(folder / "added_tokens.json").items():
+            found[content] = {"id": id}
+        for entry in read_json(folder / "tokenizer.json").get("added_tokens", []):
+            found[entry["content"]] = entry
+        for id, entry in (config.get("added_tokens_decoder") or {}).items():
+            found[entry["content"]] = {**entry, "id": int(id)}
+        added = [
+            AddedToken(
+                content, entry["id"], entry.get("lstrip", False), entry.get("rstrip", False), entry.get("special", True)
+            )
+            for content, entry in found.items()
+        ]
+        return cls(model, added, add_bos=config.get("add_bos_token", True) is not False)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text, with BOS in front."""
+        ids = [self.model.bos_id()] if self.add_bos and self.model.bos_id() >= 0 else []
+        for piece in self.pattern.split(text) if self.pattern else [text]:
+            token = self.added.get(piece) or self.added.get(piece.strip())
+            if token is not None:
+                ids.append(token.id)
+            elif piece:
+                ids += self.model.encode(piece)
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of the ids; ids that the tokenizer does not know (padding of the vocabulary) are left out."""
+        pieces: list[str] = []
+        run: list[int] = []
+        for id in [*ids, -1]:
+            if 0 <= id < self.model.vocab_size() and id not in self.by_id:
+                run.append(id)
+                continue
+            if run:
+                pieces.append(self.model.decode(run))
+                run = []
+            if id in self.by_id and not (skip_special_tokens and id in self.special_ids):
+                pieces.append(self.by_id[id].content)
+        return "".join(pieces)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} if there is no such file; raises LlavaError if it holds anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise LlavaError(f"{path} is not valid JSON ({error}); copy or download it again.") from None
+    if not isinstance(value, dict):
+        raise LlavaError(f"{path} holds {type(value).__name__} where a JSON object is expected.")
+    return value
+
+
+# ---------------------------------------------------------------- both
+
+
+class Processor:
+    """Makes the model's inputs: `processor("USER: <image>\\nWhat is it? ASSISTANT:", images=[image])`."""
+
+    def __init__(self, tokenizer: Tokenizer, image_processor: ImageProcessor, config: LlavaConfig):
+        self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, config: LlavaConfig) -> Processor:
+        """From a checkpoint's folder; raises LlavaError where its parts do not fit together."""
+        folder = Path(folder)
+        both = read_json(folder / "processor_config.json").get("image_processor") or {}
+        raw = {**both, **read_json(folder / "preprocessor_config.json")}
+        tokenizer = Tokenizer.from_folder(folder)
+        token = tokenizer.added.get(IMAGE_TOKEN)
+        if token is None:
+            tokenizer = Tokenizer(
+                tokenizer.model,
+                [*tokenizer.added.values(), AddedToken(IMAGE_TOKEN, config.image_token_id)],
+                tokenizer.add_bos,
+            )
+        elif token.id != config.image_token_id:
+            raise LlavaError(
+                f"The tokenizer gives {IMAGE_TOKEN} the id {token.id}, config.json {config.image_token_id}; "
+                "the files belong to different checkpoints."
+            )
+        processor = cls(tokenizer, ImageProcessor.from_dict(raw), config)
+        return processor
+
+    def __call__(self, text: str | Sequence[str], images: Sequence[Image.Image] = ()) -> dict[str, Any]:
+        """`input_ids` and `attention_mask` [B, N], and `pixel_values` [I, 3, R, R] if there are images.
+
+        Every `<image>` becomes as many tokens as the image has patches; shorter prompts are padded on the left.
+        Images are taken in the order in which the prompts name them. Raises LlavaError if the counts differ.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        named = sum(t.count(IMAGE_TOKEN) for t in texts)
+        if named != len(images):
+            raise LlavaError(
+                f"The prompt has {named} {IMAGE_TOKEN} and {len(images)} images were given; "
+                f"write {IMAGE_TOKEN} once for each image."
+            )
+        if not texts:
+            raise LlavaError("No prompt was given; expected at least one.")
+        per_image = self.config.num_image_tokens
+        rows = []
+        for one in texts:
+            row: list[int] = []
+            for id in self.tokenizer.encode(one):
+                row += [id] * (per_image if id == self.config.image_token_id else 1)
+            rows.append(row)
+        if not all(rows):
+            raise LlavaError("A prompt is empty and the tokenizer adds no beginning-of-text token; write a prompt.")
+        longest = max(len(row) for row in rows)
+        pad = self.config.pad_token_id
+        inputs = {
+            "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
+            "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
+        }
+        if images:
+            inputs["pixel_values"] = torch.stack([self.image_processor(image) for image in images])
+            side, expected = inputs["pixel_values"].shape[-2:], self.config.vision.image_size
+            if side != (expected, expected):
+                raise LlavaError(
+                    f"The image processor makes {side[1]} x {side[0]} pixels, the vision tower expects "
+                    f"{expected} x {expected}; the files belong to different checkpoints."
+                )
+        return inputs
+
+    def decode(self, token_ids: Tensor | Sequence[int]) -> Any:
+        """Text of token ids: a string for [N], a list of strings for [B, N]. Special tokens are left out."""
+        ids: list[Any] = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
+        if ids and isinstance(ids[0], list):
+            return [self.tokenizer.decode(row) for row in ids]
+        return self.tokenizer.decode(ids)
+
+    @staticmethod
+    def chat(turns: Sequence[tuple[str, str | None]], num_images: int = 0) -> str:
+        """LLaVA-1.5's prompt for a conversation of (question, answer) turns; the last answer may be None.
+
+        The images come first: `USER: <image>\\nquestion ASSISTANT: answer</s>USER: question ASSISTANT:`.
+        """
+        parts = []
+        for index, (question, answer) in enumerate(turns):
+            images = f"{IMAGE_TOKEN}\n" * num_images if index == 0 else ""
+            parts.append(f"USER: {images}{question} ASSISTANT:" + ("" if answer is None else f" {answer}</s>"))
+        return "".join(parts)

@@ -1,0 +1,180 @@
+"""PrefixKV (arXiv 2412.03409): give every layer of a KV cache the size its own attention asks for.
+
+A prompt's keys differ in how much attention they receive, and layers differ in how many keys share
+most of it. PrefixKV sorts each layer's keys by importance; the k most important ones are the layer's
+prefix, and its priority P(k) is the share of all importance that they hold. One threshold p for all
+layers then sets every layer's size, the shortest prefix with P(k) >= p; binary search finds the
+largest p whose sizes fit the budget. The steps, in the order of the file:
+
+    importance  what each key receives from the prompt's queries        Section 3.1
+    priority    share of importance in the k largest, for every k       Section 3.2
+    search      the threshold p that spends the budget exactly          Section 3.2
+    retain      which tokens of the prompt a layer keeps                Section 3.2
+    PrefixKV    the four together, and eviction while decoding          Section 3.3
+
+Shapes as in minillava/model.py: B prompts of N tokens, L layers, H query and Hkv key-value heads,
+S cache slots. Prompts are padded on the left; `present` [B, N] is False on the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+RECENT = 25  # decoding leaves the recent window this many of a layer's tokens to begin with
+
+
+def importance(query: Tensor, key: Tensor, present: Tensor, block: int = 128) -> Tensor:
+    """Attention each key receives: the sum over queries of the mean over heads. [B, N], float32.
+
+    query [B, H, N, Dh] and key [B, Hkv, N, Dh] after RoPE. Fused attention does not hand out its
+    weights, so they are computed again, `block` queries at a time against the keys up to the block's
+    end: half of one of attention's two products and its softmax, in memory of block x N per head.
+    """
+    batch, heads, length, size = query.shape
+    groups = heads // key.shape[1]
+    total = query.new_zeros(batch, length, dtype=torch.float32)  # [B, N]
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        # The queries of a group stand side by side, so that no key is repeated for them.
+        rows = query[:, :, start:end].unflatten(1, (-1, groups)).flatten(2, 3)  # [B, Hkv, G * block, Dh]
+        scores = (rows @ key[:, :, :end].transpose(-1, -2)).float() * size**-0.5
+        scores = scores.unflatten(2, (groups, end - start))  # [B, Hkv, G, block, end]
+        later = torch.arange(end, device=query.device) > torch.arange(start, end, device=query.device)[:, None]
+        hidden = later | ~present[:, None, None, None, :end]
+        weights = scores.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1)
+        weights = weights * present[:, None, None, start:end, None]  # padding asks nothing
+        total[:, :end] += weights.sum(dim=(1, 2, 3)) / heads
+    return total.masked_fill(~present, 0.0)
+
+
+def priority(importance: Tensor) -> Tensor:
+    """P(1) .. P(N) of every layer: importance [L, N] -> [L, N], float64, non-decreasing, ending at 1.
+
+    A layer to which nothing matters counts as one to which all tokens matter alike.
+    """
+    largest_first = importance.double().sort(dim=-1, descending=True).values
+    largest_first = torch.where(largest_first.sum(-1, keepdim=True) > 0, largest_first, 1.0)
+    prefix = largest_first.cumsum(-1)
+    return prefix / prefix[:, -1:]
+
+
+def search(priority: Tensor, total: int, protected: int) -> tuple[float, Tensor]:
+    """The largest threshold p whose sizes o_l(p) = min(N, k_l(p) + protected) sum to at most `total`.
+
+    Returns p and the sizes [L], which sum to `total`: tokens left over go one by one to the layer whose
+    next prefix is smallest. Sizes change only where p passes a value of `priority` [L, N], so the search
+    runs over those values, halves them at every step, and ends after log2(L * N) of them.
+    """
+    layers, length = priority.shape
+    if protected >= length:
+        return 0.0, torch.full((layers,), length, device=priority.device)
+    # Column j is the prefix that brings a layer to protected + j + 1 tokens; the last one brings all N.
+    prefix = torch.cat([priority[:, : length - protected - 1], torch.ones_like(priority[:, :1])], dim=-1)
+
+    def sizes(threshold: Tensor) -> Tensor:
+        below = torch.searchsorted(prefix, threshold.expand(layers, 1).contiguous())[:, 0]  # P_l(k) < p
+        return (below + 1 + protected).clamp(max=length)
+
+    thresholds = prefix.unique()  # sorted
+    low, high = 0, len(thresholds)  # sizes fit for all thresholds before `low`, for none from `high` on
+    while low < high:
+        middle = (low + high) // 2
+        if int(sizes(thresholds[middle]).sum()) <= total:
+            low = middle + 1
+        else:
+            high = middle
+    counts = sizes(thresholds[low - 1]) if low else torch.full((layers,), protected, device=priority.device)
+    # Prefixes only grow, so taking the smallest next one again and again is taking the smallest of all
+    # that remain; equal ones go by length, then by layer, hence the transposition before a stable sort.
+    remaining = torch.arange(length - protected, device=priority.device)[:, None] >= counts - protected
+    order = torch.where(remaining, prefix.T, 2.0).flatten().sort(stable=True).indices
+    extra = order[: total - int(counts.sum())] % layers
+    counts = counts + torch.bincount(extra, minlength=layers)
+    return float(thresholds[low - 1]) if low else 0.0, counts
+
+
+def retain(importance: Tensor, counts: Tensor, present: Tensor, start: int = 1) -> Tensor:
+    """Which tokens a layer keeps: bool [B, N], counts [B] of them in each row.
+
+    The first `start` tokens and the last one stay, then the most important; ties go to the earlier token.
+    """
+    order = present.long().cumsum(-1)  # 1 for a prompt's first token
+    protected = present & ((order <= start) | (order == order[:, -1:]))
+    rank_by = importance.masked_fill(protected, torch.inf).masked_fill(~present, -torch.inf)
+    ranked = rank_by.argsort(dim=-1, descending=True, stable=True)
+    chosen = torch.arange(importance.shape[-1], device=importance.device) < counts[:, None]
+    return torch.zeros_like(present).scatter(1, ranked, chosen)
+
+
+class PrefixKV:
+    """The method as a compressor for `Llava.generate`; `budget` is the share of the prompt's cache to keep.
+
+    start: first tokens that are never dropped. decode: "ratio" lets a layer grow with the text at its own
+    ratio of kept to prompt tokens and drops the oldest recent token beyond it; "keep" drops nothing more.
+    plan: shares to keep per layer, so that each can be compressed before the next one runs.
+    """
+
+    def __init__(self, budget: float = 0.2, start: int = 1, decode: str = "ratio", plan: Sequence[float] | None = None):
+        if not 0 < budget <= 1:
+            raise ValueError(f"The budget is {budget}; expected a share of the cache above 0 and at most 1.")
+        if start < 0:
+            raise ValueError(f"start is {start}; expected a number of tokens, 0 or more.")
+        if decode not in ("ratio", "keep"):
+            raise ValueError(f"decode is {decode!r}; expected 'ratio' or 'keep'.")
+        if plan is not None and not all(0 <= share <= 1 for share in plan):
+            raise ValueError("The plan has a share outside 0 .. 1; expected the share of tokens each layer keeps.")
+        self.budget, self.start, self.decode, self.plan = budget, start, decode, plan
+
+    def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
+        """Importance [B, N] of one layer's keys, as its queries and keys pass by."""
+        return importance(query, key, present)
+
+    def allocate(self, importance: Tensor, present: Tensor) -> Tensor:
+        """Tokens that each layer of each sample keeps: importance [L, B, N] -> [L, B].
+
+        A sample's counts sum to round(budget * L * N), N its own length, or to its protected tokens if those are more.
+        """
+        broken = ~importance.isfinite().flatten(1).all(-1)
+        if broken.any():
+            raise ValueError(
+                f"The importance of layer {int(broken.nonzero()[0])} holds NaN or infinity; expected finite numbers. "
+                "Check the weights and the dtype of the model."
+            )
+        counts = []
+        for sample, mask in zip(importance.unbind(1), present):
+            scores = sample[:, mask]  # [L, N]
+            layers, length = scores.shape
+            protected = min(length, self.start + 1)
+            total = max(round(self.budget * layers * length), layers * protected)
+            counts.append(search(priority(scores), total, protected)[1])
+        return torch.stack(counts, dim=1)
+
+    def planned(self, layer: int, layers: int, prompt: Tensor) -> Tensor:
+        """Tokens that one layer keeps by the plan, for prompts of `prompt` [B] tokens: [B]."""
+        assert self.plan is not None
+        if len(self.plan) != layers:
+            raise ValueError(f"The plan is for {len(self.plan)} layers; the model has {layers}.")
+        return (prompt * self.plan[layer]).round().long().clamp(min=self.start + 1).minimum(prompt)
+
+    def retain(self, importance: Tensor, counts: Tensor, present: Tensor) -> Tensor:
+        """Which tokens one layer keeps: bool [B, N]."""
+        return retain(importance, counts, present, self.start)
+
+    def room(self, kept: Tensor, prompt: Tensor, seen: Tensor) -> Tensor:
+        """Tokens a layer that kept `kept` [L, B] of `prompt` [B] tokens may hold after `seen` [B]: [L, B]."""
+        if self.decode == "keep":
+            return kept + seen - prompt
+        return -((-seen * kept) // prompt)  # the ratio of prefill, rounded up
+
+    def evict(self, position: Tensor, kept: Tensor) -> Tensor:
+        """The slot that each layer gives up, from position [L, B, S], -1 in free slots: [L, B].
+
+        A layer's first `kept` - 25 tokens are pinned; the rest queue up, and the oldest of them goes.
+        """
+        pinned = torch.where(kept > RECENT, kept - RECENT, kept // 2)
+        slots = torch.arange(position.shape[-1], device=position.device)
+        queued = (slots >= pinned[..., None]) & (position >= 0)
+        return position.masked_fill(~queued, torch.iinfo(position.dtype).max).argmin(-1)

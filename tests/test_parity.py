@@ -1,0 +1,144 @@
+"""Our numbers are those of `transformers`, on the same weights, in float32 on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from conftest import IMAGE_ID, LAYOUTS, TINY, reference, write
+from PIL import Image
+
+import weights
+from prefixkv import PrefixKV
+
+# Both sides do the same float32 operations, but in another order of summation; differences grow with depth and with
+# the size of the logits, here up to about 10. The largest seen over all cases below is 2e-5.
+LOGITS = 1e-4
+
+
+def prompts(images: bool, batch: bool, patches: int = 16) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Random ids, left-padded if there are several prompts, of different lengths; and how many images they hold."""
+    generator = torch.Generator().manual_seed(5)
+    rows, count = [], 0
+    for index, length in enumerate((9, 21, 4) if batch else (12,)):
+        row = torch.randint(3, 300, (length,), generator=generator)
+        for _ in range((index + 1) % 3 if images else 0):  # one, two and no images
+            row = torch.cat([row[:2], torch.full((patches,), IMAGE_ID), row[2:]])
+            count += 1
+        rows.append(row)
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.cat([torch.zeros(longest - len(row), dtype=torch.long), row]) for row in rows])
+    mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
+    return ids, mask, count
+
+
+def compare(theirs, ours, images: bool, batch: bool) -> float:
+    """Largest logit difference on real tokens; asserts equal image features and 64 equal greedy tokens."""
+    ids, mask, count = prompts(images, batch, ours.config.num_image_tokens)
+    side = ours.config.vision.image_size
+    pixels = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1)) if count else None
+    inputs = {"input_ids": ids, "attention_mask": mask} | ({} if pixels is None else {"pixel_values": pixels})
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        if pixels is not None:
+            features = theirs.model.get_image_features(pixel_values=pixels, output_hidden_states=True).pooler_output
+            features = torch.stack(list(features))
+            torch.testing.assert_close(ours.image_features(pixels), features, atol=2e-5, rtol=0)
+        expected = theirs(**inputs, position_ids=positions).logits
+        found = ours(**inputs)
+    difference = float((found - expected)[mask.bool()].abs().max())
+    assert difference < LOGITS
+    with torch.no_grad():
+        generated = theirs.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=-1)[:, ids.shape[1] :]
+    result = ours.generate(**inputs, max_new_tokens=64, eos_token_id=())
+    assert torch.equal(result.token_ids, generated)
+    assert torch.equal(
+        ours.generate(**inputs, max_new_tokens=64, eos_token_id=(), compressor=PrefixKV(1.0)).token_ids, generated
+    )
+    return difference
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_reference_logits_and_tokens(tmp_path, layout, tied, kv_heads):
+    theirs = reference(kv_heads=kv_heads, tied=tied)
+    ours, _ = weights.load(write(theirs, tmp_path, layout))
+    seen = [compare(theirs, ours, images, batch) for images, batch in itertools.product((True, False), (False, True))]
+    print(f"{layout} {'tied' if tied else 'untied'} {kv_heads}: largest logit difference {max(seen):.1e}")
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32, "rope_theta": 500.0,
+}  # fmt: skip
+VARIANTS = {
+    "linear rope": {"text": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e3}}},
+    "llama3 rope": {"text": {"rope_parameters": LLAMA3}},
+    "head_dim": {"text": {"head_dim": 24}},
+    "biases": {"text": {"attention_bias": True, "mlp_bias": True}},
+    "full features": {"vision_feature_select_strategy": "full"},
+    "last layer": {"vision_feature_layer": -1},
+    "counted from the front": {"vision_feature_layer": 1},
+    "gelu": {"vision": {"hidden_act": "gelu"}},
+    "border cut": {"vision": {"image_size": 31}},
+    "no projector bias": {"multimodal_projector_bias": False},
+    "one patch": {"vision": {"patch_size": 28}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", ["hub", "disk5"])
+def test_every_option_of_the_config_is_honoured(tmp_path, layout, variant):
+    theirs = reference(seed=3, kv_heads=2, **VARIANTS[variant])
+    ours, _ = weights.load(write(theirs, tmp_path, layout))
+    compare(theirs, ours, images=True, batch=True)
+
+
+def test_a_single_linear_projector_loads(tmp_path):
+    theirs = reference()
+    folder = write(theirs, tmp_path, "disk5")
+    config = weights.read_config(folder)
+    with torch.device("meta"):
+        ours = weights.Llava(dataclasses.replace(config, mm_projector_type="linear"))
+    assert [name for name, _ in ours.multi_modal_projector.named_parameters()] == ["linear_1.weight", "linear_1.bias"]
+
+
+def scenes(count: int) -> list[Image.Image]:
+    import random
+
+    from train.scenes import draw, make_scene
+
+    return [draw(make_scene(random.Random(f"parity {index}")))[0] for index in range(count)]
+
+
+def test_the_embedded_checkpoint_gives_the_reference_tokens_for_twenty_prompts(tiny, tiny_reference):
+    model, processor = tiny
+    questions = (
+        "Describe the image in detail.",
+        "How many objects are there?",
+        "What is at the top left?",
+        "What is it?",
+    )
+    for index, image in enumerate(scenes(20)):
+        inputs = processor(processor.chat([(questions[index % 4], None)], 1), [image])
+        with torch.no_grad():
+            expected = tiny_reference(**inputs).logits
+            generated = tiny_reference.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=-1)
+            assert float((model(**inputs) - expected).abs().max()) < LOGITS
+        ours = model.generate(**inputs, max_new_tokens=64, eos_token_id=()).token_ids
+        assert torch.equal(ours, generated[:, inputs["input_ids"].shape[1] :])
+
+
+def test_saved_weights_have_the_names_that_transformers_expects(tiny, tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    model, _ = tiny
+    weights.save_weights(model, tmp_path / "model.safetensors", torch.float32)
+    weights.write_json(tmp_path / "config.json", weights.config_dict(model.config, "float32"))
+    loaded, report = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    original = LlavaForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).state_dict()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in loaded.state_dict().items())

@@ -1,0 +1,81 @@
+"""Scores a checkpoint on held-out scenes: `python -m train.evaluate --model minillava/tiny`.
+
+Descriptions: an object counts as right when it is named with its size, colour, shape and place. Questions: the
+answer must be the true one, word for word. Scenes come from seeds that training never uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import defaultdict
+from pathlib import Path
+
+from minillava.model import Llava
+from minillava.processor import Processor
+from train.scenes import DESCRIBE, Scene, draw, make_scene, named, short_question
+from weights import load
+
+BATCH = 20
+
+
+def held_out(name: str, index: int) -> tuple[random.Random, Scene]:
+    """A scene that training has not seen (its seeds begin with a number), and the generator to ask about it with."""
+    rng = random.Random(f"held out {name} {index}")
+    return rng, make_scene(rng)
+
+
+def answers(model: Llava, processor: Processor, asked: list[tuple[Scene, str]], new_tokens: int) -> list[str]:
+    """Greedy answers to (scene, question) pairs, in batches."""
+    texts: list[str] = []
+    for start in range(0, len(asked), BATCH):
+        part = asked[start : start + BATCH]
+        prompts = [processor.chat([(question, None)], 1) for _, question in part]
+        inputs = processor(prompts, [draw(scene)[0] for scene, _ in part])
+        inputs = {name: tensor.to(model.lm_head.weight.device) for name, tensor in inputs.items()}
+        texts += processor.decode(model.generate(**inputs, max_new_tokens=new_tokens).token_ids)
+    return [text.strip() for text in texts]
+
+
+def evaluate(model: Llava, processor: Processor, descriptions: int = 200, questions: int = 700) -> dict[str, float]:
+    """Shares between 0 and 1: objects found, objects named that exist, and right answers by kind of question."""
+    asked = []
+    for index in range(descriptions):
+        rng, scene = held_out("description", index)
+        asked.append((scene, rng.choice(DESCRIBE)))
+    found = total = said = 0
+    for (scene, _), text in zip(asked, answers(model, processor, asked, 160)):
+        true = [(t.size, t.colour, t.shape, t.place) for t in scene.things]
+        told = named(text)
+        found += len(set(true) & set(told))
+        total, said = total + len(true), said + len(told)
+    scores = {"objects found": found / total, "objects named that exist": found / max(said, 1)}
+    short, truth = [], []
+    for index in range(questions):
+        rng, scene = held_out("question", index)
+        kind, question, answer = short_question(rng, scene)
+        short.append((scene, question))
+        truth.append((kind, answer))
+    right: dict[str, list[bool]] = defaultdict(list)
+    for (kind, answer), text in zip(truth, answers(model, processor, short, 16)):
+        right[kind].append(text == answer)
+    scores["questions right"] = sum(map(sum, right.values())) / questions
+    scores.update({kind: sum(marks) / len(marks) for kind, marks in sorted(right.items())})
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(Path(__file__).parent.parent / "minillava" / "tiny"))
+    parser.add_argument("--descriptions", type=int, default=200)
+    parser.add_argument("--questions", type=int, default=700)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    model, processor = load(args.model, device=args.device)
+    scores = evaluate(model, processor, args.descriptions, args.questions)
+    print(json.dumps({name: round(score, 4) for name, score in scores.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Scenes of coloured shapes, and what one can ask and say about them.
+
+A scene is a plain background with one to seven objects, each in its own cell of a 3 x 3 grid, jittered, turned,
+and at times large enough to overlap its neighbour. Everything follows from a `random.Random`, so a seed names a
+scene. `conversation` asks about a scene in several wordings and gives the true answers.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (215, 40, 40),
+    "green": (45, 160, 65),
+    "blue": (45, 85, 220),
+    "yellow": (240, 210, 45),
+    "purple": (140, 55, 180),
+    "orange": (240, 130, 30),
+    "pink": (245, 140, 190),
+    "cyan": (60, 200, 220),
+}
+BACKGROUNDS = {"white": (246, 246, 246), "grey": (128, 128, 128), "black": (14, 14, 14), "beige": (232, 214, 182)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = {"small": (0.062, 0.075), "large": (0.115, 0.145)}  # radius as a share of the image's side
+PLACES = (
+    "top left", "top centre", "top right",
+    "middle left", "centre", "middle right",
+    "bottom left", "bottom centre", "bottom right",
+)  # fmt: skip
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DESCRIBE = (
+    "Describe the image in detail.",
+    "Give a detailed description of the image.",
+    "What do you see in this image? Describe everything.",
+    "Please describe all objects in the picture.",
+)
+MAX_OBJECTS = 7
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object; `x`, `y` and `radius` are shares of the image's side, `angle` is in degrees."""
+
+    size: str
+    colour: str
+    shape: str
+    cell: int  # 0 .. 8, in reading order
+    x: float
+    y: float
+    radius: float
+    angle: float
+    rgb: tuple[int, int, int]
+
+    @property
+    def place(self) -> str:
+        return PLACES[self.cell]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background and its objects, in reading order."""
+
+    background: str
+    rgb: tuple[int, int, int]
+    things: tuple[Thing, ...]
+
+
+def jitter(rng: random.Random, rgb: tuple[int, int, int], by: int) -> tuple[int, int, int]:
+    """The colour with every channel moved by up to `by`."""
+    red, green, blue = (max(0, min(255, channel + rng.randint(-by, by))) for channel in rgb)
+    return red, green, blue
+
+
+def make_scene(rng: random.Random, max_objects: int = MAX_OBJECTS) -> Scene:
+    """A random scene of one to `max_objects` objects."""
+    background = rng.choice(list(BACKGROUNDS))
+    things = []
+    for cell in sorted(rng.sample(range(9), rng.randint(1, max_objects))):
+        size, colour = rng.choice(list(SIZES)), rng.choice(list(COLOURS))
+        things.append(
+            Thing(
+                size=size,
+                colour=colour,
+                shape=rng.choice(SHAPES),
+                cell=cell,
+                x=(cell % 3 + 0.5) / 3 + rng.uniform(-0.045, 0.045),
+                y=(cell // 3 + 0.5) / 3 + rng.uniform(-0.045, 0.045),
+                radius=rng.uniform(*SIZES[size]),
+                angle=rng.uniform(-15, 15),
+                rgb=jitter(rng, COLOURS[colour], 12),
+            )
+        )
+    return Scene(background, jitter(rng, BACKGROUNDS[background], 8), tuple(things))
+
+
+def outline(thing: Thing, side: int) -> list[tuple[float, float]]:
+    """Corners of the object in pixels of an image `side` pixels wide; many corners for round ones."""
+    corners: list[tuple[float, float]]  # angle in degrees from straight up, and distance from the middle
+    if thing.shape in ("circle", "ring"):
+        corners = [(step * 6, 1.0) for step in range(60)]
+    elif thing.shape == "square":
+        corners = [(45 + step * 90, 1.2) for step in range(4)]
+    elif thing.shape == "triangle":
+        corners = [(step * 120, 1.2) for step in range(3)]
+    elif thing.shape == "star":
+        corners = [(step * 36, 1.2 if step % 2 == 0 else 0.5) for step in range(10)]
+    else:  # a cross with arms two thirds of the radius wide
+        near, far = math.hypot(1 / 3, 1 / 3), math.hypot(1 / 3, 1.1)
+        tilt = math.degrees(math.atan2(1 / 3, 1.1))
+        corners = [
+            pair for arm in range(4) for pair in ((arm * 90 - tilt, far), (arm * 90 + tilt, far), (arm * 90 + 45, near))
+        ]
+    points = []
+    for degrees, distance in corners:
+        turn = math.radians(degrees + thing.angle)
+        radius = thing.radius * distance
+        points.append(((thing.x + radius * math.sin(turn)) * side, (thing.y - radius * math.cos(turn)) * side))
+    return points
+
+
+def draw(scene: Scene, side: int = 384, oversample: int = 1) -> tuple[Image.Image, Image.Image]:
+    """The picture (RGB), and a map (L) of which object covers each pixel: 0 for none, i for `things[i - 1]`.
+
+    Edges are hard at `oversample` 1, which the processor's resizing smooths; more makes a nicer picture.
+    """
+    canvas = side * oversample
+    image, cover = Image.new("RGB", (canvas, canvas), scene.rgb), Image.new("L", (canvas, canvas), 0)
+    for index, thing in enumerate(scene.things, start=1):
+        points = outline(thing, canvas)
+        left, top = (int(min(axis)) for axis in zip(*points))
+        mask = Image.new("L", (int(thing.radius * canvas * 2.6), int(thing.radius * canvas * 2.6)), 0)
+        pen = ImageDraw.Draw(mask)
+        pen.polygon([(x - left, y - top) for x, y in points], fill=255)
+        if thing.shape == "ring":
+            middle, hole = thing.radius * canvas, thing.radius * canvas * 0.55
+            x, y = thing.x * canvas - left, thing.y * canvas - top
+            assert hole < middle
+            pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=0)
+        image.paste(thing.rgb, (left, top), mask)
+        cover.paste(index, (left, top), mask)
+    if oversample > 1:
+        image = image.reduce(oversample)
+        cover = cover.resize((side, side), Image.Resampling.NEAREST)
+    return image, cover
+
+
+# ---------------------------------------------------------------- words
+
+
+def describe(scene: Scene) -> str:
+    """The long answer: how many objects on what, then every object in reading order."""
+    count = len(scene.things)
+    things = "one object" if count == 1 else f"{NUMBERS[count]} objects"
+    sentences = [f"The image shows {things} on a {scene.background} background."]
+    sentences += [
+        f"{'In' if t.place == 'centre' else 'At'} the {t.place} there is {a(t.size)} {t.colour} {t.shape}."
+        for t in scene.things
+    ]
+    return " ".join(sentences)
+
+
+def a(word: str) -> str:
+    """The word with its article."""
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
+def plural(shape: str) -> str:
+    return shape + ("es" if shape == "cross" else "s")
+
+
+def named(description: str) -> list[tuple[str, str, str, str]]:
+    """(size, colour, shape, place) of every object that a description in the wording of `describe` names."""
+    pattern = (
+        rf"[AI][tn] the ({'|'.join(PLACES)}) there is a ({'|'.join(SIZES)}) "
+        rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\."
+    )
+    return [(size, colour, shape, place) for place, size, colour, shape in re.findall(pattern, description)]
+
+
+def short_question(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
+    """One question with a short answer: (kind, question, answer)."""
+    things = scene.things
+    kind = rng.choice(
+        ("count", "count by colour", "count by shape", "what is where", "where is", "yes or no", "compare")
+    )
+    thing = rng.choice(things)
+    if kind == "count":
+        question = rng.choice(("How many objects are there?", "Count the objects.", "How many shapes do you see?"))
+        return kind, question, f"{NUMBERS[len(things)]}."
+    if kind == "count by colour":
+        colour = thing.colour if rng.random() < 0.7 else rng.choice(list(COLOURS))
+        question = rng.choice(("How many {} objects are there?", "How many objects are {}?", "Count the {} objects."))
+        return kind, question.format(colour), f"{NUMBERS[sum(t.colour == colour for t in things)]}."
+    if kind == "count by shape":
+        shape = thing.shape if rng.random() < 0.7 else rng.choice(SHAPES)
+        question = rng.choice(("How many {} are there?", "How many {} do you see?", "Count the {}."))
+        return kind, question.format(plural(shape)), f"{NUMBERS[sum(t.shape == shape for t in things)]}."
+    if kind == "what is where":
+        cell = thing.cell if rng.random() < 0.8 else rng.randrange(9)
+        question = rng.choice(("What is {} the {}?", "Which object is {} the {}?", "What do you see {} the {}?"))
+        here = [t for t in things if t.cell == cell]
+        question = question.format("in" if PLACES[cell] == "centre" else "at", PLACES[cell])
+        return kind, question, f"{a(here[0].size)} {here[0].colour} {here[0].shape}." if here else "nothing."
+    if kind == "where is":
+        alike = [t for t in things if (t.colour, t.shape) == (thing.colour, thing.shape)]
+        name = f"{thing.colour} {thing.shape}" if len(alike) == 1 else f"{thing.size} {thing.colour} {thing.shape}"
+        question = rng.choice(("Where is the {}?", "In which place is the {}?", "Where do you see the {}?"))
+        if len(alike) > 1 and len([t for t in alike if t.size == thing.size]) > 1:
+            return short_question(rng, scene)  # nothing tells these two apart
+        return kind, question.format(name), f"{'in' if thing.place == 'centre' else 'at'} the {thing.place}."
+    if kind == "yes or no":
+        colour, shape = thing.colour, thing.shape
+        if rng.random() < 0.5:
+            colour, shape = rng.choice(((rng.choice(list(COLOURS)), shape), (colour, rng.choice(SHAPES))))
+        question = rng.choice(("Is there a {} {}?", "Do you see a {} {}?", "Does the image show a {} {}?"))
+        found = any((t.colour, t.shape) == (colour, shape) for t in things)
+        article = question.replace(" a ", " an ") if colour[0] in "aeiou" else question
+        return kind, article.format(colour, shape), "yes." if found else "no."
+    first, second = (
+        rng.sample(SHAPES, 2)
+        if len({t.shape for t in things}) < 2
+        else rng.sample(sorted({t.shape for t in things}), 2)
+    )
+    question = rng.choice(("Are there more {} than {}?", "Do you see more {} than {}?"))
+    more = sum(t.shape == first for t in things) > sum(t.shape == second for t in things)
+    return kind, question.format(plural(first), plural(second)), "yes." if more else "no."
+
+
+def conversation(rng: random.Random, scene: Scene, short: int = 5) -> list[tuple[str, str]]:
+    """Turns of (question, answer): one detailed description and `short` short questions, in any order."""
+    turns = [short_question(rng, scene)[1:] for _ in range(short)]
+    turns.insert(0 if rng.random() < 0.5 else rng.randint(0, short), (rng.choice(DESCRIBE), describe(scene)))
+    return turns

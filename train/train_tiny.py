@@ -1,0 +1,343 @@
+"""Trains the embedded checkpoint `minillava/tiny` from nothing: `python -m train.train_tiny`.
+
+Three stages, as LLaVA builds on a CLIP that exists already:
+1. vision: the vision tower learns to say, patch by patch, what covers it (colour, shape, size, place, outline,
+   background, and the patch's own row and column), through linear heads that are thrown away afterwards;
+2. language: projector and decoder learn conversations about scenes, the vision tower frozen;
+3. joint: everything together, while the learning rate falls to nothing.
+
+The state of training is saved to `--work` every few minutes and taken up again by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
+from prefixkv import priority
+from train.scenes import BACKGROUNDS, COLOURS, MAX_OBJECTS, PLACES, SHAPES, SIZES, Scene, conversation, draw, make_scene
+
+SIDE, PATCH = 96, 8
+GRID = SIDE // PATCH
+IMAGE_TOKEN = "<image>"
+LABELS = {  # what a patch is asked in stage 1, and how many answers there are (0: no object)
+    "colour": len(COLOURS) + 1,
+    "shape": len(SHAPES) + 1,
+    "size": len(SIZES) + 1,
+    "place": len(PLACES) + 1,
+    "outline": 2,
+    "background": len(BACKGROUNDS),
+    "row": GRID,
+    "column": GRID,
+}
+MEAN, STD = 0.5, 0.5
+
+
+def tiny_config(vocab_size: int, image_token_id: int, pad_token_id: int) -> LlavaConfig:
+    """The architecture of minillava/tiny."""
+    return LlavaConfig(
+        vision=VisionConfig(
+            hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
+            image_size=SIDE, patch_size=PATCH,
+        ),
+        text=TextConfig(
+            vocab_size=vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=8,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, rms_norm_eps=1e-5,
+        ),
+        image_token_id=image_token_id,
+        pad_token_id=pad_token_id,
+    )  # fmt: skip
+
+
+def train_tokenizer(path: Path, seed: int) -> None:
+    """Writes a byte-fallback sentencepiece model of Llama's kind, trained on the instructions and answers."""
+    rng = random.Random(seed)
+    lines = []
+    for _ in range(4000):
+        turns = conversation(rng, make_scene(rng))
+        lines += [f"USER: {question} ASSISTANT: {answer}" for question, answer in turns]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=512,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=1.0,
+        split_digits=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        num_threads=1,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """What the processor makes of a square image: [3, R, R]."""
+    small = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    values = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(SIDE, SIDE, 3)
+    return (values.permute(2, 0, 1).float() / 255 - MEAN) / STD
+
+
+def patch_labels(scene: Scene, cover: Image.Image) -> Tensor:
+    """The answers to LABELS for every patch: [P, 8]. An object counts where it covers a sixth of the patch."""
+    half = cover.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    ids = torch.frombuffer(bytearray(half.tobytes()), dtype=torch.uint8).view(GRID, PATCH, GRID, PATCH)
+    ids = ids.permute(0, 2, 1, 3).reshape(GRID * GRID, PATCH * PATCH).long()
+    shares = F.one_hot(ids, MAX_OBJECTS + 1).float().mean(1)  # [P, objects + 1]
+    best = shares[:, 1:].max(-1)
+    owner = torch.where(best.values >= 1 / 6, best.indices + 1, 0)
+    table = [[0, 0, 0, 0]]
+    for thing in scene.things:
+        table.append([list(COLOURS).index(thing.colour) + 1, SHAPES.index(thing.shape) + 1,
+                      list(SIZES).index(thing.size) + 1, thing.cell + 1])  # fmt: skip
+    cells = torch.arange(GRID * GRID)
+    rest = [
+        (shares.max(-1).values < 0.999).long(),
+        torch.full_like(cells, list(BACKGROUNDS).index(scene.background)),
+        cells // GRID,
+        cells % GRID,
+    ]
+    return torch.cat([torch.tensor(table)[owner], torch.stack(rest, -1)], -1)
+
+
+class Conversations:
+    """Turns conversations into token ids in LLaVA-1.5's format, with labels on the answers only."""
+
+    def __init__(self, tokenizer: Path):
+        self.model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+        self.bos, self.eos = self.model.bos_id(), self.model.eos_id()
+        self.image_id = self.model.vocab_size()  # the tokens added behind sentencepiece's own
+        self.pad_id = self.image_id + 1
+        self.size = math.ceil((self.pad_id + 1) / 64) * 64
+
+    def encode(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        """(input ids, labels); a label is -100 where the user speaks."""
+        ids, labels = [self.bos, *self.model.encode("USER: "), *[self.image_id] * GRID**2], []
+        labels = [-100] * len(ids)
+        for index, (question, answer) in enumerate(turns):
+            prompt = f"\n{question} ASSISTANT:" if index == 0 else f"USER: {question} ASSISTANT:"
+            asked, both = self.model.encode(prompt), self.model.encode(f"{prompt} {answer}")
+            assert both[: len(asked)] == asked
+            ids += [*both, self.eos]
+            labels += [-100] * len(asked) + both[len(asked) :] + [self.eos]
+        return ids, labels
+
+
+class Batches(torch.utils.data.IterableDataset):
+    """Endless batches; batch i of a stage follows from (seed, stage, i) alone, so a resumed run sees the same."""
+
+    def __init__(self, stage: str, start: int, size: int, seed: int, talk: Conversations, warmup: int):
+        self.stage, self.start, self.size, self.seed = stage, start, size, seed
+        self.talk, self.warmup = talk, warmup
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        torch.set_num_threads(1)
+        step = self.start
+        while True:
+            rng = random.Random(f"{self.seed} {self.stage} {step}")
+            # Few objects first, all of them from `warmup` on.
+            most = min(MAX_OBJECTS, 2 + (MAX_OBJECTS - 2) * step // max(self.warmup, 1))
+            images, targets, rows = [], [], []
+            for _ in range(self.size):
+                scene = make_scene(rng, most)
+                image, cover = draw(scene)
+                images.append(pixels(image))
+                if self.stage == "vision":
+                    targets.append(patch_labels(scene, cover))
+                else:
+                    rows.append(self.talk.encode(conversation(rng, scene)))
+            step += 1
+            if self.stage == "vision":
+                yield torch.stack(images), torch.stack(targets)
+                continue
+            length = math.ceil(max(len(ids) for ids, _ in rows) / 16) * 16
+            ids = torch.tensor([row + [self.talk.pad_id] * (length - len(row)) for row, _ in rows])
+            labels = torch.tensor([row + [-100] * (length - len(row)) for _, row in rows])
+            yield torch.stack(images), ids, labels
+
+
+def initialise(model: nn.Module) -> None:
+    """Normal weights of width^-1/2 / 2; layers that write to the residual stream a little smaller."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            scale = 0.5 if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")) else 1
+            fan_in = parameter[0].numel()
+            std = 0.05 if "embed" in name and "patch" not in name else scale * fan_in**-0.5
+            nn.init.normal_(parameter, std=std)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    lm_head = model.get_parameter("lm_head.weight")
+    nn.init.normal_(lm_head, std=0.02)
+
+
+def rate(step: int, steps: int, peak: float, fall_from: float) -> float:
+    """Learning rate: a short rise, a plateau, and from `fall_from` of the way on a straight fall to zero."""
+    warm = min(1.0, (step + 1) / 200)
+    fall = min(1.0, (1 - step / steps) / (1 - fall_from)) if fall_from < 1 else 1.0
+    return peak * min(warm, max(fall, 0.0))
+
+
+@torch.no_grad()
+def heterogeneity(model: Llava, images: Tensor, ids: Tensor) -> str:
+    """How unlike the layers are: kept shares at a budget of 20 %, and Gini coefficients of importance."""
+    from prefixkv import PrefixKV, importance
+
+    prompt = ids[:, : 3 + GRID**2 + 12]
+    hidden = model.embed(prompt, images)
+    rope, _ = model.positions(prompt, None)
+    present = torch.ones_like(prompt, dtype=torch.bool)
+    scores = []
+    for layer in model.language_model.layers:
+        hidden, (query, key, _) = layer(hidden, rope, None)
+        scores.append(importance(query, key, present))
+    stacked = torch.stack(scores)  # [L, B, N]
+    counts = PrefixKV(0.2).allocate(stacked, present).float().mean(1) / prompt.shape[1]
+    curves = torch.stack([priority(stacked[:, b]) for b in range(len(prompt))]).mean(0)
+    gini = 2 * curves.mean(-1) - 1
+    return (
+        f"kept {' '.join(f'{share:.2f}' for share in counts.tolist())} | "
+        f"gini {' '.join(f'{value:.2f}' for value in gini.tolist())}"
+    )
+
+
+def decode(model: Llava, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The decoder over embeddings [B, N, D], up to its final norm."""
+    for layer in model.language_model.layers:
+        hidden, _ = layer(hidden, (cos, sin), None)
+    return model.language_model.norm(hidden)
+
+
+def answer_logits(model: Llava, run: Callable[..., Tensor], features: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    """Logits for the answer tokens only: the output layer is not run over questions and patches."""
+    embeddings = model.language_model.embed_tokens(ids)
+    image = ids == model.config.image_token_id
+    embeddings = embeddings.masked_scatter(image[..., None], model.multi_modal_projector(features))
+    hidden = run(model, embeddings, *model.positions(ids, None)[0])
+    return model.lm_head(hidden[:, :-1][labels[:, 1:] != -100])
+
+
+def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversations, args: argparse.Namespace) -> None:
+    """Trains one stage to its end, from wherever its saved state stands."""
+    path = args.work / f"{stage}.pt"
+    steps = {"vision": args.vision_steps, "language": args.language_steps, "joint": args.joint_steps}[stage]
+    peak = {"vision": 2e-3, "language": args.rate, "joint": args.rate}[stage]
+    device = torch.device(args.device)
+    parts: dict[str, list[nn.Module]] = {
+        "vision": [model.vision_tower, heads],
+        "language": [model.multi_modal_projector, model.language_model, model.lm_head],
+        "joint": [model],
+    }
+    parameters = [p for module in parts[stage] for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.02)
+    start = 0
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        heads.load_state_dict(state["heads"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    if start >= steps:
+        return
+    warmup = {"vision": 0, "language": args.language_steps // 8, "joint": 0}[stage]
+    size = args.batch * 2 if stage == "vision" else args.batch
+    run = torch.compile(decode, dynamic=True) if args.compile else decode
+    data = Batches(stage, start, size, args.seed, talk, warmup)
+    loader = iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4))
+    began, saved, mean = time.time(), time.time(), 0.0
+    for step in range(start, steps):
+        batch = [part.to(device) for part in next(loader)]
+        fall_from = {"vision": 0.6, "language": 1.0, "joint": 0.0}[stage]
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, steps, peak, fall_from) if stage != "joint" else peak * (1 - step / steps)
+        if stage == "vision":
+            features = model.vision_tower(batch[0], -2)[:, 1:]
+            losses = {
+                name: F.cross_entropy(heads[name](features).flatten(0, 1), batch[1][..., i].flatten())
+                for i, name in enumerate(LABELS)
+            }
+            loss = torch.stack(list(losses.values())).sum()
+        else:
+            with torch.set_grad_enabled(stage == "joint"):
+                seen = model.vision_tower(batch[0], model.config.vision_feature_layer)[:, 1:]
+            logits = answer_logits(model, run, seen, batch[1], batch[2])
+            wanted = batch[2][:, 1:]
+            loss = F.cross_entropy(logits, wanted[wanted != -100])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RuntimeError(f"The loss of stage {stage} became {value} at step {step}; lower --rate.")
+        mean = value if step == start else 0.98 * mean + 0.02 * value
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            pace = (step + 1 - start) / (time.time() - began)
+            left = (steps - step - 1) / pace / 60
+            extra = ""
+            if stage == "vision":
+                with torch.no_grad():
+                    right = [
+                        (heads[n](features).argmax(-1) == batch[1][..., i]).float().mean() for i, n in enumerate(LABELS)
+                    ]
+                extra = " " + " ".join(f"{name} {float(r):.3f}" for name, r in zip(LABELS, right))
+            elif (step + 1) % 500 == 0:
+                extra = " " + heterogeneity(model, batch[0][:8], batch[1][:8])
+            print(
+                f"{stage} {step + 1}/{steps} loss {mean:.4f} {pace * size:.1f} samples/s, {left:.0f} min left{extra}",
+                flush=True,
+            )
+        if time.time() - saved > 120 or step + 1 == steps:
+            saved = time.time()
+            temporary = path.with_suffix(".part")
+            torch.save(
+                {"model": model.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
+                 "step": step + 1},
+                temporary,
+            )  # fmt: skip
+            temporary.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.train_tiny", description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder for the state of training")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16, help="scenes a step (twice as many in the vision stage)")
+    parser.add_argument("--vision-steps", type=int, default=1200)
+    parser.add_argument("--language-steps", type=int, default=6000)
+    parser.add_argument("--joint-steps", type=int, default=1500)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decoder (about a third faster)")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate of the decoder")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    tokenizer = args.work / "tokenizer.model"
+    if not tokenizer.exists():
+        train_tokenizer(tokenizer, args.seed)
+    talk = Conversations(tokenizer)
+    model = Llava(tiny_config(talk.size, talk.image_id, talk.pad_id))
+    initialise(model)
+    model.to(args.device)
+    heads = nn.ModuleDict({name: nn.Linear(128, count) for name, count in LABELS.items()}).to(args.device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {talk.size}")
+    for stage in ("vision", "language", "joint"):
+        run_stage(stage, model, heads, talk, args)
+
+
+if __name__ == "__main__":
+    main()
