@@ -71,14 +71,13 @@ def search(priority: Tensor, total: int, protected: int) -> tuple[float, Tensor]
     layers, length = priority.shape
     if protected >= length:
         return 0.0, torch.full((layers,), length, device=priority.device)
-    # Column j is the prefix that brings a layer to protected + j + 1 tokens; the last one brings all N.
-    prefix = torch.cat([priority[:, : length - protected - 1], torch.ones_like(priority[:, :1])], dim=-1)
+    prefix = priority[:, : length - protected].contiguous()  # longer prefixes change no size
 
     def sizes(threshold: Tensor) -> Tensor:
         below = torch.searchsorted(prefix, threshold.expand(layers, 1).contiguous())[:, 0]  # P_l(k) < p
         return (below + 1 + protected).clamp(max=length)
 
-    thresholds = prefix.unique()  # sorted
+    thresholds = torch.cat([prefix.flatten(), priority[0, -1:]]).unique()  # sorted, up to 1
     low, high = 0, len(thresholds)  # sizes fit for all thresholds before `low`, for none from `high` on
     while low < high:
         middle = (low + high) // 2
@@ -167,7 +166,9 @@ class PrefixKV:
         """Tokens a layer that kept `kept` [L, B] of `prompt` [B] tokens may hold after `seen` [B]: [L, B]."""
         if self.decode == "keep":
             return kept + seen - prompt
-        return -((-seen * kept) // prompt)  # the ratio of prefill, rounded up
+        # The ratio of prefill, rounded up. Taken from the share that was dropped, in float64, as the published
+        # code does: where seen * kept / prompt is whole, its rounding error decides about one token more.
+        return (seen * (1 - (prompt - kept).double() / prompt)).ceil().long()
 
     def evict(self, position: Tensor, kept: Tensor) -> Tensor:
         """The slot that each layer gives up, from position [L, B, S], -1 in free slots: [L, B].

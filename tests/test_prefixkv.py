@@ -1,0 +1,332 @@
+"""The invariants of PrefixKV, one sentence a test, and agreement with the published implementation's decisions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import GOLDEN
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefixkv import PrefixKV, importance, priority, retain, search
+
+seeds = st.integers(0, 2**32 - 1)
+budgets = st.floats(0.01, 1.0)
+
+
+def random_importance(seed: int, layers: int, length: int, kind: str = "skewed") -> torch.Tensor:
+    """Importance [L, N] of the kinds attention makes, and of the kinds that break a search."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(layers, length, generator=generator)
+    sharpness = torch.rand(layers, 1, generator=generator) * 12
+    return {
+        "skewed": uniform**sharpness,
+        "ties": (uniform * 3).floor(),
+        "equal": torch.ones(layers, length),
+        "zeros": torch.zeros(layers, length),
+        "one-hot": torch.nn.functional.one_hot(uniform.argmax(-1), length).float(),
+        "some layers zero": (uniform**sharpness) * (torch.arange(layers) % 2)[:, None],
+        "tiny": uniform * 1e-38,
+        "huge": uniform * 1e37,
+    }[kind]
+
+
+KINDS = ["skewed", "ties", "equal", "zeros", "one-hot", "some layers zero", "tiny", "huge"]
+tables = st.builds(random_importance, seeds, st.integers(1, 8), st.integers(1, 70), st.sampled_from(KINDS))
+
+
+def allocate(table: torch.Tensor, budget: float, start: int = 1) -> torch.Tensor:
+    """Counts [L] of one prompt without padding."""
+    present = torch.ones(1, table.shape[1], dtype=torch.bool)
+    return PrefixKV(budget, start).allocate(table[:, None], present)[:, 0]
+
+
+def keep(table: torch.Tensor, counts: torch.Tensor, start: int = 1) -> torch.Tensor:
+    """Kept tokens bool [L, N]."""
+    present = torch.ones(1, table.shape[1], dtype=torch.bool)
+    return torch.cat([retain(row[None], count[None], present, start) for row, count in zip(table, counts)])
+
+
+@given(tables, budgets, st.integers(0, 4))
+def test_the_total_kept_is_the_budget_exactly(table, budget, start):
+    layers, length = table.shape
+    protected = min(length, start + 1)
+    counts = allocate(table, budget, start)
+    assert int(counts.sum()) == max(round(budget * layers * length), layers * protected)
+    assert (counts >= protected).all() and (counts <= length).all()
+    assert torch.equal(keep(table, counts, start).sum(-1), counts)
+
+
+@given(tables, budgets, budgets)
+def test_a_larger_budget_keeps_a_superset_in_every_layer(table, one, other):
+    small, large = (keep(table, allocate(table, budget)) for budget in sorted((one, other)))
+    assert (small <= large).all()
+
+
+@given(tables, budgets, budgets)
+def test_a_larger_budget_never_lowers_the_threshold(table, one, other):
+    layers, length = table.shape
+    if length < 3:
+        return
+    totals = [max(round(budget * layers * length), layers * 2) for budget in sorted((one, other))]
+    low, high = (search(priority(table), total, 2)[0] for total in totals)
+    assert low <= high
+
+
+@given(seeds, st.integers(1, 3), st.integers(3, 7), st.data())
+def test_no_other_allocation_has_a_larger_smallest_prefix(seed, layers, length, data):
+    table = random_importance(seed, layers, length, data.draw(st.sampled_from(["skewed", "ties", "one-hot"])))
+    total = data.draw(st.integers(layers * 2, layers * length))
+    prefixes = priority(table)
+
+    def smallest(counts):
+        """The least share that any layer's prefix holds; a layer with all its tokens holds all."""
+        shares = [
+            1.0 if count == length else float(row[count - 3]) if count > 2 else 0.0
+            for row, count in zip(prefixes, counts)
+        ]
+        return min(shares)
+
+    _, counts = search(prefixes, total, 2)
+    every = itertools.product(range(2, length + 1), repeat=layers)
+    best = max(smallest(candidate) for candidate in every if sum(candidate) == total)
+    assert smallest(counts.tolist()) == best
+
+
+@given(tables, budgets)
+def test_the_threshold_is_the_largest_that_fits(table, budget):
+    layers, length = table.shape
+    if length < 3:
+        return
+    prefixes, total = priority(table), max(round(budget * layers * length), layers * 2)
+    threshold, counts = search(prefixes, total, 2)
+
+    def sizes(p):  # straight from the definition: the shortest prefix that holds p, and the protected on top
+        shortest = (prefixes < p).sum(-1) + 1 if p > 0 else torch.zeros(layers, dtype=torch.long)
+        return (shortest + 2).clamp(max=length)
+
+    assert int(sizes(threshold).sum()) <= total
+    assert (counts >= sizes(threshold)).all()
+    above = prefixes[prefixes > threshold]
+    if len(above):
+        assert int(sizes(float(above.min())).sum()) > total
+
+
+@given(tables, budgets, st.integers(0, 5))
+def test_protected_tokens_survive(table, budget, start):
+    kept = keep(table, allocate(table, budget, start), start)
+    assert kept[:, :start].all() and kept[:, -1].all()
+
+
+@given(seeds, st.integers(1, 8), st.integers(3, 60), budgets, st.integers(-20, 20))
+def test_scaling_one_layer_changes_nothing(seed, layers, length, budget, power):
+    table = random_importance(seed, layers, length)
+    scaled = table.clone()
+    scaled[0] *= 2.0**power  # a power of two is exact in floating point
+    assert torch.equal(allocate(scaled, budget), allocate(table, budget))
+
+
+@given(seeds, st.integers(2, 8), st.integers(3, 60), budgets)
+def test_permuting_layers_permutes_counts(seed, layers, length, budget):
+    table = torch.rand(layers, length, generator=torch.Generator().manual_seed(seed))  # no two prefixes are equal
+    order = torch.randperm(layers, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(allocate(table[order], budget), allocate(table, budget)[order])
+
+
+@given(seeds, st.integers(2, 8), st.integers(3, 60), budgets, st.sampled_from(KINDS))
+def test_equal_layers_get_equal_counts(seed, layers, length, budget, kind):
+    counts = allocate(random_importance(seed, 1, length, kind).expand(layers, -1), budget)
+    assert int(counts.max() - counts.min()) <= 1
+
+
+@given(tables)
+def test_a_full_budget_keeps_everything(table):
+    assert keep(table, allocate(table, 1.0)).all()
+
+
+@given(tables)
+def test_priority_rises_to_one(table):
+    prefixes = priority(table)
+    assert (prefixes.diff(dim=-1) >= 0).all()
+    assert (prefixes[:, -1] == 1).all()
+
+
+@given(seeds, st.integers(4, 40), st.data())
+def test_retention_prefers_importance_and_then_the_earlier_token(seed, length, data):
+    row = random_importance(seed, 1, length, data.draw(st.sampled_from(["skewed", "ties", "zeros"])))
+    count = data.draw(st.integers(2, length))
+    kept = set(keep(row, torch.tensor([count]))[0].nonzero()[:, 0].tolist())
+    others = sorted(range(1, length - 1), key=lambda j: (-float(row[0, j]), j))
+    assert kept == {0, length - 1, *others[: count - 2]}
+
+
+@given(seeds, st.integers(1, 3), st.integers(1, 6), st.integers(1, 30), budgets)
+def test_a_sample_is_compressed_alike_alone_and_padded_in_a_batch(seed, batch, layers, length, budget):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, length + 1, (batch,), generator=generator)
+    longest = int(lengths.max())
+    present = torch.arange(longest) >= (longest - lengths)[:, None]
+    scores = torch.rand(layers, batch, longest, generator=generator) * 7 * present
+    compressor = PrefixKV(budget)
+    counts = compressor.allocate(scores, present)
+    for b, own in enumerate(lengths.tolist()):
+        alone = scores[:, b : b + 1, longest - own :]
+        mask = torch.ones(1, own, dtype=torch.bool)
+        assert torch.equal(compressor.allocate(alone, mask)[:, 0], counts[:, b])
+        for layer in range(layers):
+            inside = compressor.retain(scores[layer], counts[layer], present)[b]
+            assert not inside[: longest - own].any()
+            assert torch.equal(
+                inside[longest - own :], compressor.retain(alone[layer], counts[layer, b : b + 1], mask)[0]
+            )
+
+
+def naive_importance(query, key, present):
+    """The definition, with the whole attention matrix, in float64."""
+    heads, length = query.shape[1:3]
+    key = key.repeat_interleave(heads // key.shape[1], dim=1).double()
+    scores = query.double() @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    allowed = torch.ones(length, length, dtype=torch.bool).tril() & present[:, None, None]
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return (weights * present[:, None, :, None]).mean(1).sum(1)
+
+
+@given(
+    seeds, st.integers(1, 3), st.sampled_from([(1, 1), (4, 4), (6, 2), (4, 1)]), st.integers(1, 40), st.integers(1, 45)
+)
+def test_block_wise_importance_is_the_naive_one_for_every_block_size(seed, batch, heads, length, block):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, heads[0], length, 6, generator=generator) * 2
+    key = torch.randn(batch, heads[1], length, 6, generator=generator) * 2
+    lengths = torch.randint(1, length + 1, (batch,), generator=generator)
+    present = torch.arange(length) >= (length - lengths)[:, None]
+    found = importance(query, key, present, block)
+    # float32 softmax of up to 40 weights, summed over up to 40 queries: a few units in the last place of each
+    torch.testing.assert_close(found.double(), naive_importance(query, key, present), rtol=1e-5, atol=1e-6)
+    # Every real query hands out an attention of 1 in all.
+    torch.testing.assert_close(found.sum(-1), lengths.float(), rtol=1e-5, atol=0)
+    assert (found[~present] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_importance_is_accumulated_in_float32_whatever_the_dtype(dtype):
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, 200, 8, generator=generator).to(dtype) for _ in range(2))
+    present = torch.ones(1, 200, dtype=torch.bool)
+    found = importance(query, key, present)
+    assert found.dtype == torch.float32
+    # Only the scores themselves are rounded to the dtype (8 bits of mantissa in bfloat16).
+    torch.testing.assert_close(found.double(), naive_importance(query, key, present), rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_importance_that_is_not_finite_is_refused_with_its_layer(value):
+    scores = torch.rand(4, 2, 9)
+    scores[2, 1, 3] = value
+    with pytest.raises(ValueError, match="layer 2"):
+        PrefixKV(0.5).allocate(scores, torch.ones(2, 9, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, 1.0001, float("nan"), float("inf")])
+def test_a_budget_outside_zero_to_one_is_refused(budget):
+    with pytest.raises(ValueError, match="budget"):
+        PrefixKV(budget)
+
+
+@pytest.mark.parametrize("wrong", [{"start": -1}, {"decode": "drop"}, {"plan": [0.5, 1.5]}])
+def test_other_arguments_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        PrefixKV(0.5, **wrong)
+
+
+# ---------------------------------------------------------------- eviction
+
+
+@given(seeds, st.integers(2, 80), st.integers(1, 90), st.data())
+def test_eviction_is_a_queue_behind_pinned_tokens(seed, kept, steps, data):
+    """The slots hold what a list holds from which the oldest recent entry is cut whenever it grows too long."""
+    prompt = data.draw(st.integers(kept, kept + 60))
+    compressor = PrefixKV(0.5)
+    kept_t, prompt_t = torch.tensor([[kept]]), torch.tensor([prompt])
+    capacity = int(compressor.room(kept_t, prompt_t, prompt_t + steps))
+    start = sorted(torch.randperm(prompt, generator=torch.Generator().manual_seed(seed))[:kept].tolist())
+    model, pinned = list(start), kept - 25 if kept - 25 >= 1 else kept // 2
+    position = torch.full((1, 1, capacity), -1)
+    position[0, 0, :kept] = torch.tensor(start)
+    used = kept
+    for step in range(steps):
+        room = math.ceil((prompt + step + 1) * (1 - (prompt - kept) / prompt))
+        model.append(prompt + step)
+        if len(model) > room:
+            del model[pinned]
+        assert room == int(compressor.room(kept_t, prompt_t, prompt_t + step + 1))
+        slot = used if used < room else int(compressor.evict(position, kept_t))
+        used = min(used + 1, room)
+        position[0, 0, slot] = prompt + step
+        assert sorted(position[position >= 0].tolist()) == model
+
+
+def test_keeping_everything_while_decoding_has_room_for_every_new_token():
+    kept, prompt = torch.tensor([[5, 9]]), torch.tensor([20, 30])
+    assert PrefixKV(0.3, decode="keep").room(kept, prompt, prompt + 7).tolist() == [[12, 16]]
+
+
+# ---------------------------------------------------------------- the published implementation
+
+golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the published implementation's decisions are not here")
+CASES = [f"case_{index}" for index in range(6)]
+
+
+def load_case(name):
+    from safetensors.torch import load_file
+
+    return load_file(GOLDEN / f"{name}.safetensors")
+
+
+@golden
+@pytest.mark.parametrize("name", CASES)
+def test_importance_is_the_published_one(name):
+    case = load_case(name)
+    for query, key, expected in zip(case["queries"], case["keys"], case["importance"]):
+        present = torch.ones(1, query.shape[2], dtype=torch.bool)
+        torch.testing.assert_close(importance(query, key, present)[0], expected, rtol=1e-5, atol=0)
+
+
+@golden
+@pytest.mark.parametrize("name", CASES)
+def test_exact_counts_are_within_three_tokens_of_the_published_approximate_ones(name):
+    case = load_case(name)
+    for budget in (0.1, 0.2, 0.4, 0.5, 0.8):
+        counts = allocate(case["importance"], budget)
+        assert int((counts - case[f"kept_counts/{budget}"]).abs().max()) <= 3
+
+
+@golden
+@pytest.mark.parametrize("name", CASES)
+def test_given_the_published_counts_every_kept_position_and_decode_step_is_the_published_one(name):
+    case = load_case(name)
+    layers, length = case["importance"].shape
+    compressor = PrefixKV(0.5)
+    for budget in (0.1, 0.2, 0.4, 0.5, 0.8):
+        counts = case[f"kept_counts/{budget}"]
+        kept = keep(case["importance"], counts)
+        prompt = torch.tensor([length])
+        for layer in range(layers):
+            positions = kept[layer].nonzero()[:, 0]
+            assert torch.equal(positions.int(), case[f"kept/{budget}/{layer}"])
+            count = counts[layer].view(1, 1)
+            slots = int(compressor.room(count, prompt, prompt + 64))
+            position = torch.full((1, 1, slots), -1)
+            position[0, 0, : len(positions)] = positions
+            used = len(positions)
+            for step in range(64):
+                room = int(compressor.room(count, prompt, prompt + step + 1))
+                slot = used if used < room else int(compressor.evict(position, count))
+                used = min(used + 1, room)
+                position[0, 0, slot] = length + step
+                assert used == case[f"decode_lengths/{budget}"][step, layer]
+            held = position[position >= 0].sort().values
+            assert torch.equal(held.int(), case[f"decode_kept/{budget}/{layer}"])
