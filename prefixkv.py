@@ -38,10 +38,11 @@ def importance(query: Tensor, key: Tensor, present: Tensor, block: int = 128) ->
     total = query.new_zeros(batch, length, dtype=torch.float32)  # [B, N]
     for start in range(0, length, block):
         end = min(start + block, length)
+        count = end - start
         # The queries of a group stand side by side, so that no key is repeated for them.
-        rows = query[:, :, start:end].unflatten(1, (-1, groups)).flatten(2, 3)  # [B, Hkv, G * block, Dh]
+        rows = query[:, :, start:end].unflatten(1, (-1, groups)).flatten(2, 3)  # [B, Hkv, G * count, Dh]
         scores = (rows @ key[:, :, :end].transpose(-1, -2)).float() * size**-0.5
-        scores = scores.unflatten(2, (groups, end - start))  # [B, Hkv, G, block, end]
+        scores = scores.unflatten(2, (groups, count))  # [B, Hkv, G, count, end]
         later = torch.arange(end, device=query.device) > torch.arange(start, end, device=query.device)[:, None]
         hidden = later | ~present[:, None, None, None, :end]
         weights = scores.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1)
@@ -144,7 +145,7 @@ class PrefixKV:
             )
         counts = []
         for sample, mask in zip(importance.unbind(1), present):
-            scores = sample[:, mask]  # [L, N]
+            scores = sample[:, mask]  # without the padding
             layers, length = scores.shape
             protected = min(length, self.start + 1)
             total = max(round(self.budget * layers * length), layers * protected)

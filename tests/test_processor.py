@@ -1,0 +1,269 @@
+"""Pixels are those of `transformers`' PIL image processors, ids those of sentencepiece around added tokens."""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import os
+
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from minillava.model import LlavaError
+from minillava.processor import AddedToken, ImageProcessor, Processor, Tokenizer, open_image, to_rgb
+
+# transformers rounds twice on the way (to float32 after rescaling, and after normalising), we round once.
+PIXELS = 1e-6
+
+
+def picture(seed: int, width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """Noise in any mode."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    values = torch.randint(0, 256, (height, width, channels), generator=generator, dtype=torch.uint8)
+    return Image.frombytes(mode, (width, height), values.numpy().tobytes())
+
+
+def theirs(image: Image.Image, **config) -> torch.Tensor:
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    return LlavaImageProcessorPil(**config)(image, return_tensors="pt")["pixel_values"][0]
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 2**31), st.integers(1, 90), st.integers(1, 90), st.sampled_from(["RGB", "L", "RGBA", "LA", "CMYK"]),
+    st.integers(8, 40), st.integers(8, 40), st.booleans(), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_pixels_are_those_of_transformers(seed, width, height, mode, edge, crop, pad, resize, cut):
+    image = picture(seed, width, height, mode)
+    config = {
+        "size": {"shortest_edge": edge}, "crop_size": {"height": crop, "width": crop}, "do_pad": pad,
+        "do_resize": resize, "do_center_crop": cut,
+    }  # fmt: skip
+    expected = theirs(image, **config)
+    torch.testing.assert_close(ImageProcessor.from_dict(config)(image), expected.float(), atol=PIXELS, rtol=0)
+
+
+@pytest.mark.parametrize("size", [{"height": 20, "width": 30}, {"shortest_edge": 24}])
+@pytest.mark.parametrize("resample", [0, 1, 2, 3])
+def test_every_resampling_filter_and_spelling_of_size_agrees(size, resample):
+    config = {
+        "size": size,
+        "crop_size": {"height": 18, "width": 22},
+        "resample": resample,
+        "do_normalize": resample < 2,
+    }
+    expected = theirs(picture(1, 50, 37), **config)
+    torch.testing.assert_close(
+        ImageProcessor.from_dict(config)(picture(1, 50, 37)), expected.float(), atol=PIXELS, rtol=0
+    )
+
+
+def test_a_palette_picture_with_a_transparent_colour_lies_on_white():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((0, 0), 0)
+    image.info["transparency"] = 1
+    assert to_rgb(image).getpixel((0, 0)) == (255, 0, 0)
+    assert to_rgb(image).getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_sixteen_bit_grey_keeps_its_brightness():
+    image = Image.new("I;16", (3, 1))
+    for x, value in enumerate((0, 32896, 65535)):
+        image.putpixel((x, 0), value)
+    assert [to_rgb(image).getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
+def test_a_photo_is_turned_as_its_exif_data_says():
+    image = picture(0, 6, 4)
+    exif = image.getexif()
+    exif[274] = 6  # the camera was held upright
+    stored = io.BytesIO()
+    image.save(stored, "png", exif=exif)
+    turned = to_rgb(Image.open(stored))
+    assert turned.size == (4, 6)
+    assert turned.tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"size": 0}, {"size": {"height": 4}}, {"size": "large"}, {"crop_size": {"height": -1, "width": 3}},
+        {"size": 10**9}, {"image_mean": [1, 2]}, {"image_mean": "grey"}, {"image_std": [0, 1, 1]}, {"resample": 17},
+    ],
+)  # fmt: skip
+def test_an_image_processor_config_that_makes_no_sense_is_refused(wrong):
+    with pytest.raises(LlavaError, match=next(iter(wrong))):
+        ImageProcessor.from_dict(wrong)
+
+
+def test_files_that_hold_no_image_are_refused_in_a_sentence(tmp_path):
+    whole = io.BytesIO()
+    picture(0, 300, 300).save(whole, "png")
+    (tmp_path / "cut.png").write_bytes(whole.getvalue()[:5000])
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    bomb = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(bomb, "png")
+    (tmp_path / "bomb.png").write_bytes(bomb.getvalue())
+    for name in ("cut.png", "text.png", "empty.png", "bomb.png", "missing.png", "."):
+        with pytest.raises(LlavaError, match=name if name != "." else "image") as caught:
+            open_image(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- text
+
+
+def mistral_model():
+    """A real sentencepiece model of Llama's kind, 32,000 pieces with byte fallback, from a package that ships one."""
+    mistral = pytest.importorskip("mistral_common", reason="mistral-common ships the sentencepiece model")
+    found = glob.glob(os.path.join(os.path.dirname(mistral.__file__), "data", "tokenizer.model.v1"))
+    if not found:
+        pytest.skip("this mistral-common ships no sentencepiece model")
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=found[0])
+
+
+@pytest.fixture(scope="module")
+def large():
+    """Our tokenizer, and transformers' fast one as LLaVA's tokenizer.json builds it, for the same 32,000 pieces."""
+    from tokenizers import AddedToken as Added
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, normalizers
+
+    model = mistral_model()
+    added = [AddedToken("<image>", 32000), AddedToken("<pad>", 32001)]
+    added += [AddedToken(model.id_to_piece(i), i) for i in range(3)]
+    vocab = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())]
+    ids = {piece: i for i, (piece, _) in enumerate(vocab)}
+    merges = []
+    for piece, score in vocab:
+        for cut in range(1, len(piece)):
+            if piece[:cut] in ids and piece[cut:] in ids:
+                merges.append((-score, ids[piece[:cut]], ids[piece[cut:]], piece[:cut], piece[cut:]))
+    merges.sort()
+    fast = Fast(models.BPE(ids, [(a, b) for *_, a, b in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast.add_special_tokens(
+        [Added(t.content, special=True, normalized=False) for t in sorted(added, key=lambda t: t.id)]
+    )
+    return Tokenizer(model, added), fast
+
+
+text = st.lists(
+    st.one_of(
+        st.text(max_size=12),
+        st.sampled_from(
+            ["USER: ", "<image>", "\n", " ASSISTANT:", "What is this?", "  ", "</s>", "<s>", "é", "日本", "🙂", "▁"]
+        ),
+    ),
+    max_size=8,
+).map("".join)
+
+
+@settings(max_examples=300)
+@given(text)
+def test_ids_are_those_of_a_llava_tokenizer_json(large, words):
+    ours, fast = large
+    words = words.replace("\0", "")  # sentencepiece ends a text at NUL
+    assert ours.encode(words) == [1, *fast.encode(words, add_special_tokens=False).ids]
+
+
+def test_text_around_an_image_gets_its_own_leading_space(large):
+    tokenizer, _ = large
+    ids = tokenizer.encode("USER: <image>\nWhat")
+    at = ids.index(32000)
+    pieces = [tokenizer.model.id_to_piece(i) for i in (*ids[1:at], *ids[at + 1 :])]
+    assert pieces[-3:] == ["▁", "<0x0A>", "What"]
+    assert pieces[at - 2] == "▁"
+
+
+@settings(max_examples=200)
+@given(st.text(max_size=40))
+def test_decoding_gives_the_text_back(large, words):
+    tokenizer, _ = large
+    words = "".join(c for c in words if c not in "\0▁" and not 0xD800 <= ord(c) < 0xE000)
+    if any(token in words for token in tokenizer.added):
+        return
+    assert tokenizer.decode(tokenizer.encode(words)) == words
+
+
+def test_decoding_leaves_out_special_tokens_and_unknown_ids(tiny):
+    _, processor = tiny
+    ids = processor.tokenizer.encode("<s>yes.</s>")
+    assert processor.decode([*ids, 10**6, processor.config.image_token_id, -5]) == "yes."
+    assert processor.decode(torch.tensor([ids, ids])) == ["yes.", "yes."]
+
+
+# ---------------------------------------------------------------- both
+
+
+def test_every_image_token_becomes_as_many_as_the_image_has_patches(tiny):
+    model, processor = tiny
+    inputs = processor("USER: <image>\nOne <image> two ASSISTANT:", [picture(0, 30, 20), picture(1, 20, 50)])
+    count = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    assert count == 2 * model.config.num_image_tokens == 2 * 144
+    assert inputs["pixel_values"].shape == (2, 3, 96, 96)
+
+
+@pytest.mark.parametrize(
+    "text, images", [("no image", 1), ("<image>", 0), ("<image> <image>", 1), (["<image>", "b"], 2)]
+)
+def test_the_count_of_images_must_be_the_count_of_image_tokens(tiny, text, images):
+    _, processor = tiny
+    named = "".join(text).count("<image>")
+    with pytest.raises(LlavaError, match=f"has {named} <image> and {images} images"):
+        processor(text, [picture(0, 9, 9)] * images)
+
+
+def test_shorter_prompts_are_padded_on_the_left(tiny):
+    _, processor = tiny
+    inputs = processor(["How many objects are there? Count the objects.", "yes"])
+    assert inputs["attention_mask"][0].all()
+    row, mask = inputs["input_ids"][1], inputs["attention_mask"][1]
+    assert (mask.diff() >= 0).all() and not mask[0]
+    assert (row[mask == 0] == processor.config.pad_token_id).all()
+    assert row[mask == 1].tolist() == processor.tokenizer.encode("yes")
+
+
+def test_a_conversation_is_written_as_llava_was_trained():
+    assert Processor.chat([("What?", "A cat."), ("Where?", None)], num_images=1) == (
+        "USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Where? ASSISTANT:"
+    )
+
+
+def test_embedded_ids_and_pixels_are_those_of_its_transformers_processor_parts(tiny):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    _, processor = tiny
+    image = picture(3, 111, 97)
+    expected = CLIPImageProcessorPil.from_pretrained(TINY)(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(processor.image_processor(image), expected.float(), atol=PIXELS, rtol=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x0a\x05hello"])
+def test_a_tokenizer_that_is_no_sentencepiece_model_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(LlavaError, match=r"tokenizer\.model"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_added_tokens_are_read_from_every_file_that_may_hold_them(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<image>": 900}))
+    assert Tokenizer.from_folder(tmp_path).encode("<image>")[-1] == 900
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 901, "content": "<image>"}]}))
+    assert Tokenizer.from_folder(tmp_path).encode("<image>")[-1] == 901
+    config = {"added_tokens_decoder": {"902": {"content": "<image>", "lstrip": True}}, "add_bos_token": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.from_folder(tmp_path).encode("  <image>") == [902]

@@ -1,0 +1,142 @@
+"""Every shape comment in the source is true: the code runs under a tracer that compares them with the tensors."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import minillava.model
+import prefixkv
+from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
+from prefixkv import PrefixKV
+
+COMMENT = re.compile(r"#\s*\[([^\]]+)\]$")
+SOURCES = [Path(minillava.model.__file__), Path(prefixkv.__file__)]
+
+# Sizes that no two dimensions share, so that a comment cannot be right by accident.
+CONFIG = LlavaConfig(
+    vision=VisionConfig(hidden_size=33, intermediate_size=17, num_hidden_layers=2, num_attention_heads=3, image_size=28,
+                        patch_size=7),
+    text=TextConfig(vocab_size=101, hidden_size=40, intermediate_size=23, num_hidden_layers=5, num_attention_heads=6,
+                    num_key_value_heads=2, head_dim=14, max_position_embeddings=300),
+    image_token_id=100,
+)  # fmt: skip
+KNOWN = {"H": 6, "Hkv": 2, "G": 3, "Dh": 14, "D": 40, "V": 101, "L": 5, "Dv": 33, "Hv": 3, "P": 16, "R": 28, "patch": 7}
+
+
+def commented(path: Path) -> dict[int, tuple[ast.stmt, str]]:
+    """Statements that end in a shape comment, by every line they span."""
+    lines = path.read_text().splitlines()
+    found: dict[int, tuple[ast.stmt, str]] = {}
+    nodes = [n for n in ast.walk(ast.parse("\n".join(lines))) if isinstance(n, ast.stmt)]
+    for number, line in enumerate(lines, start=1):
+        match = COMMENT.search(line)
+        if match:
+            node = max((n for n in nodes if n.end_lineno == number), key=lambda n: n.lineno)
+            for covered in range(node.lineno, number + 1):
+                found[covered] = (node, match[1])
+    return found
+
+
+def check(shape: tuple[int, ...], comment: str, bound: dict[str, int], own: dict[str, int]) -> None:
+    """Compares; names are those of KNOWN, the function's `own` integers, or take the size they meet first in a call."""
+    parts = [part.strip() for part in comment.split(",")]
+    assert len(parts) == len(shape), f"# [{comment}] against {tuple(shape)}"
+    for part, size in zip(parts, shape):
+        if part.isidentifier() and part not in KNOWN and part not in own:
+            assert bound.setdefault(part, size) == size, (
+                f"# [{comment}] against {tuple(shape)}: {part} was {bound[part]}"
+            )
+        else:
+            assert eval(part, {**own, **KNOWN, **bound}) == size, f"# [{comment}] against {tuple(shape)}"
+
+
+class Tracer:
+    """Follows the functions of some source files and checks every commented statement it sees executed."""
+
+    def __init__(self, paths):
+        self.statements = {str(path): commented(path) for path in paths}
+        self.seen: set[tuple[str, int]] = set()
+        self.wrong: list[str] = []
+
+    def __call__(self, frame, event, _):
+        statements = self.statements.get(frame.f_code.co_filename)
+        if statements is None or event != "call" or frame.f_code.co_name.startswith("<"):
+            return None
+        state = {"pending": None, "bound": {}}
+
+        def local(frame, event, value):
+            pending = state["pending"]
+            if pending and (event == "return" or statements.get(frame.f_lineno, (None,))[0] is not pending[0]):
+                state["pending"] = None
+                self.verify(frame, pending, value if event == "return" else None, state["bound"])
+            if event == "line":
+                state["pending"] = statements.get(frame.f_lineno)
+            return local
+
+        return local
+
+    def verify(self, frame, pending, returned, bound):
+        node, comment = pending
+        if isinstance(node, ast.Return):
+            value = returned
+        elif isinstance(node, ast.Expr):  # held.append(...)
+            value = eval(ast.unparse(node.value.func.value), frame.f_globals, frame.f_locals)[-1]
+        else:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            value = eval(ast.unparse(target), frame.f_globals, frame.f_locals)
+        self.seen.add((frame.f_code.co_filename, node.lineno))
+        try:
+            own = {name: number for name, number in frame.f_locals.items() if type(number) is int}
+            check(value.shape, comment, bound, own)
+        except AssertionError as error:
+            self.wrong.append(f"{Path(frame.f_code.co_filename).name}:{node.lineno}: {error}")
+
+
+def exercise() -> None:
+    """Runs every path of the model once."""
+    torch.manual_seed(0)
+    model = Llava(CONFIG).eval()
+    image = torch.full((16,), 100)
+    rows = [torch.cat([torch.arange(9), image, torch.arange(4)]), torch.cat([image, torch.arange(2), image])]
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.cat([torch.zeros(longest - len(row), dtype=torch.long), row]) for row in rows])
+    mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
+    pixels = torch.randn(3, 3, 28, 28)
+    model(ids, pixels, mask)
+    for compressor in (None, PrefixKV(0.4), PrefixKV(0.3, plan=[0.3] * 5)):
+        model.generate(ids, pixels, mask, max_new_tokens=4, eos_token_id=(), compressor=compressor)
+    model.generate(ids[:1, -4:], max_new_tokens=2, temperature=1.0, top_k=5, top_p=0.5, seed=1)
+
+
+def run(tracer: Tracer) -> None:
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        exercise()
+    finally:
+        sys.settrace(before)
+
+
+def test_every_shape_comment_is_true_and_is_reached():
+    tracer = Tracer(SOURCES)
+    run(tracer)
+    assert not tracer.wrong, "\n".join(tracer.wrong)
+    every = {(name, node.lineno) for name, found in tracer.statements.items() for node, _ in found.values()}
+    assert every - tracer.seen == set()
+    assert len(every) > 40
+
+
+@pytest.mark.parametrize("true, false", [("B, H, N, Dh", "B, Hkv, N, Dh"), ("B, N, D", "B, D, N"), ("L, B", "B, L")])
+def test_a_shape_comment_that_lies_is_caught(true, false):
+    tracer = Tracer(SOURCES)
+    for found in tracer.statements.values():
+        for line, (node, comment) in found.items():
+            found[line] = (node, false if comment == true else comment)
+    run(tracer)
+    assert tracer.wrong
