@@ -74,9 +74,9 @@ def answer(
     images: list[Image.Image],
     budget: float | None,
     args: argparse.Namespace,
-    show: bool,
+    title: str | None = "",
 ) -> Run:
-    """Answers one prompt; budget None is the full cache. Prints the text as it comes if `show`."""
+    """Answers one prompt; budget None is the full cache. Prints title and text as they come; title None: nothing."""
     device = model.lm_head.weight.device
     inputs = {name: tensor.to(device) for name, tensor in processor(prompt, images).items()}
     compressor = None if budget is None else PrefixKV(budget)
@@ -86,6 +86,9 @@ def answer(
         torch.cuda.synchronize()
     prefilled = time.perf_counter()
     kept = cache.kept[:, 0].tolist()
+    show = title is not None
+    if title:
+        print(title)
     typewriter, ids, ended = Typewriter(), [], prefilled
     for token in model.decode(
         logits, cache, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed
@@ -150,7 +153,7 @@ def table(runs: list[Run]) -> str:
         kept = sum(run.kept_per_layer)
         rows.append(
             (
-                "full" if run.method == "full" else f"{run.budget:.0%}",
+                "full" if run.method == "full" else f"{100 * run.budget:g}%",
                 str(run.prompt_tokens),
                 f"{kept} of {total}",
                 bars(run),
@@ -178,7 +181,7 @@ def chat(model: Llava, processor: Processor, images: list[Image.Image], args: ar
             return
         turns.append((question, None))
         try:
-            run = answer(model, processor, processor.chat(turns, len(images)), images, budget, args, show=True)
+            run = answer(model, processor, processor.chat(turns, len(images)), images, budget, args)
         except LlavaError as error:
             print(f"{error}", file=sys.stderr)
             turns.pop()
@@ -248,9 +251,8 @@ def run(args: argparse.Namespace) -> None:
     prompt = question if "<image>" in question else processor.chat([(question, None)], len(images))
     runs = []
     for budget in [None, *(args.budget or [0.5, 0.2])]:
-        if not args.json:
-            print("full cache" if budget is None else f"PrefixKV, {budget:.0%} of the cache")
-        runs.append(answer(model, processor, prompt, images, budget, args, show=not args.json))
+        title = "full cache" if budget is None else f"PrefixKV, {100 * budget:g}% of the cache"
+        runs.append(answer(model, processor, prompt, images, budget, args, None if args.json else title))
         if not args.json:
             print()
     if args.json:
@@ -264,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
         run(args)
-    except LlavaError as error:
+    except ValueError as error:  # LlavaError, or PrefixKV's refusal of importance that is not finite
         print(f"demo.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

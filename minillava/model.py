@@ -16,8 +16,8 @@ the comment names the class whose behaviour is matched.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -28,50 +28,50 @@ from prefixkv import PrefixKV
 
 
 class LlavaError(ValueError):
-    """Input that cannot be used, told in one sentence: what was found, expected, and to do."""
+    """Input that cannot be used, told in one sentence: what was found, what was expected, what to do."""
 
 
 # ---------------------------------------------------------------- configuration
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x·sigmoid(1.702·x), the GELU approximation that OpenAI's CLIP was trained with."""
+    """x · sigmoid(1.702 · x), the approximation of GELU that OpenAI's CLIP was trained with."""
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "quick_gelu": quick_gelu,
-    "silu": F.silu,
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu}
+CHOICES: dict[str, Collection[str]] = {
+    "hidden_act": ACTIVATIONS,
+    "projector_hidden_act": ACTIVATIONS,
+    "vision_feature_select_strategy": ("default", "full"),
+    "mm_projector_type": ("mlp2x_gelu", "linear"),
 }
-
 C = TypeVar("C")
 
 
+def require(condition: object, sentence: str) -> None:
+    """Raises LlavaError with the sentence unless the condition holds."""
+    if not condition:
+        raise LlavaError(sentence)
+
+
 def read_config(cls: type[C], raw: dict[str, Any], where: str) -> C:
-    """An instance of the dataclass `cls` from the keys of `raw` it knows; absent keys keep the
-    defaults, which are those of the `transformers` class, because files leave defaults out."""
-    values: dict[str, Any] = {}
+    """The dataclass `cls` from the keys of `raw` that it has fields for, each checked for its type.
+
+    An absent key, or null, keeps the default, which is that of the `transformers` class: files leave defaults out.
+    """
+    types: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict}
+    values = {}
     for field in fields(cls):  # type: ignore[arg-type]
-        value = raw.get(field.name)
-        if value is None:  # `null` means "the default" in these files
-            if field.default is MISSING:
-                raise LlavaError(f"{where} has no '{field.name}'; the checkpoint's config.json needs it.")
+        name, value = field.name, raw.get(field.name)
+        if value is None:
             continue
-        expected = str(field.type).split(" ")[0]
-        right = {
-            "int": isinstance(value, int) and not isinstance(value, bool) and value > 0,
-            "float": isinstance(value, (int, float)) and 0 < value < math.inf,
-            "bool": isinstance(value, bool),
-            "str": isinstance(value, str),
-            "dict": isinstance(value, dict),
-        }[expected.split("[")[0]]
-        if not right:
-            kind = {"int": "a positive integer", "float": "a positive number", "bool": "true or false"}
-            raise LlavaError(f"{where} has {field.name} = {value!r}; expected {kind.get(expected, expected)}.")
-        if expected == "str" and field.name.endswith("_act") and value not in ACTIVATIONS:
-            raise LlavaError(f"{where} has {field.name} = {value!r}; known are {', '.join(ACTIVATIONS)}.")
-        values[field.name] = value
+        kind = str(field.type).split(" ")[0].split("[")[0]  # "int | None" is an int, where it is there
+        fits = isinstance(value, types[kind]) and isinstance(value, bool) == (kind == "bool")
+        require(fits, f"config.json has {where}{name} = {value!r}; expected a value of type {kind}.")
+        known = CHOICES.get(name, [value])
+        require(value in known, f"config.json has {where}{name} = {value!r}; known are {', '.join(map(str, known))}.")
+        values[name] = value
     return cls(**values)
 
 
@@ -112,7 +112,7 @@ class TextConfig:
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None  # None, or {"rope_type": "linear" | "llama3", ...}
+    rope_scaling: dict[str, Any] | None = None  # None, or {"rope_type": "linear" | "llama3", "factor": ...}
 
     @property
     def kv_heads(self) -> int:
@@ -125,10 +125,10 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """The whole model: two parts, and how image features enter the text."""
+    """The whole model: its two parts, and how image features enter the text."""
 
-    vision: VisionConfig
-    text: TextConfig
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
     image_token_id: int = 32000
     vision_feature_layer: int = -2  # 0 is the input of the first layer, -1 the output of the last
     vision_feature_select_strategy: str = "default"  # "default" drops CLS, "full" keeps it
@@ -147,92 +147,68 @@ class LlavaConfig:
     def from_dict(cls, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> LlavaConfig:
         """Reads the contents of a `config.json` and, where there is one, `generation_config.json`.
 
-        Raises LlavaError for an architecture this file does not hold and for values it cannot use.
+        Raises LlavaError for an architecture that this file does not hold and for values it cannot use.
         """
-        if raw.get("model_type") != "llava":
-            raise LlavaError(
-                f"config.json describes model_type {raw.get('model_type')!r}; this loads 'llava' checkpoints "
-                "in the Hub layout, for example llava-hf/llava-1.5-7b-hf."
-            )
-        text, vision = raw.get("text_config") or {}, raw.get("vision_config") or {}
-        for part, expected, name in ((text, "llama", "text_config"), (vision, "clip_vision_model", "vision_config")):
-            if not isinstance(part, dict):
-                raise LlavaError(f"config.json has {name} = {part!r}; expected an object.")
-            if part.get("model_type", expected) != expected:
-                raise LlavaError(
-                    f"config.json has {name}.model_type = {part['model_type']!r}; only {expected!r} is implemented."
-                )
+        kind = raw.get("model_type")
+        require(
+            kind == "llava", f"config.json has model_type {kind!r}; only 'llava', in the Hub layout, is implemented."
+        )
+        parts = []
+        for name, expected in (("text_config", "llama"), ("vision_config", "clip_vision_model")):
+            part = {} if raw.get(name) is None else raw[name]
+            require(isinstance(part, dict), f"config.json has {name} = {part!r}; expected an object.")
+            kind = part.get("model_type", expected)
+            require(kind == expected, f"config.json has {name} of type {kind!r}; only {expected!r} is implemented.")
+            parts.append(part)
+        text, vision = dict(parts[0]), parts[1]
         # transformers 5 moved rope_theta and rope_scaling into one dictionary, rope_parameters.
-        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-        text = {**text, "rope_theta": rope.pop("rope_theta", text.get("rope_theta")), "rope_scaling": None}
-        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-        if rope["rope_type"] != "default":
-            text["rope_scaling"] = rope
-        text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings", False))
-        eos = (generation or {}).get("eos_token_id", text.get("eos_token_id", raw.get("eos_token_id", 2)))
-        pad = next((p["pad_token_id"] for p in (raw, text) if p.get("pad_token_id") is not None), 0)
-        config = cls(
-            vision=read_config(VisionConfig, vision, "vision_config"),
-            text=read_config(TextConfig, text, "text_config"),
-            image_token_id=raw.get("image_token_id", raw.get("image_token_index", 32000)),
-            vision_feature_layer=raw.get("vision_feature_layer", -2),
-            vision_feature_select_strategy=raw.get("vision_feature_select_strategy", "default"),
-            projector_hidden_act=raw.get("projector_hidden_act", "gelu"),
-            multimodal_projector_bias=raw.get("multimodal_projector_bias", True),
-            mm_projector_type=raw.get("mm_projector_type", "mlp2x_gelu"),
-            eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            pad_token_id=max(pad, 0),
+        scaling, parameters = (text.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+        require(isinstance(scaling, dict) and isinstance(parameters, dict), "config.json: RoPE settings are no object.")
+        rope = {**scaling, **parameters}
+        text["rope_theta"] = rope.pop("rope_theta", text.get("rope_theta"))
+        rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+        text["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+        text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings"))
+        flat = {**raw, "image_token_id": raw.get("image_token_id", raw.get("image_token_index"))}
+        flat["pad_token_id"] = raw.get("pad_token_id", text.get("pad_token_id"))
+        flat["eos_token_id"] = flat["vision"] = flat["text"] = None  # set below
+        top = read_config(cls, flat, "")
+        eos = {"eos_token_id": 2, **raw, **text, **(generation or {})}["eos_token_id"]
+        ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        require(all(type(end) is int for end in ends), f"eos_token_id is {eos!r}; expected one id or a list of ids.")
+        config = replace(
+            top,
+            vision=read_config(VisionConfig, vision, "vision_config."),
+            text=read_config(TextConfig, text, "text_config."),
+            eos_token_id=tuple(ends),
+            pad_token_id=max(top.pad_token_id, 0),
         )
         config.check()
         return config
 
     def check(self) -> None:
-        """Raises LlavaError where values contradict each other."""
-        text, vision = self.text, self.vision
-        depth = vision.num_hidden_layers
-        for wrong, sentence in (
-            (
-                text.num_attention_heads % text.kv_heads,
-                f"{text.num_attention_heads} query heads cannot share {text.kv_heads} key-value heads evenly.",
-            ),
-            (
-                text.head_dim is None and text.hidden_size % text.num_attention_heads,
-                f"text hidden_size {text.hidden_size} is not a multiple of its {text.num_attention_heads} heads.",
-            ),
-            (text.head_size % 2, f"head size {text.head_size} is odd; RoPE turns pairs of dimensions."),
-            (
-                vision.hidden_size % vision.num_attention_heads,
-                f"vision hidden_size {vision.hidden_size} is not a multiple of its {vision.num_attention_heads} heads.",
-            ),
-            (
-                vision.num_patches < 1,
-                f"patch_size {vision.patch_size} is larger than image_size {vision.image_size}.",
-            ),
-            (
-                type(self.vision_feature_layer) is not int or not -depth - 1 <= self.vision_feature_layer <= depth,
-                f"vision_feature_layer is {self.vision_feature_layer!r}; expected one integer from {-depth - 1} "
-                f"to {depth} for a tower of {depth} layers.",
-            ),
-            (
-                self.vision_feature_select_strategy not in ("default", "full"),
-                f"vision_feature_select_strategy is {self.vision_feature_select_strategy!r}; known are default, full.",
-            ),
-            (
-                self.projector_hidden_act not in ACTIVATIONS,
-                f"projector_hidden_act is {self.projector_hidden_act!r}; known are {', '.join(ACTIVATIONS)}.",
-            ),
-            (
-                self.mm_projector_type not in ("mlp2x_gelu", "linear"),
-                f"mm_projector_type is {self.mm_projector_type!r}; known are mlp2x_gelu, linear.",
-            ),
-            (
-                type(self.image_token_id) is not int or not 0 <= self.image_token_id < text.vocab_size,
-                f"image token id {self.image_token_id!r} is outside the vocabulary of {text.vocab_size}.",
-            ),
-        ):
-            if wrong:
-                raise LlavaError(f"config.json: {sentence}")
-        rope_frequencies(text)  # refuses a RoPE scaling that is not implemented
+        """Raises LlavaError where values are out of range or contradict each other."""
+        text, vision, depth = self.text, self.vision, self.vision.num_hidden_layers
+        for where, part in (("text_config", text), ("vision_config", vision)):
+            for name, value in vars(part).items():
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                fits = not number or 0 < value < 1e12
+                require(fits, f"config.json has {where}.{name} = {value!r}; expected a number above 0.")
+            width, heads = part.hidden_size, part.num_attention_heads
+            even = width % heads == 0 or (part is text and text.head_dim is not None)
+            require(even, f"config.json: {where}.hidden_size {width} is not a multiple of its {heads} heads.")
+        heads, shared = text.num_attention_heads, text.kv_heads
+        require(heads % shared == 0, f"config.json: {heads} query heads cannot share {shared} key-value heads evenly.")
+        require(text.head_size % 2 == 0, f"config.json: head size {text.head_size} is odd; RoPE turns pairs.")
+        require(
+            vision.num_patches, f"config.json: patch_size {vision.patch_size} exceeds image_size {vision.image_size}."
+        )
+        layer, token = self.vision_feature_layer, self.image_token_id
+        inside = -depth - 1 <= layer <= depth
+        require(inside, f"config.json has vision_feature_layer = {layer}; the tower has {depth} layers.")
+        inside = 0 <= token < text.vocab_size
+        require(inside, f"config.json: image token {token} is outside the vocabulary of {text.vocab_size}.")
+        rope_frequencies(text)  # refuses a scaling that is not implemented
 
 
 # ---------------------------------------------------------------- CLIP vision tower
@@ -683,6 +659,7 @@ class Llava(nn.Module):
                 key, value, importance = waiting.pop(0)  # released layer by layer, as the smaller copy is made
                 cache.store(index, key, value, compressor.retain(importance, count, present))
         logits = self.lm_head(self.language_model.norm(hidden[:, -1]))  # [B, V]
+        require(logits.isfinite().all(), "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
         return logits, cache
 
     @torch.no_grad()

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
 from prefixkv import priority
+from train.evaluate import evaluate
 from train.scenes import BACKGROUNDS, COLOURS, MAX_OBJECTS, PLACES, SHAPES, SIZES, Scene, conversation, draw, make_scene
+from weights import config_dict, load, save_weights, write_json
 
 SIDE, PATCH = 96, 8
 GRID = SIDE // PATCH
@@ -231,8 +233,8 @@ def answer_logits(model: Llava, run: Callable[..., Tensor], features: Tensor, id
     return model.lm_head(hidden[:, :-1][labels[:, 1:] != -100])
 
 
-def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversations, args: argparse.Namespace) -> None:
-    """Trains one stage to its end, from wherever its saved state stands."""
+def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversations, args: argparse.Namespace) -> float:
+    """Trains one stage to its end, from wherever its saved state stands; returns the seconds it took in all."""
     path = args.work / f"{stage}.pt"
     steps = {"vision": args.vision_steps, "language": args.language_steps, "joint": args.joint_steps}[stage]
     peak = {"vision": 2e-3, "language": args.rate, "joint": args.rate}[stage]
@@ -244,15 +246,15 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
     }
     parameters = [p for module in parts[stage] for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.02)
-    start = 0
+    start, before = 0, 0.0
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+        start, before = state["step"], state.get("seconds", 0.0)
     if start >= steps:
-        return
+        return before
     warmup = {"vision": 0, "language": args.language_steps // 8, "joint": 0}[stage]
     size = args.batch * 2 if stage == "vision" else args.batch
     run = torch.compile(decode, dynamic=True) if args.compile else decode
@@ -306,10 +308,141 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
             temporary = path.with_suffix(".part")
             torch.save(
                 {"model": model.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
-                 "step": step + 1},
+                 "step": step + 1, "seconds": before + time.time() - began},
                 temporary,
             )  # fmt: skip
             temporary.replace(path)
+    return before + time.time() - began
+
+
+CARD = """---
+license: mit
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+
+# minillava/tiny
+
+A LLaVA of {parameters:,} parameters that describes scenes of coloured shapes: a CLIP vision tower
+({side} x {side} pixels, patches of {patch}, {patches} image tokens), a two-layer projector, and a Llama decoder of
+{layers} layers with grouped-query attention ({heads} query heads, {kv_heads} key-value heads). It exists so that the
+demo, the tests and the benchmarks of minillava run on trained weights without a download. It knows nothing but its
+scenes: up to {objects} objects on a plain background, each in a cell of a 3 x 3 grid.
+
+Loads with `weights.load` and with `LlavaForConditionalGeneration.from_pretrained`.
+
+## Training
+
+    {command}
+
+Scenes and conversations are drawn on the fly (`train/scenes.py`); no data set is needed. Three stages: the vision
+tower learns to label patches ({vision_steps:,} steps of {vision_batch} scenes), then the decoder learns conversations
+with the tower frozen ({language_steps:,} steps of {batch}), then all of it while the learning rate falls
+({joint_steps:,} steps of {batch}). {time}
+
+## Scores
+
+`python -m train.evaluate` on held-out scenes (seeds that training never uses), greedy decoding, full cache:
+
+| | share right |
+|---|---|
+{scores}
+"""
+
+
+def export(model: Llava, tokenizer: Path, talk: Conversations, folder: Path) -> None:
+    """Writes the checkpoint in the layout of a Hub repository, weights in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder / "model.safetensors", torch.float16)
+    write_json(folder / "config.json", config_dict(model.config, "float16"))
+    (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    added = {talk.image_id: IMAGE_TOKEN, talk.pad_id: "<pad>", 0: "<unk>", talk.bos: "<s>", talk.eos: "</s>"}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "added_tokens_decoder": {str(i): {"content": token, **flags} for i, token in sorted(added.items())},
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "legacy": False,
+            "model_max_length": model.config.text.max_position_embeddings,
+            "processor_class": "LlavaProcessor",
+        },
+    )
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": SIDE},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": SIDE, "width": SIDE},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [MEAN] * 3,
+            "image_std": [STD] * 3,
+            "processor_class": "LlavaProcessor",
+        },
+    )
+    write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": "LlavaProcessor",
+            "image_token": IMAGE_TOKEN,
+            "patch_size": PATCH,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+        },
+    )
+    write_json(
+        folder / "generation_config.json",
+        {"bos_token_id": talk.bos, "eos_token_id": talk.eos, "pad_token_id": talk.pad_id, "do_sample": False},
+    )
+    examples = folder / "examples"
+    examples.mkdir(exist_ok=True)
+    for index in range(1, 4):
+        rng = random.Random(f"example {index}")
+        scene = make_scene(rng)
+        while len(scene.things) != 3 + index:
+            scene = make_scene(rng)
+        draw(scene, 384, oversample=4)[0].save(examples / f"scene_{index}.png", optimize=True)
+
+
+def write_card(model: Llava, folder: Path, args: argparse.Namespace, scores: dict[str, float], seconds: float) -> None:
+    """Writes the model card, with the scores as measured."""
+    text, vision = model.config.text, model.config.vision
+    threads, processor = torch.get_num_threads(), args.device
+    (folder / "README.md").write_text(
+        CARD.format(
+            parameters=sum(p.numel() for p in model.parameters()),
+            side=vision.image_size,
+            patch=vision.patch_size,
+            patches=vision.num_patches,
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            kv_heads=text.kv_heads,
+            objects=MAX_OBJECTS,
+            command=f"python -m train.train_tiny --vision-steps {args.vision_steps} "
+            f"--language-steps {args.language_steps} --joint-steps {args.joint_steps} --batch {args.batch} "
+            f"--rate {args.rate} --seed {args.seed}",
+            vision_steps=args.vision_steps,
+            language_steps=args.language_steps,
+            joint_steps=args.joint_steps,
+            batch=args.batch,
+            vision_batch=2 * args.batch,
+            time=f"That took {seconds / 60:.0f} minutes of training with {threads} threads on the {processor}.",
+            scores="\n".join(f"| {name} | {100 * share:.1f} % |" for name, share in scores.items()),
+        ),
+        encoding="utf-8",
+    )
 
 
 def main() -> None:
@@ -323,6 +456,7 @@ def main() -> None:
     parser.add_argument("--joint-steps", type=int, default=1500)
     parser.add_argument("--compile", action="store_true", help="torch.compile the decoder (about a third faster)")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate of the decoder")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny/checkpoint"), help="folder for the checkpoint")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -335,8 +469,12 @@ def main() -> None:
     model.to(args.device)
     heads = nn.ModuleDict({name: nn.Linear(128, count) for name, count in LABELS.items()}).to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {talk.size}")
-    for stage in ("vision", "language", "joint"):
-        run_stage(stage, model, heads, talk, args)
+    seconds = sum(run_stage(stage, model, heads, talk, args) for stage in ("vision", "language", "joint"))
+    export(model, tokenizer, talk, args.out)
+    loaded, processor = load(args.out, device=args.device)
+    scores = evaluate(loaded, processor)
+    write_card(model, args.out, args, scores, seconds)
+    print(f"{args.out}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in scores.items()))
 
 
 if __name__ == "__main__":

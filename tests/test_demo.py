@@ -1,0 +1,173 @@
+"""The main job from the command line: what it prints, its JSON, and how it says no."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, reference, write
+from PIL import Image
+
+import demo
+import weights
+from prefixkv import PrefixKV
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of the demo, in this process."""
+    try:
+        code = demo.main(list(arguments))
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_demo_without_arguments_gives_three_descriptions_and_a_table_in_80_columns():
+    done = subprocess.run([sys.executable, "demo.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if not line.startswith(" ") and line][:3] == [
+        "full cache",
+        "PrefixKV, 50% of the cache",
+        "PrefixKV, 20% of the cache",
+    ]
+    assert max(map(len, lines)) <= 80
+    assert "\x1b" not in done.stdout  # no colour, no cursor movement
+    table = [line.split() for line in lines[-3:]]
+    assert [row[0] for row in table] == ["full", "50%", "20%"]
+    assert table[0][-1] == "100%"
+    assert done.stderr == ""
+
+
+def test_the_demo_prints_ascii_to_a_terminal_that_knows_nothing_else():
+    done = subprocess.run(
+        [sys.executable, "demo.py", "--max-new-tokens", "3"], cwd=ROOT, capture_output=True, text=True, check=True,
+        env={"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout.isascii()
+
+
+def test_json_is_one_object_with_every_field(capsys):
+    code, out, err = run(capsys, "--json", "--budget", "30%", "--budget", "0.1", "--max-new-tokens", "20")
+    assert (code, err) == (0, "")
+    runs = json.loads(out)["runs"]
+    assert [(r["method"], r["budget"]) for r in runs] == [("full", 1.0), ("prefixkv", 0.3), ("prefixkv", 0.1)]
+    full = runs[0]
+    for r in runs:
+        assert set(r) == {
+            "method", "budget", "text", "token_ids", "prompt_tokens", "kept_per_layer", "kv_bytes", "kv_bytes_full",
+            "prefill_seconds", "decode_seconds", "tokens_per_second",
+        }  # fmt: skip
+        layers = len(r["kept_per_layer"])
+        assert sum(r["kept_per_layer"]) == round(r["budget"] * layers * r["prompt_tokens"])
+        assert len(r["token_ids"]) <= 20
+    assert full["kv_bytes"] == full["kv_bytes_full"] == (full["prompt_tokens"] + len(full["token_ids"]) - 1) * 8 * 512
+
+
+def test_json_tokens_are_those_of_transformers_for_a_checkpoint_it_wrote(tmp_path, capsys):
+    theirs = reference(seed=7, kv_heads=2, text={"max_position_embeddings": 512})
+    theirs.generation_config.eos_token_id = None
+    folder = write(theirs, tmp_path / "checkpoint", "disk5")
+    _, processor = weights.load(folder)
+    for index in range(20):
+        image = tmp_path / f"{index}.png"
+        Image.effect_noise((30 + index, 50 - index), 20 + 4 * index).convert("RGB").save(image)
+        question = ("What is in the image?", "describe it in detail", "yes no", "two red")[index % 4]
+        code, out, _ = run(
+            capsys, "--json", "--model", str(folder), "--image", str(image), "--prompt", question, "--budget", "1",
+            "--max-new-tokens", "64",
+        )  # fmt: skip
+        assert code == 0
+        inputs = processor(processor.chat([(question, None)], 1), [Image.open(image)])
+        with torch.no_grad():
+            expected = theirs.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=-1)
+        for r in json.loads(out)["runs"]:
+            assert r["token_ids"] == expected[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_json_tokens_are_those_of_transformers_for_the_embedded_checkpoint(tiny_reference, tiny, tmp_path, capsys):
+    _, processor = tiny
+    for path in sorted((TINY / "examples").glob("*.png")):
+        code, out, _ = run(capsys, "--json", "--image", str(path), "--budget", "1")
+        inputs = processor(processor.chat([("Describe the image in detail.", None)], 1), [Image.open(path)])
+        with torch.no_grad():
+            expected = tiny_reference.generate(**inputs, max_new_tokens=128, do_sample=False)
+        assert code == 0
+        assert json.loads(out)["runs"][0]["token_ids"] == expected[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_a_seed_makes_sampling_repeatable(capsys):
+    arguments = ("--json", "--temperature", "1.5", "--top-k", "50", "--top-p", "0.99", "--max-new-tokens", "30")
+    first, again, other = (
+        [r["token_ids"] for r in json.loads(run(capsys, *arguments, "--seed", seed)[1])["runs"]] for seed in "112"
+    )
+    assert first == again != other
+
+
+def test_several_images_in_one_prompt(capsys):
+    pictures = [str(path) for path in sorted((TINY / "examples").glob("*.png"))[:2]]
+    code, out, _ = run(capsys, "--json", "--image", pictures[0], "--image", pictures[1], "--max-new-tokens", "4")
+    assert code == 0
+    assert json.loads(out)["runs"][0]["prompt_tokens"] > 288
+
+
+def test_a_conversation_of_several_turns(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("How many objects are there?\nWhat is at the top left?\n\n"))
+    code, out, _ = run(capsys, "--chat", "--max-new-tokens", "12")
+    assert code == 0
+    assert out.count("you: ") == 3
+
+
+PICTURE = str(TINY / "examples" / "scene_1.png")
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["--budget", "0"], "budget"),
+        (["--budget", "1.5"], "budget"),
+        (["--budget", "nan"], "budget"),
+        (["--budget", "much"], "budget"),
+        (["--max-new-tokens", "0"], "max-new-tokens"),
+        (["--max-new-tokens", "many"], "max-new-tokens"),
+        (["--temperature", "-1"], "temperature"),
+        (["--top-p", "0"], "top-p"),
+        (["--image", "missing.png"], "no image at missing.png"),
+        (["--image", "README.md"], "cannot be read as an image"),
+        (["--model", "tests"], "no config.json"),
+        (["--model", "nowhere at all"], "no folder"),
+        (["--model", "someone/unknown-model"], "Check the id and the network"),
+        (["--prompt", "<image> <image>", "--image", PICTURE], "2 <image> and 1 images"),
+        (["--prompt", "red circle " * 2000], "positions"),
+        (["--max-new-tokens", "100000"], "positions"),
+        (["--device", "quantum"], "device"),
+        (["--chat", "--json"], "--chat"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_exit_code_2(capsys, monkeypatch, arguments, word):
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert word in err
+    assert "Traceback" not in err and len(err.strip().splitlines()[-1]) > 20
+
+
+def test_not_a_number_in_the_weights_is_refused_with_the_layer(tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(TINY, tmp_path / "broken")
+    state = load_file(folder / "model.safetensors")
+    state["language_model.model.layers.3.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(state, folder / "model.safetensors")
+    assert run(capsys, "--model", str(folder))[0] == 2
+    with pytest.raises(ValueError, match="layer 3"):
+        model, processor = weights.load(folder)
+        model.generate(**processor("yes"), compressor=PrefixKV(0.5))

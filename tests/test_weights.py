@@ -1,0 +1,266 @@
+"""Checkpoints are found, checked before they are read, streamed, and refused in a sentence when they do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, reference, write
+from safetensors.torch import load_file, save_file
+
+import weights
+from minillava.model import LlavaError
+
+
+@pytest.fixture
+def folder(small, tmp_path) -> Path:
+    """A fresh copy of the small checkpoint."""
+    return Path(shutil.copytree(small[0], tmp_path / "checkpoint"))
+
+
+def edit(path: Path, change) -> None:
+    """Changes a JSON file in place."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def refused(folder) -> str:
+    """The sentence with which a checkpoint is refused."""
+    with pytest.raises(LlavaError) as caught:
+        weights.load(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def same(one, other) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items())
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def test_a_sharded_checkpoint_is_the_same_model(small, tmp_path):
+    _, theirs, ours, _ = small
+    theirs.save_pretrained(tmp_path, max_shard_size="100KB")
+    for name in ("tokenizer.model", "tokenizer_config.json", "preprocessor_config.json"):
+        shutil.copy(small[0] / name, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert same(weights.load(tmp_path)[0], ours)
+
+
+def test_dtype_none_keeps_the_checkpoints_own(folder):
+    state = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(state, folder / "model.safetensors")
+    assert weights.load(folder, dtype=None)[0].lm_head.weight.dtype == torch.float16
+    assert weights.load(folder)[0].lm_head.weight.dtype == torch.float32
+    assert weights.load(folder, dtype=torch.bfloat16)[0].lm_head.weight.dtype == torch.bfloat16
+
+
+def test_names_survive_the_way_to_the_hub_layout_and_back(small):
+    for name, _ in small[2].named_parameters():
+        assert weights.our_name(weights.hub_name(name)) == name
+
+
+def test_every_problem_of_the_weights_is_named_at_once(folder):
+    state = load_file(folder / "model.safetensors")
+    del state["language_model.model.norm.weight"]
+    state["multi_modal_projector.linear_1.bias"] = torch.zeros(3)
+    state["language_model.model.layers.9.mlp.up_proj.weight"] = torch.zeros(2, 2)
+    save_file(state, folder / "model.safetensors")
+    sentence = refused(folder)
+    assert "missing language_model.model.norm.weight" in sentence
+    assert "multi_modal_projector.linear_1.bias has shape [3], expected [64]" in sentence
+    assert "unexpected language_model.model.layers.9.mlp.up_proj.weight" in sentence
+
+
+def test_the_same_parameter_under_two_names_is_refused(folder):
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state["language_model.lm_head.weight"].clone()
+    save_file(state, folder / "model.safetensors")
+    assert "same parameter" in refused(folder)
+
+
+def test_an_untied_output_layer_is_used_even_if_the_config_says_tied(small, folder):
+    edit(folder / "config.json", lambda c: c["text_config"].update(tie_word_embeddings=True))
+    assert same(weights.load(folder)[0], small[2])
+
+
+def test_integer_weights_are_refused(folder):
+    state = load_file(folder / "model.safetensors")
+    state["language_model.model.norm.weight"] = torch.ones(64, dtype=torch.int32)
+    save_file(state, folder / "model.safetensors")
+    assert "floating-point" in refused(folder)
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, 5000, -4])
+def test_a_truncated_file_is_refused(folder, size):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    assert "model.safetensors is damaged" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "header", [b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}', b"{", b"[]", b"\xff" * 9]
+)
+def test_a_lying_header_is_refused(folder, header):
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    assert "damaged" in refused(folder)
+
+
+def test_an_index_must_stay_in_its_folder_and_its_shards_must_be_there(folder):
+    index = folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    for target, word in (
+        ("../outside.safetensors", "outside"),
+        ("/etc/passwd", "own folder"),
+        ("gone.safetensors", "missing"),
+    ):
+        index.write_text(json.dumps({"weight_map": {"a": target}}))
+        assert word in refused(folder)
+    for content in ("{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[1]", "{", '{"weight_map": {}}'):
+        index.write_text(content)
+        refused(folder)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (lambda c: c.update(model_type="llava_next"), "llava_next"),
+        (lambda c: c.pop("model_type"), "model_type"),
+        (lambda c: c["text_config"].update(model_type="qwen2"), "qwen2"),
+        (lambda c: c["vision_config"].update(model_type="siglip_vision_model"), "siglip_vision_model"),
+        (lambda c: c.update(text_config=[]), "text_config"),
+        (lambda c: c.update(text_config="llama"), "text_config"),
+        (lambda c: c["text_config"].update(hidden_size=-4), "hidden_size"),
+        (lambda c: c["text_config"].update(hidden_size="big"), "hidden_size"),
+        (lambda c: c["text_config"].update(num_hidden_layers=0), "num_hidden_layers"),
+        (lambda c: c["text_config"].update(num_key_value_heads=3), "3 key-value heads"),
+        (lambda c: c["text_config"].update(head_dim=15), "odd"),
+        (lambda c: c["text_config"].update(hidden_act="relu6"), "relu6"),
+        (lambda c: c["text_config"].update(rms_norm_eps="small"), "rms_norm_eps"),
+        (lambda c: c["text_config"].update(rope_parameters={"rope_type": "yarn", "factor": 2}), "yarn"),
+        (lambda c: c["text_config"].update(rope_parameters={"rope_type": "linear"}), "factor"),
+        (lambda c: c["text_config"].update(rope_parameters={"rope_type": "llama3", "factor": 2}), "low_freq_factor"),
+        (lambda c: c["vision_config"].update(patch_size=99), "patch_size"),
+        (lambda c: c["vision_config"].update(num_attention_heads=5), "heads"),
+        (lambda c: c.update(vision_feature_layer=-9), "vision_feature_layer"),
+        (lambda c: c.update(vision_feature_layer=[-2, -3]), "vision_feature_layer"),
+        (lambda c: c.update(vision_feature_select_strategy="some"), "vision_feature_select_strategy"),
+        (lambda c: c.update(projector_hidden_act="relu"), "projector_hidden_act"),
+        (lambda c: c.update(image_token_index=10**6), "image token"),
+        (lambda c: c.update(image_token_index="x"), "image_token"),
+        (lambda c: c.update(multimodal_projector_bias="no"), "multimodal_projector_bias"),
+    ],
+)  # fmt: skip
+def test_a_config_that_cannot_be_used_is_refused_by_name(folder, change, word):
+    edit(folder / "config.json", change)
+    assert word in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "[" * 10**5]
+)
+def test_a_config_that_is_no_json_object_is_refused(folder, content):
+    (folder / "config.json").write_text(content, encoding="latin-1")
+    assert "config.json" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model"])
+def test_a_folder_that_lacks_a_file_is_refused_by_its_name(folder, name):
+    (folder / name).unlink()
+    assert name in refused(folder)
+
+
+def test_parts_of_different_checkpoints_are_refused(folder):
+    edit(folder / "preprocessor_config.json", lambda c: c.update(crop_size=20))
+    _, processor = weights.load(folder)
+    from PIL import Image
+
+    with pytest.raises(LlavaError, match="20 x 20"):
+        processor("<image>", [Image.new("RGB", (9, 9))])
+    edit(folder / "tokenizer_config.json", lambda c: c.update(added_tokens_decoder={"7": {"content": "<image>"}}))
+    assert "different checkpoints" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["no such folder", "no/such/folder", "/nowhere"])
+def test_what_is_neither_folder_nor_hub_id_is_refused(name):
+    assert "no folder" in refused(name)
+
+
+def test_a_file_in_place_of_a_folder_is_refused(folder):
+    assert "is a file" in refused(folder / "config.json")
+
+
+def test_a_hub_id_is_read_from_the_cache_and_without_network_refused_in_a_sentence(small, tmp_path, monkeypatch):
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert "no folder someone/a-model" in refused("someone/a-model")
+    repository = tmp_path / "models--someone--a-model"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(small[0], repository / "snapshots" / commit)
+    assert same(weights.load("someone/a-model")[0], small[2])
+    assert same(weights.load("someone/a-model", revision=commit)[0], small[2])
+
+
+def test_only_weights_configs_and_the_tokenizer_are_downloaded(monkeypatch, small):
+    import huggingface_hub
+
+    asked = {}
+
+    def fake(name, revision, allow_patterns):
+        asked.update(name=name, revision=revision, patterns=allow_patterns)
+        return str(small[0])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    weights.load("someone/a-model", revision="v1")
+    assert asked == {
+        "name": "someone/a-model",
+        "revision": "v1",
+        "patterns": ["*.safetensors", "*.json", "tokenizer.model"],
+    }
+
+
+MEASURE = """
+import sys, threading, time
+import torch, weights
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+before, peak, running = anonymous(), 0, True
+def watch():
+    global peak
+    while running:
+        peak = max(peak, anonymous()); time.sleep(0.001)
+thread = threading.Thread(target=watch); thread.start()
+model, _ = weights.load(sys.argv[1]); running = False; thread.join()
+print(sum(p.numel() * p.element_size() for p in model.parameters()), max(peak, anonymous()) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
+def test_loading_holds_one_model_and_one_tensor(tmp_path):
+    model = reference(text={"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 8000})
+    write(model, tmp_path, "disk5")
+    model.save_pretrained(tmp_path, max_shard_size="100MB")
+    (tmp_path / "model.safetensors").unlink()
+    del model
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    size, used = map(int, done.stdout.split())
+    assert size > 400e6
+    assert used < 1.15 * size
+
+
+def test_the_main_job_never_imports_transformers():
+    code = "import sys, demo, weights, minillava.model, minillava.processor; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
