@@ -7,15 +7,138 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minillava.model import Llava, LlavaConfig, LlavaError
+from minillava.model import ACTIVATIONS, Llava, LlavaConfig, LlavaError, TextConfig, VisionConfig, require
 from minillava.processor import Processor, read_json
+
+# ---------------------------------------------------------------- config.json
+
+CHOICES: dict[str, Collection[str]] = {
+    "hidden_act": ACTIVATIONS,
+    "projector_hidden_act": ACTIVATIONS,
+    "vision_feature_select_strategy": ("default", "full"),
+    "mm_projector_type": ("mlp2x_gelu", "linear"),
+}
+ROPE_SETTINGS = {  # of each scaling that `rope_frequencies` knows
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+C = TypeVar("C")
+
+
+def read_fields(cls: type[C], raw: dict[str, Any], where: str) -> C:
+    """The dataclass `cls` from the keys of `raw` that it has fields for, each checked for its type.
+
+    An absent key, or null, keeps the default, which is that of the `transformers` class: files leave defaults out.
+    """
+    types: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict}
+    values = {}
+    for field in fields(cls):  # type: ignore[arg-type]
+        name, value = field.name, raw.get(field.name)
+        if value is None:
+            continue
+        kind = str(field.type).split(" ")[0].split("[")[0]  # "int | None" is an int, where it is there
+        fits = isinstance(value, types[kind]) and isinstance(value, bool) == (kind == "bool")
+        require(fits, f"config.json has {where}{name} = {value!r}; expected a value of type {kind}.")
+        known = CHOICES.get(name, [value])
+        require(value in known, f"config.json has {where}{name} = {value!r}; known are {', '.join(map(str, known))}.")
+        values[name] = value
+    return cls(**values)
+
+
+def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig:
+    """The configuration in a `config.json` and a `generation_config.json` ({} if there is none).
+
+    Raises LlavaError for an architecture that model.py does not hold and for values it cannot use.
+    """
+    kind = raw.get("model_type")
+    require(kind == "llava", f"config.json has model_type {kind!r}; only 'llava', in the Hub layout, is implemented.")
+    parts = []
+    for name, expected in (("text_config", "llama"), ("vision_config", "clip_vision_model")):
+        part = {} if raw.get(name) is None else raw[name]
+        require(isinstance(part, dict), f"config.json has {name} = {part!r}; expected an object.")
+        kind = part.get("model_type", expected)
+        require(kind == expected, f"config.json has {name} of type {kind!r}; only {expected!r} is implemented.")
+        parts.append(dict(part))
+    text, vision = parts
+    # transformers 5 moved rope_theta and rope_scaling into one dictionary, rope_parameters.
+    scaling, parameters = (text.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+    require(isinstance(scaling, dict) and isinstance(parameters, dict), "config.json: RoPE settings are no object.")
+    rope = {**scaling, **parameters}
+    text["rope_theta"] = rope.pop("rope_theta", text.get("rope_theta"))
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    text["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings"))
+    top = {
+        **raw,
+        "image_token_id": raw.get("image_token_id", raw.get("image_token_index")),
+        "pad_token_id": raw.get("pad_token_id", text.get("pad_token_id")),
+        "eos_token_id": None,  # this and the two parts are set below
+        "vision": None,
+        "text": None,
+    }
+    eos = next((part["eos_token_id"] for part in (generation, text, raw) if part.get("eos_token_id") is not None), 2)
+    ends = eos if isinstance(eos, list) else [eos]
+    require(all(type(end) is int for end in ends), f"eos_token_id is {eos!r}; expected one id or a list of ids.")
+    config = replace(
+        read_fields(LlavaConfig, top, ""),
+        vision=read_fields(VisionConfig, vision, "vision_config."),
+        text=read_fields(TextConfig, text, "text_config."),
+        eos_token_id=tuple(ends),
+    )
+    check_config(config)
+    return config
+
+
+def check_config(config: LlavaConfig) -> None:
+    """Raises LlavaError where values are out of range or contradict each other."""
+    text, vision = config.text, config.vision
+    for where, part in (("text_config", text), ("vision_config", vision)):
+        for name, value in vars(part).items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            fits = not number or 0 < value < 1e12
+            require(fits, f"config.json has {where}.{name} = {value!r}; expected a number above 0.")
+        width, heads = part.hidden_size, part.num_attention_heads
+        even = width % heads == 0 or (part is text and text.head_dim is not None)
+        require(even, f"config.json: {where}.hidden_size {width} is not a multiple of its {heads} heads.")
+    heads, shared = text.num_attention_heads, text.kv_heads
+    require(heads % shared == 0, f"config.json: {heads} query heads cannot share {shared} key-value heads evenly.")
+    require(text.head_size % 2 == 0, f"config.json: head size {text.head_size} is odd; RoPE turns pairs.")
+    side, patch, depth = vision.image_size, vision.patch_size, vision.num_hidden_layers
+    require(vision.num_patches, f"config.json: patch_size {patch} exceeds image_size {side}.")
+    layer, token = config.vision_feature_layer, config.image_token_id
+    inside = -depth - 1 <= layer <= depth
+    require(inside, f"config.json has vision_feature_layer = {layer}; the tower has {depth} layers.")
+    inside = 0 <= token < text.vocab_size
+    require(inside, f"config.json: image token {token} is outside the vocabulary of {text.vocab_size}.")
+    inside = 0 <= config.pad_token_id < text.vocab_size
+    require(inside, f"config.json: pad token {config.pad_token_id} is outside the vocabulary of {text.vocab_size}.")
+    if text.rope_scaling:
+        kind = text.rope_scaling["rope_type"]
+        known = ", ".join(ROPE_SETTINGS)
+        require(kind in ROPE_SETTINGS, f"config.json asks for {kind!r} RoPE scaling; known are {known}.")
+        for name in ROPE_SETTINGS[kind]:
+            value = text.rope_scaling.get(name)
+            fits = isinstance(value, (int, float)) and 0 < value < 1e12
+            require(fits, f"config.json: RoPE scaling has {name} = {value!r}; expected a number above 0.")
+
+
+def read_config(folder: Path) -> LlavaConfig:
+    """The configuration of the checkpoint in `folder`."""
+    there = (folder / "config.json").is_file()
+    require(there, f"{folder} has no config.json; expected the folder of a LLaVA checkpoint.")
+    return parse_config(read_json(folder / "config.json"), read_json(folder / "generation_config.json"))
+
+
+# ---------------------------------------------------------------- names and files
 
 DOWNLOADED = ["*.safetensors", "*.json", "tokenizer.model"]  # no pickles, nothing executable
 
@@ -156,13 +279,6 @@ def load_weights(model: Llava, folder: Path, device: torch.device, dtype: torch.
         model.tie_weights()
 
 
-def read_config(folder: Path) -> LlavaConfig:
-    """The configuration of the checkpoint in `folder`."""
-    if not (folder / "config.json").is_file():
-        raise LlavaError(f"{folder} has no config.json; expected the folder of a LLaVA checkpoint.")
-    return LlavaConfig.from_dict(read_json(folder / "config.json"), read_json(folder / "generation_config.json"))
-
-
 def load(
     path_or_id: str | Path,
     device: str | torch.device = "cpu",
@@ -197,8 +313,6 @@ def save_weights(model: Llava, path: Path, dtype: torch.dtype) -> None:
 
 def config_dict(config: LlavaConfig, dtype: str) -> dict[str, object]:
     """The contents of a `config.json` that both transformers and `load` read."""
-    from dataclasses import asdict
-
     text, vision = asdict(config.text), asdict(config.vision)
     return {
         "architectures": ["LlavaForConditionalGeneration"],

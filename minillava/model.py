@@ -16,9 +16,9 @@ the comment names the class whose behaviour is matched.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,12 @@ class LlavaError(ValueError):
     """Input that cannot be used, told in one sentence: what was found, what was expected, what to do."""
 
 
+def require(condition: object, sentence: str) -> None:
+    """Raises LlavaError with the sentence unless the condition holds."""
+    if not condition:
+        raise LlavaError(sentence)
+
+
 # ---------------------------------------------------------------- configuration
 
 
@@ -40,39 +46,6 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu}
-CHOICES: dict[str, Collection[str]] = {
-    "hidden_act": ACTIVATIONS,
-    "projector_hidden_act": ACTIVATIONS,
-    "vision_feature_select_strategy": ("default", "full"),
-    "mm_projector_type": ("mlp2x_gelu", "linear"),
-}
-C = TypeVar("C")
-
-
-def require(condition: object, sentence: str) -> None:
-    """Raises LlavaError with the sentence unless the condition holds."""
-    if not condition:
-        raise LlavaError(sentence)
-
-
-def read_config(cls: type[C], raw: dict[str, Any], where: str) -> C:
-    """The dataclass `cls` from the keys of `raw` that it has fields for, each checked for its type.
-
-    An absent key, or null, keeps the default, which is that of the `transformers` class: files leave defaults out.
-    """
-    types: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict}
-    values = {}
-    for field in fields(cls):  # type: ignore[arg-type]
-        name, value = field.name, raw.get(field.name)
-        if value is None:
-            continue
-        kind = str(field.type).split(" ")[0].split("[")[0]  # "int | None" is an int, where it is there
-        fits = isinstance(value, types[kind]) and isinstance(value, bool) == (kind == "bool")
-        require(fits, f"config.json has {where}{name} = {value!r}; expected a value of type {kind}.")
-        known = CHOICES.get(name, [value])
-        require(value in known, f"config.json has {where}{name} = {value!r}; known are {', '.join(map(str, known))}.")
-        values[name] = value
-    return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -142,73 +115,6 @@ class LlavaConfig:
     def num_image_tokens(self) -> int:
         """Decoder positions that one image takes."""
         return self.vision.num_patches + (self.vision_feature_select_strategy == "full")
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> LlavaConfig:
-        """Reads the contents of a `config.json` and, where there is one, `generation_config.json`.
-
-        Raises LlavaError for an architecture that this file does not hold and for values it cannot use.
-        """
-        kind = raw.get("model_type")
-        require(
-            kind == "llava", f"config.json has model_type {kind!r}; only 'llava', in the Hub layout, is implemented."
-        )
-        parts = []
-        for name, expected in (("text_config", "llama"), ("vision_config", "clip_vision_model")):
-            part = {} if raw.get(name) is None else raw[name]
-            require(isinstance(part, dict), f"config.json has {name} = {part!r}; expected an object.")
-            kind = part.get("model_type", expected)
-            require(kind == expected, f"config.json has {name} of type {kind!r}; only {expected!r} is implemented.")
-            parts.append(part)
-        text, vision = dict(parts[0]), parts[1]
-        # transformers 5 moved rope_theta and rope_scaling into one dictionary, rope_parameters.
-        scaling, parameters = (text.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
-        require(isinstance(scaling, dict) and isinstance(parameters, dict), "config.json: RoPE settings are no object.")
-        rope = {**scaling, **parameters}
-        text["rope_theta"] = rope.pop("rope_theta", text.get("rope_theta"))
-        rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-        text["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-        text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings"))
-        flat = {**raw, "image_token_id": raw.get("image_token_id", raw.get("image_token_index"))}
-        flat["pad_token_id"] = raw.get("pad_token_id", text.get("pad_token_id"))
-        flat["eos_token_id"] = flat["vision"] = flat["text"] = None  # set below
-        top = read_config(cls, flat, "")
-        eos = {"eos_token_id": 2, **raw, **text, **(generation or {})}["eos_token_id"]
-        ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        require(all(type(end) is int for end in ends), f"eos_token_id is {eos!r}; expected one id or a list of ids.")
-        config = replace(
-            top,
-            vision=read_config(VisionConfig, vision, "vision_config."),
-            text=read_config(TextConfig, text, "text_config."),
-            eos_token_id=tuple(ends),
-            pad_token_id=max(top.pad_token_id, 0),
-        )
-        config.check()
-        return config
-
-    def check(self) -> None:
-        """Raises LlavaError where values are out of range or contradict each other."""
-        text, vision, depth = self.text, self.vision, self.vision.num_hidden_layers
-        for where, part in (("text_config", text), ("vision_config", vision)):
-            for name, value in vars(part).items():
-                number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                fits = not number or 0 < value < 1e12
-                require(fits, f"config.json has {where}.{name} = {value!r}; expected a number above 0.")
-            width, heads = part.hidden_size, part.num_attention_heads
-            even = width % heads == 0 or (part is text and text.head_dim is not None)
-            require(even, f"config.json: {where}.hidden_size {width} is not a multiple of its {heads} heads.")
-        heads, shared = text.num_attention_heads, text.kv_heads
-        require(heads % shared == 0, f"config.json: {heads} query heads cannot share {shared} key-value heads evenly.")
-        require(text.head_size % 2 == 0, f"config.json: head size {text.head_size} is odd; RoPE turns pairs.")
-        require(
-            vision.num_patches, f"config.json: patch_size {vision.patch_size} exceeds image_size {vision.image_size}."
-        )
-        layer, token = self.vision_feature_layer, self.image_token_id
-        inside = -depth - 1 <= layer <= depth
-        require(inside, f"config.json has vision_feature_layer = {layer}; the tower has {depth} layers.")
-        inside = 0 <= token < text.vocab_size
-        require(inside, f"config.json: image token {token} is outside the vocabulary of {text.vocab_size}.")
-        rope_frequencies(text)  # refuses a scaling that is not implemented
 
 
 # ---------------------------------------------------------------- CLIP vision tower
@@ -395,16 +301,6 @@ def rope_frequencies(config: TextConfig, device: torch.device | str = "cpu") -> 
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
-    if scaling["rope_type"] not in ("linear", "llama3"):
-        raise LlavaError(f"config.json asks for {scaling['rope_type']!r} RoPE scaling; known are linear, llama3.")
-    needed = ["factor"]
-    if scaling["rope_type"] == "llama3":
-        needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    for name in needed:
-        if not isinstance(scaling.get(name), (int, float)) or not 0 < scaling[name] < math.inf:
-            raise LlavaError(
-                f"config.json: RoPE scaling has {name} = {scaling.get(name)!r}; expected a number above 0."
-            )
     if scaling["rope_type"] == "linear":
         return frequency / scaling["factor"]
     # Llama 3.1: leave fast pairs alone, slow the slow ones down, blend between (`_compute_llama3_parameters`).
@@ -578,11 +474,7 @@ class Llava(nn.Module):
         image = input_ids == self.config.image_token_id  # [B, N]
         images = 0 if pixel_values is None else len(pixel_values)
         tokens, expected = int(image.sum()), images * self.config.num_image_tokens
-        if tokens != expected:
-            raise LlavaError(
-                f"input_ids hold {tokens} image tokens, but {images} images make {expected} patches; "
-                "let the processor expand each <image>."
-            )
+        require(tokens == expected, f"input_ids hold {tokens} image tokens, but {images} images make {expected}.")
         if pixel_values is None:
             return embeddings
         features = self.image_features(pixel_values.to(embeddings.dtype))
@@ -604,8 +496,7 @@ class Llava(nn.Module):
         """cos and sin for every token, counted without padding, and who may look at whom (None: plain causal)."""
         length = input_ids.shape[1]
         limit = self.config.text.max_position_embeddings
-        if length > limit:
-            raise LlavaError(f"The prompt has {length} tokens; this model has {limit} positions. Shorten the prompt.")
+        require(length <= limit, f"The prompt has {length} tokens; this model has {limit} positions. Shorten it.")
         if attention_mask is None or attention_mask.all():
             return self.language_model.rope(torch.arange(length, device=input_ids.device)[None]), None
         present = attention_mask.bool()  # [B, N]
@@ -627,14 +518,14 @@ class Llava(nn.Module):
         """Reads the prompt: logits [B, V] for the first new token, and the cache, compressed if asked."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if (attention_mask.diff(dim=-1) < 0).any() or not attention_mask[:, -1:].all():
-            raise LlavaError("attention_mask has padding after the prompt; pad prompts on the left to generate.")
+        left = (attention_mask.diff(dim=-1) >= 0).all() and attention_mask[:, -1:].all()
+        require(left, "attention_mask has padding after the prompt; pad prompts on the left to generate.")
         length, limit = input_ids.shape[1], self.config.text.max_position_embeddings
-        if length <= limit < length + max_new_tokens:
-            raise LlavaError(
-                f"{length} prompt tokens and {max_new_tokens} new ones exceed the model's {limit} positions; "
-                f"ask for at most {limit - length} new tokens."
-            )
+        require(
+            length + max_new_tokens <= limit,
+            f"{length} prompt tokens and {max_new_tokens} new ones exceed the model's {limit} positions; "
+            "shorten the prompt or ask for fewer.",
+        )
         hidden = self.embed(input_ids, pixel_values)
         rope, mask = self.positions(input_ids, attention_mask)
         present = attention_mask.bool()  # [B, N]
@@ -689,11 +580,8 @@ class Llava(nn.Module):
         or the tokens that the cache has room for are made. Temperature 0 takes the likeliest token;
         top_k 0 and top_p 1 take all. A sample that has ended yields the pad id.
         """
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-            raise LlavaError(
-                f"Sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1; "
-                f"got {temperature}, {top_k} and {top_p}."
-            )
+        sane = temperature >= 0 and top_k >= 0 and 0 < top_p <= 1
+        require(sane, f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range: >= 0, >= 0, 0 .. 1.")
         if eos_token_id is None:
             eos_token_id = self.config.eos_token_id
         ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), dtype=torch.long)
