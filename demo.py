@@ -15,7 +15,7 @@ from PIL import Image
 
 from minillava.model import Llava, LlavaError
 from minillava.processor import Processor, open_image
-from prefixkv import PrefixKV
+from prefixkv import Plan, PrefixKV
 from weights import load
 
 TINY = Path(__file__).resolve().parent / "minillava" / "tiny"
@@ -72,14 +72,13 @@ def answer(
     processor: Processor,
     prompt: str,
     images: list[Image.Image],
-    budget: float | None,
+    compressor: PrefixKV | None,
     args: argparse.Namespace,
     title: str | None = "",
 ) -> Run:
-    """Answers one prompt; budget None is the full cache. Prints title and text as they come; title None: nothing."""
+    """Answers one prompt; compressor None is the full cache. Prints title and text unless the title is None."""
     device = model.lm_head.weight.device
     inputs = {name: tensor.to(device) for name, tensor in processor(prompt, images).items()}
-    compressor = None if budget is None else PrefixKV(budget)
     start = time.perf_counter()
     logits, cache = model.prefill(**inputs, max_new_tokens=args.max_new_tokens, compressor=compressor)
     if device.type == "cuda":
@@ -104,8 +103,8 @@ def answer(
     seen = int(cache.seen[0])
     token_bytes = sum(2 * key.shape[1] * key.shape[3] * key.element_size() for key in cache.key)
     return Run(
-        method="full" if budget is None else "prefixkv",
-        budget=1.0 if budget is None else budget,
+        method="full" if compressor is None else "prefixkv",
+        budget=1.0 if compressor is None else compressor.budget,
         text=text,
         token_ids=ids,
         prompt_tokens=int(cache.prompt[0]),
@@ -166,9 +165,16 @@ def table(runs: list[Run]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
+def compressors(args: argparse.Namespace) -> list[PrefixKV | None]:
+    """What to run beside the full cache: the plan, or every budget."""
+    if args.plan:
+        return [None, PrefixKV(plan=Plan.load(args.plan))]
+    return [None, *(PrefixKV(budget) for budget in args.budget or [0.5, 0.2])]
+
+
 def chat(model: Llava, processor: Processor, images: list[Image.Image], args: argparse.Namespace) -> None:
     """Several turns in the terminal; every turn reads the whole conversation again."""
-    budget = args.budget[0] if args.budget else None
+    compressor = compressors(args)[1] if args.budget or args.plan else None
     turns: list[tuple[str, str | None]] = []
     print("Ask about the image; an empty line ends the conversation.")
     while True:
@@ -181,7 +187,7 @@ def chat(model: Llava, processor: Processor, images: list[Image.Image], args: ar
             return
         turns.append((question, None))
         try:
-            run = answer(model, processor, processor.chat(turns, len(images)), images, budget, args)
+            run = answer(model, processor, processor.chat(turns, len(images)), images, compressor, args)
         except LlavaError as error:
             print(f"{error}", file=sys.stderr)
             turns.pop()
@@ -193,7 +199,7 @@ def share(text: str) -> float:
     """A budget from the command line."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        return PrefixKV(value).budget
+        return PrefixKV(value).budget  # refuses what is no share
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no budget; expected a share above 0 and at most 1, or 20%"
@@ -213,6 +219,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", action="append", type=share, help="share of the cache to keep; repeatable (50%%, 20%%)"
     )
+    parser.add_argument(
+        "--plan", metavar="FILE", help="keep what a plan says in place of a budget (also published ones)"
+    )
+    parser.add_argument("--save-plan", metavar="FILE", help="write the shares kept at the first budget as a plan")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -229,12 +239,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--max-new-tokens is {args.max_new_tokens}; expected 1 or more")
     if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("sampling needs --temperature 0 or more, --top-k 0 or more, and --top-p above 0 and at most 1")
+    if args.plan and (args.budget or args.save_plan):
+        parser.error("--plan takes the place of --budget and --save-plan; give one of them")
     if args.chat and args.json:
         parser.error("--chat talks in the terminal and --json writes one object; choose one of them")
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def describe(args: argparse.Namespace) -> None:
     """Loads, answers, and shows; raises LlavaError for input that cannot be used."""
     try:
         device = torch.device(args.device)
@@ -242,6 +254,7 @@ def run(args: argparse.Namespace) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise LlavaError(f"The device {args.device!r} cannot be used ({reason}); try --device cpu.") from None
+    methods = compressors(args)
     paths = args.image or [str(TINY / "examples" / "scene_1.png")]
     images = [open_image(path) for path in paths]
     model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype))
@@ -249,12 +262,19 @@ def run(args: argparse.Namespace) -> None:
         return chat(model, processor, images, args)
     question = args.prompt or "Describe the image in detail."
     prompt = question if "<image>" in question else processor.chat([(question, None)], len(images))
-    runs = []
-    for budget in [None, *(args.budget or [0.5, 0.2])]:
-        title = "full cache" if budget is None else f"PrefixKV, {100 * budget:g}% of the cache"
-        runs.append(answer(model, processor, prompt, images, budget, args, None if args.json else title))
+    runs: list[Run] = []
+    for compressor in methods:
+        title = "full cache" if compressor is None else f"PrefixKV, {100 * compressor.budget:g}% of the cache"
+        runs.append(answer(model, processor, prompt, images, compressor, args, None if args.json else title))
         if not args.json:
             print()
+    if args.save_plan:
+        run = runs[1]
+        kept, prompt_tokens = torch.tensor([run.kept_per_layer]), torch.tensor([run.prompt_tokens])
+        try:
+            Plan.estimate(run.budget, kept, prompt_tokens, args.model).save(args.save_plan)
+        except OSError as error:
+            raise LlavaError(f"The plan cannot be written to {args.save_plan} ({error.strerror}).") from None
     if args.json:
         print(json.dumps({"model": args.model, "images": paths, "prompt": prompt, "runs": [asdict(r) for r in runs]}))
     else:
@@ -265,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence on stderr for input that cannot be used."""
     args = parse(arguments)
     try:
-        run(args)
+        describe(args)
     except ValueError as error:  # LlavaError, or PrefixKV's refusal of importance that is not finite
         print(f"demo.py: error: {error}", file=sys.stderr)
         return 2

@@ -3,14 +3,15 @@
 A prompt's keys differ in how much attention they receive, and layers differ in how many keys share
 most of it. PrefixKV sorts each layer's keys by importance; the k most important ones are the layer's
 prefix, and its priority P(k) is the share of all importance that they hold. One threshold p for all
-layers then sets every layer's size, the shortest prefix with P(k) >= p; binary search finds the
-largest p whose sizes fit the budget. The steps, in the order of the file:
+layers, the paper's global prefix configuration, then sets every layer's size: the shortest prefix
+with P(k) >= p. Binary search finds the largest p whose sizes fit the budget. In the order of the file:
 
-    importance  what each key receives from the prompt's queries        Section 3.1
-    priority    share of importance in the k largest, for every k       Section 3.2
-    search      the threshold p that spends the budget exactly          Section 3.2
-    retain      which tokens of the prompt a layer keeps                Section 3.2
-    PrefixKV    the four together, and eviction while decoding          Section 3.3
+    importance  attention that each key receives from the prompt's queries
+    priority    share of all importance in the k largest, for every k
+    search      the threshold p that spends the budget exactly
+    retain      which tokens of the prompt a layer keeps
+    Plan        shares found once, offline, on a few samples, in place of a search for every prompt
+    PrefixKV    the steps together, and eviction while decoding
 
 Shapes as in minillava/model.py: B prompts of N tokens, L layers, H query and Hkv key-value heads,
 S cache slots. Prompts are padded on the left; `present` [B, N] is False on the padding.
@@ -18,7 +19,10 @@ S cache slots. Prompts are padded on the left; `present` [B, N] is False on the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -109,23 +113,58 @@ def retain(importance: Tensor, counts: Tensor, present: Tensor, start: int = 1) 
     return torch.zeros_like(present).scatter(1, ranked, chosen)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The share of a prompt that each layer keeps; the paper estimates it offline on about ten samples."""
+
+    budget: float
+    ratios: Sequence[float]  # one a layer
+    model: str = ""
+    samples: int = 0
+
+    @classmethod
+    def estimate(cls, budget: float, kept: Tensor, prompt: Tensor, model: str = "") -> Plan:
+        """The mean shares of some samples: tokens kept [B, L] of prompts of `prompt` [B] tokens."""
+        ratios = (kept.double() / prompt[:, None]).mean(0).tolist()
+        return cls(budget, ratios, model, len(kept))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON, whole or not at all."""
+        temporary = Path(f"{path}.part")
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Reads what `save` wrote, or a published plan: a list with the share that each layer forgets."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            shares = [1 - share for share in raw] if isinstance(raw, list) else raw["ratios"]
+            if not shares or not all(0 <= float(share) <= 1 for share in shares):
+                raise ValueError("shares between 0 and 1, one a layer, are missing")
+            known = {} if isinstance(raw, list) else raw
+            budget = float(known.get("budget", sum(shares) / len(shares)))
+            return cls(budget, [float(s) for s in shares], str(known.get("model", "")), int(known.get("samples", 0)))
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path} holds no plan ({error}); expected what --save-plan writes.") from None
+
+
 class PrefixKV:
     """The method as a compressor for `Llava.generate`; `budget` is the share of the prompt's cache to keep.
 
     start: first tokens that are never dropped. decode: "ratio" lets a layer grow with the text at its own
     ratio of kept to prompt tokens and drops the oldest recent token beyond it; "keep" drops nothing more.
-    plan: shares to keep per layer, so that each can be compressed before the next one runs.
+    plan: takes the place of budget and search, so that each layer is compressed before the next one runs.
     """
 
-    def __init__(self, budget: float = 0.2, start: int = 1, decode: str = "ratio", plan: Sequence[float] | None = None):
+    def __init__(self, budget: float = 0.2, start: int = 1, decode: str = "ratio", plan: Plan | None = None):
+        budget = budget if plan is None else plan.budget
         if not 0 < budget <= 1:
             raise ValueError(f"The budget is {budget}; expected a share of the cache above 0 and at most 1.")
         if start < 0:
             raise ValueError(f"start is {start}; expected a number of tokens, 0 or more.")
         if decode not in ("ratio", "keep"):
             raise ValueError(f"decode is {decode!r}; expected 'ratio' or 'keep'.")
-        if plan is not None and not all(0 <= share <= 1 for share in plan):
-            raise ValueError("The plan has a share outside 0 .. 1; expected the share of tokens each layer keeps.")
         self.budget, self.start, self.decode, self.plan = budget, start, decode, plan
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
@@ -155,9 +194,9 @@ class PrefixKV:
     def planned(self, layer: int, layers: int, prompt: Tensor) -> Tensor:
         """Tokens that one layer keeps by the plan, for prompts of `prompt` [B] tokens: [B]."""
         assert self.plan is not None
-        if len(self.plan) != layers:
-            raise ValueError(f"The plan is for {len(self.plan)} layers; the model has {layers}.")
-        return (prompt * self.plan[layer]).round().long().clamp(min=self.start + 1).minimum(prompt)
+        if len(self.plan.ratios) != layers:
+            raise ValueError(f"The plan is for {len(self.plan.ratios)} layers; the model has {layers}.")
+        return (prompt * self.plan.ratios[layer]).round().long().clamp(min=self.start + 1).minimum(prompt)
 
     def retain(self, importance: Tensor, counts: Tensor, present: Tensor) -> Tensor:
         """Which tokens one layer keeps: bool [B, N]."""

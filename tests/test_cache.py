@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillava.model import KVCache
-from prefixkv import PrefixKV
+from prefixkv import Plan, PrefixKV
 
 HEADS, SIZE = 2, 3
 
@@ -113,7 +113,7 @@ def test_a_full_budget_is_bit_for_bit_no_compressor(small, images):
 
 
 @pytest.mark.parametrize(
-    "compressor", [None, PrefixKV(0.4), PrefixKV(0.3, decode="keep"), PrefixKV(0.5, plan=[0.5] * 4)]
+    "compressor", [None, PrefixKV(0.4), PrefixKV(0.3, decode="keep"), PrefixKV(plan=Plan(0.5, [0.5] * 4))]
 )
 def test_a_sample_gets_the_same_kept_tokens_and_text_alone_and_in_a_batch(small, compressor):
     _, _, model, processor = small

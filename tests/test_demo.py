@@ -171,3 +171,30 @@ def test_not_a_number_in_the_weights_is_refused_with_the_layer(tmp_path, capsys)
     with pytest.raises(ValueError, match="layer 3"):
         model, processor = weights.load(folder)
         model.generate(**processor("yes"), compressor=PrefixKV(0.5))
+
+
+def test_a_saved_plan_compresses_alike_layer_by_layer(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    code, out, _ = run(capsys, "--json", "--budget", "0.3", "--save-plan", str(path))
+    searched = json.loads(out)["runs"][1]
+    code, out, _ = run(capsys, "--json", "--plan", str(path))
+    planned = json.loads(out)["runs"][1]
+    assert code == 0
+    assert planned["kept_per_layer"] == searched["kept_per_layer"]
+    assert planned["token_ids"] == searched["token_ids"]
+    assert planned["budget"] == 0.3
+
+
+@pytest.mark.parametrize("content, word", [("[0.5, 0.5]", "2 layers"), ("{}", "no plan"), (None, "no plan")])
+def test_a_plan_that_cannot_be_used_is_refused(tmp_path, capsys, content, word):
+    if content is not None:
+        (tmp_path / "plan.json").write_text(content)
+    code, _, err = run(capsys, "--plan", str(tmp_path / "plan.json"))
+    assert code == 2
+    assert word in err
+
+
+def test_a_plan_that_cannot_be_written_is_said(tmp_path, capsys):
+    code, _, err = run(capsys, "--max-new-tokens", "2", "--save-plan", str(tmp_path / "no" / "folder.json"))
+    assert code == 2
+    assert "cannot be written" in err

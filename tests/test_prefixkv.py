@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, PLANS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefixkv import PrefixKV, importance, priority, retain, search
+from prefixkv import Plan, PrefixKV, importance, priority, retain, search
 
 seeds = st.integers(0, 2**32 - 1)
 budgets = st.floats(0.01, 1.0)
@@ -236,7 +236,7 @@ def test_a_budget_outside_zero_to_one_is_refused(budget):
         PrefixKV(budget)
 
 
-@pytest.mark.parametrize("wrong", [{"start": -1}, {"decode": "drop"}, {"plan": [0.5, 1.5]}])
+@pytest.mark.parametrize("wrong", [{"start": -1}, {"decode": "drop"}])
 def test_other_arguments_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PrefixKV(0.5, **wrong)
@@ -330,3 +330,54 @@ def test_given_the_published_counts_every_kept_position_and_decode_step_is_the_p
                 assert used == case[f"decode_lengths/{budget}"][step, layer]
             held = position[position >= 0].sort().values
             assert torch.equal(held.int(), case[f"decode_kept/{budget}/{layer}"])
+
+
+# ---------------------------------------------------------------- plans
+
+
+def test_a_plan_survives_the_way_to_its_file_and_back(tmp_path):
+    kept, prompt = torch.tensor([[10, 20, 5], [30, 10, 40]]), torch.tensor([50, 100])
+    plan = Plan.estimate(0.2, kept, prompt, "a model")
+    assert plan.ratios == pytest.approx([0.25, 0.25, 0.25])
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan == Plan(0.2, plan.ratios, "a model", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+@given(st.integers(0, 2**31), st.integers(1, 60), st.integers(0, 3))
+def test_a_plan_keeps_its_share_of_every_prompt_and_the_protected_tokens(seed, length, start):
+    ratios = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
+    compressor = PrefixKV(start=start, plan=Plan(0.5, ratios))
+    for layer, ratio in enumerate(ratios):
+        count = int(compressor.planned(layer, 4, torch.tensor([length])))
+        assert count == min(length, max(start + 1, round(length * ratio)))
+
+
+def test_a_plan_for_another_number_of_layers_is_refused():
+    with pytest.raises(ValueError, match="for 3 layers; the model has 4"):
+        PrefixKV(plan=Plan(0.5, [0.1, 0.5, 0.9])).planned(0, 4, torch.tensor([9]))
+
+
+@pytest.mark.skipif(not PLANS.is_dir(), reason="the published plans are not here")
+@pytest.mark.parametrize("model, layers", [("7b", 32), ("13b", 40)])
+@pytest.mark.parametrize("forget", [0.0, 0.1, 0.2, 0.5, 0.9])  # their names say the share to forget
+def test_published_plans_load_as_they_are(model, layers, forget):
+    plan = Plan.load(PLANS / f"prefixkv_llava-v1.5-{model}_{forget}.json")
+    assert len(plan.ratios) == layers
+    assert plan.budget == pytest.approx(1 - forget, abs=0.01)  # their search stops a few tokens from its target
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[]", "[2]", "[-0.1]", '["a"]', "[null]", '{"ratios": 3}', '{"ratios": [1.5]}', "nan", "[NaN]",
+     '{"ratios": [0.5], "budget": "x"}', "[" * 10**5, '{"ratios": {"a": 1}}'],
+)  # fmt: skip
+def test_a_file_that_holds_no_plan_is_refused(tmp_path, content):
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(ValueError, match="holds no plan"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_missing_plan_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no plan"):
+        Plan.load(tmp_path / "missing.json")

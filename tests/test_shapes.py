@@ -13,7 +13,7 @@ import torch
 import minillava.model
 import prefixkv
 from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
-from prefixkv import PrefixKV
+from prefixkv import Plan, PrefixKV
 
 COMMENT = re.compile(r"#\s*\[([^\]]+)\]$")
 SOURCES = [Path(minillava.model.__file__), Path(prefixkv.__file__)]
@@ -109,7 +109,7 @@ def exercise() -> None:
     mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
     pixels = torch.randn(3, 3, 28, 28)
     model(ids, pixels, mask)
-    for compressor in (None, PrefixKV(0.4), PrefixKV(0.3, plan=[0.3] * 5)):
+    for compressor in (None, PrefixKV(0.4), PrefixKV(plan=Plan(0.3, [0.3] * 5))):
         model.generate(ids, pixels, mask, max_new_tokens=4, eos_token_id=(), compressor=compressor)
     model.generate(ids[:1, -4:], max_new_tokens=2, temperature=1.0, top_k=5, top_p=0.5, seed=1)
 
