@@ -45,13 +45,13 @@ def importance(query: Tensor, key: Tensor, present: Tensor, block: int = 128) ->
         count = end - start
         # The queries of a group stand side by side, so that no key is repeated for them.
         rows = query[:, :, start:end].unflatten(1, (-1, groups)).flatten(2, 3)  # [B, Hkv, G * count, Dh]
-        scores = (rows @ key[:, :, :end].transpose(-1, -2)).float() * size**-0.5
+        scores = (rows @ key[:, :, :end].transpose(-1, -2)).float().mul_(size**-0.5)
         scores = scores.unflatten(2, (groups, count))  # [B, Hkv, G, count, end]
         later = torch.arange(end, device=query.device) > torch.arange(start, end, device=query.device)[:, None]
-        hidden = later | ~present[:, None, None, None, :end]
-        weights = scores.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1)
-        weights = weights * present[:, None, None, start:end, None]  # padding asks nothing
-        total[:, :end] += weights.sum(dim=(1, 2, 3)) / heads
+        scores.masked_fill_(later | ~present[:, None, None, None, :end], torch.finfo(torch.float32).min)
+        received = scores.softmax(-1).sum(dim=(1, 2))  # [B, count, end]
+        asking = present[:, None, start:end].float()  # [B, 1, count]
+        total[:, :end] += (asking @ received)[:, 0] / heads
     return total.masked_fill(~present, 0.0)
 
 

@@ -1,0 +1,32 @@
+"""What the README tells people to type is what CI runs, and its example in Python works."""
+
+from __future__ import annotations
+
+import re
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_there_are_exactly_two_set_up_commands():
+    commands = blocks("sh")
+    assert [command.split("&& ")[-1].strip() for command in commands] == ["python demo.py", "pytest"]
+    assert all(command.startswith("pip install -c constraints.txt -e ") for command in commands)
+    assert r"grep -m 1 '&& pytest$' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_python_example_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    assert "The image shows" in capsys.readouterr().out
+
+
+def test_every_file_it_names_is_there():
+    for name in re.findall(r"^\| `([^`]+)`", README, flags=re.MULTILINE):
+        assert (ROOT / name).exists(), name
