@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 import demo
 import weights
 from prefixkv import PrefixKV
+from train.scenes import draw, make_scene
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -92,13 +94,24 @@ def test_json_tokens_are_those_of_transformers_for_a_checkpoint_it_wrote(tmp_pat
 
 def test_json_tokens_are_those_of_transformers_for_the_embedded_checkpoint(tiny_reference, tiny, tmp_path, capsys):
     _, processor = tiny
-    for path in sorted((TINY / "examples").glob("*.png")):
-        code, out, _ = run(capsys, "--json", "--image", str(path), "--budget", "1")
-        inputs = processor(processor.chat([("Describe the image in detail.", None)], 1), [Image.open(path)])
+    questions = (
+        "Describe the image in detail.",
+        "How many objects are there?",
+        "What is in the centre?",
+        "Anything else?",
+    )
+    for index in range(20):
+        path, question = tmp_path / f"{index}.png", questions[index % 4]
+        draw(make_scene(random.Random(f"demo {index}")))[0].save(path)
+        code, out, _ = run(
+            capsys, "--json", "--image", str(path), "--prompt", question, "--budget", "1", "--max-new-tokens", "64"
+        )
+        inputs = processor(processor.chat([(question, None)], 1), [Image.open(path)])
         with torch.no_grad():
-            expected = tiny_reference.generate(**inputs, max_new_tokens=128, do_sample=False)
+            expected = tiny_reference.generate(**inputs, max_new_tokens=64, do_sample=False)
         assert code == 0
-        assert json.loads(out)["runs"][0]["token_ids"] == expected[0, inputs["input_ids"].shape[1] :].tolist()
+        for r in json.loads(out)["runs"]:
+            assert r["token_ids"] == expected[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def test_a_seed_makes_sampling_repeatable(capsys):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from minillava.model import LlavaError
 from minillava.processor import AddedToken, ImageProcessor, Processor, Tokenizer, open_image, to_rgb
+from train.train_tiny import tokenizer_json
 
 # transformers rounds twice on the way (to float32 after rescaling, and after normalising), we round once.
 PIXELS = 1e-6
@@ -136,28 +137,12 @@ def mistral_model():
 @pytest.fixture(scope="module")
 def large():
     """Our tokenizer, and transformers' fast one as LLaVA's tokenizer.json builds it, for the same 32,000 pieces."""
-    from tokenizers import AddedToken as Added
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, normalizers
+    import tokenizers
 
     model = mistral_model()
-    added = [AddedToken("<image>", 32000), AddedToken("<pad>", 32001)]
-    added += [AddedToken(model.id_to_piece(i), i) for i in range(3)]
-    vocab = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())]
-    ids = {piece: i for i, (piece, _) in enumerate(vocab)}
-    merges = []
-    for piece, score in vocab:
-        for cut in range(1, len(piece)):
-            if piece[:cut] in ids and piece[cut:] in ids:
-                merges.append((-score, ids[piece[:cut]], ids[piece[cut:]], piece[:cut], piece[cut:]))
-    merges.sort()
-    fast = Fast(models.BPE(ids, [(a, b) for *_, a, b in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    fast.add_special_tokens(
-        [Added(t.content, special=True, normalized=False) for t in sorted(added, key=lambda t: t.id)]
-    )
-    return Tokenizer(model, added), fast
+    added = {32000: "<image>", 32001: "<pad>"} | {i: model.id_to_piece(i) for i in range(3)}
+    fast = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(model, added)))
+    return Tokenizer(model, [AddedToken(content, i) for i, content in added.items()]), fast
 
 
 text = st.lists(
@@ -176,7 +161,7 @@ text = st.lists(
 def test_ids_are_those_of_a_llava_tokenizer_json(large, words):
     ours, fast = large
     words = words.replace("\0", "")  # sentencepiece ends a text at NUL
-    assert ours.encode(words) == [1, *fast.encode(words, add_special_tokens=False).ids]
+    assert ours.encode(words) == fast.encode(words).ids
 
 
 def test_text_around_an_image_gets_its_own_leading_space(large):
@@ -242,13 +227,23 @@ def test_a_conversation_is_written_as_llava_was_trained():
     )
 
 
-def test_embedded_ids_and_pixels_are_those_of_its_transformers_processor_parts(tiny):
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    _, processor = tiny
+@settings(max_examples=50)
+@given(text)
+def test_the_embedded_inputs_are_those_of_its_transformers_processor(embedded, words):
+    ours, theirs = embedded
+    words = words.replace("\0", "").replace("<image>", "") + "USER: <image>\nWhat? ASSISTANT:"
     image = picture(3, 111, 97)
-    expected = CLIPImageProcessorPil.from_pretrained(TINY)(image, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(processor.image_processor(image), expected.float(), atol=PIXELS, rtol=0)
+    found, expected = ours(words, [image]), theirs(text=words, images=image, return_tensors="pt")
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    torch.testing.assert_close(found["pixel_values"], expected["pixel_values"], atol=PIXELS, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def embedded(tiny):
+    """Our processor of the embedded checkpoint, and the one that transformers makes of the same files."""
+    from transformers import AutoProcessor
+
+    return tiny[1], AutoProcessor.from_pretrained(TINY)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"\x0a\x05hello"])

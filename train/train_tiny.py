@@ -350,6 +350,61 @@ with the tower frozen ({language_steps:,} steps of {batch}), then all of it whil
 """
 
 
+def tokenizer_json(model: sentencepiece.SentencePieceProcessor, added: dict[int, str]) -> dict[str, object]:
+    """The same tokenizer as `tokenizers` reads it, so that transformers need not convert the sentencepiece model."""
+    score = {model.id_to_piece(i): model.get_score(i) for i in range(model.vocab_size())}
+    vocab = {piece: i for i, piece in enumerate(score)}
+    merges = []
+    for piece in vocab:
+        cuts = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        pairs = [(left, right) for left, right in cuts if left in vocab and right in vocab]
+        merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+    merges.sort(key=lambda pair: -score["".join(pair)])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    bos, space = model.id_to_piece(model.bos_id()), {"String": " "}
+    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": content, **flags} for i, content in sorted(added.items())],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": space, "content": "▁"},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [begin, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {bos: {"id": bos, "ids": [model.bos_id()], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": vocab,
+            "merges": [list(pair) for pair in merges],
+        },
+    }
+
+
 def export(model: Llava, tokenizer: Path, talk: Conversations, folder: Path) -> None:
     """Writes the checkpoint in the layout of a Hub repository, weights in float16."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -358,6 +413,7 @@ def export(model: Llava, tokenizer: Path, talk: Conversations, folder: Path) -> 
     (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
     added = {talk.image_id: IMAGE_TOKEN, talk.pad_id: "<pad>", 0: "<unk>", talk.bos: "<s>", talk.eos: "</s>"}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    write_json(folder / "tokenizer.json", tokenizer_json(talk.model, added))
     write_json(
         folder / "tokenizer_config.json",
         {
