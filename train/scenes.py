@@ -231,8 +231,9 @@ def short_question(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
     return kind, question.format(plural(first), plural(second)), "yes." if more else "no."
 
 
-def conversation(rng: random.Random, scene: Scene, short: int = 5) -> list[tuple[str, str]]:
-    """Turns of (question, answer): one detailed description and `short` short questions, in any order."""
+def conversation(rng: random.Random, scene: Scene, short: int = 5, described: float = 1.0) -> list[tuple[str, str]]:
+    """Turns of (question, answer): `short` short ones and, in the share `described` of cases, a description."""
     turns = [short_question(rng, scene)[1:] for _ in range(short)]
-    turns.insert(0 if rng.random() < 0.5 else rng.randint(0, short), (rng.choice(DESCRIBE), describe(scene)))
+    if described == 1 or rng.random() < described:
+        turns.insert(0 if rng.random() < 0.5 else rng.randint(0, short), (rng.choice(DESCRIBE), describe(scene)))
     return turns

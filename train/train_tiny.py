@@ -4,7 +4,8 @@ Three stages, as LLaVA builds on a CLIP that exists already:
 1. vision: the vision tower learns to say, patch by patch, what covers it (colour, shape, size, place, outline,
    background, and the patch's own row and column), through linear heads that are thrown away afterwards;
 2. language: projector and decoder learn conversations about scenes, the vision tower frozen;
-3. joint: everything together, while the learning rate falls to nothing.
+3. joint: everything together, on more short questions, while the learning rate falls to nothing; the patches are
+   still asked, and now also whether an object's centre lies in them.
 
 The state of training is saved to `--work` every few minutes and taken up again by the same command.
 """
@@ -34,7 +35,7 @@ from weights import config_dict, load, save_weights, write_json
 SIDE, PATCH = 96, 8
 GRID = SIDE // PATCH
 IMAGE_TOKEN = "<image>"
-LABELS = {  # what a patch is asked in stage 1, and how many answers there are (0: no object)
+LABELS = {  # what a patch is asked, and how many answers there are (0: no object)
     "colour": len(COLOURS) + 1,
     "shape": len(SHAPES) + 1,
     "size": len(SIZES) + 1,
@@ -43,6 +44,7 @@ LABELS = {  # what a patch is asked in stage 1, and how many answers there are (
     "background": len(BACKGROUNDS),
     "row": GRID,
     "column": GRID,
+    "centre": 2,  # only in the joint stage: one patch an object, which is what counting needs
 }
 MEAN, STD = 0.5, 0.5
 
@@ -96,7 +98,7 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def patch_labels(scene: Scene, cover: Image.Image) -> Tensor:
-    """The answers to LABELS for every patch: [P, 8]. An object counts where it covers a sixth of the patch."""
+    """The answers to LABELS for every patch: [P, 9]. An object counts where it covers a sixth of the patch."""
     half = cover.resize((SIDE, SIDE), Image.Resampling.NEAREST)
     ids = torch.frombuffer(bytearray(half.tobytes()), dtype=torch.uint8).view(GRID, PATCH, GRID, PATCH)
     ids = ids.permute(0, 2, 1, 3).reshape(GRID * GRID, PATCH * PATCH).long()
@@ -108,11 +110,13 @@ def patch_labels(scene: Scene, cover: Image.Image) -> Tensor:
         table.append([list(COLOURS).index(thing.colour) + 1, SHAPES.index(thing.shape) + 1,
                       list(SIZES).index(thing.size) + 1, thing.cell + 1])  # fmt: skip
     cells = torch.arange(GRID * GRID)
+    centres = {int(thing.y * GRID) * GRID + int(thing.x * GRID) for thing in scene.things}
     rest = [
         (shares.max(-1).values < 0.999).long(),
         torch.full_like(cells, list(BACKGROUNDS).index(scene.background)),
         cells // GRID,
         cells % GRID,
+        torch.tensor([int(cell in centres) for cell in range(GRID * GRID)]),
     ]
     return torch.cat([torch.tensor(table)[owner], torch.stack(rest, -1)], -1)
 
@@ -159,10 +163,11 @@ class Batches(torch.utils.data.IterableDataset):
                 scene = make_scene(rng, most)
                 image, cover = draw(scene)
                 images.append(pixels(image))
-                if self.stage == "vision":
+                if self.stage != "language":
                     targets.append(patch_labels(scene, cover))
-                else:
-                    rows.append(self.talk.encode(conversation(rng, scene)))
+                if self.stage != "vision":
+                    short, described = (5, 1.0) if self.stage == "language" else (8, 0.5)
+                    rows.append(self.talk.encode(conversation(rng, scene, short, described)))
             step += 1
             if self.stage == "vision":
                 yield torch.stack(images), torch.stack(targets)
@@ -170,7 +175,7 @@ class Batches(torch.utils.data.IterableDataset):
             length = math.ceil(max(len(ids) for ids, _ in rows) / 16) * 16
             ids = torch.tensor([row + [self.talk.pad_id] * (length - len(row)) for row, _ in rows])
             labels = torch.tensor([row + [-100] * (length - len(row)) for _, row in rows])
-            yield torch.stack(images), ids, labels
+            yield torch.stack(images), ids, labels, *([torch.stack(targets)] if targets else [])
 
 
 def initialise(model: nn.Module) -> None:
@@ -239,10 +244,11 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
     steps = {"vision": args.vision_steps, "language": args.language_steps, "joint": args.joint_steps}[stage]
     peak = {"vision": 2e-3, "language": args.rate, "joint": args.rate}[stage]
     device = torch.device(args.device)
+    asked = list(LABELS)[: -1 if stage == "vision" else None]
     parts: dict[str, list[nn.Module]] = {
-        "vision": [model.vision_tower, heads],
+        "vision": [model.vision_tower, *(heads[name] for name in asked)],
         "language": [model.multi_modal_projector, model.language_model, model.lm_head],
-        "joint": [model],
+        "joint": [model, heads],
     }
     parameters = [p for module in parts[stage] for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.02)
@@ -250,12 +256,12 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
-        heads.load_state_dict(state["heads"])
-        optimizer.load_state_dict(state["optimizer"])
+        heads.load_state_dict(state["heads"], strict=False)
         start, before = state["step"], state.get("seconds", 0.0)
-    if start >= steps:
-        return before
-    warmup = {"vision": 0, "language": args.language_steps // 8, "joint": 0}[stage]
+        if start >= steps:
+            return before
+        optimizer.load_state_dict(state["optimizer"])
+    warmup = 2500 if stage == "language" else 0
     size = args.batch * 2 if stage == "vision" else args.batch
     run = torch.compile(decode, dynamic=True) if args.compile else decode
     data = Batches(stage, start, size, args.seed, talk, warmup)
@@ -263,22 +269,22 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
     began, saved, mean = time.time(), time.time(), 0.0
     for step in range(start, steps):
         batch = [part.to(device) for part in next(loader)]
-        fall_from = {"vision": 0.6, "language": 1.0, "joint": 0.0}[stage]
+        fall_from = {"vision": 0.6, "language": 1.0, "joint": 0.5}[stage]
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps, peak, fall_from) if stage != "joint" else peak * (1 - step / steps)
-        if stage == "vision":
-            features = model.vision_tower(batch[0], -2)[:, 1:]
-            losses = {
-                name: F.cross_entropy(heads[name](features).flatten(0, 1), batch[1][..., i].flatten())
-                for i, name in enumerate(LABELS)
-            }
-            loss = torch.stack(list(losses.values())).sum()
-        else:
-            with torch.set_grad_enabled(stage == "joint"):
-                seen = model.vision_tower(batch[0], model.config.vision_feature_layer)[:, 1:]
-            logits = answer_logits(model, run, seen, batch[1], batch[2])
+            group["lr"] = rate(step, steps, peak, fall_from)
+        with torch.set_grad_enabled(stage != "language"):
+            features = model.vision_tower(batch[0], model.config.vision_feature_layer)[:, 1:]
+        loss = torch.zeros((), device=device)
+        if stage != "language":
+            answers = {name: heads[name](features) for name in asked}
+            for i, name in enumerate(asked):
+                part = F.cross_entropy(answers[name].flatten(0, 1), batch[-1][..., i].flatten())
+                loss = loss + (part if stage == "vision" else 0.2 * part)
+        if stage != "vision":
+            logits = answer_logits(model, run, features, batch[1], batch[2])
             wanted = batch[2][:, 1:]
-            loss = F.cross_entropy(logits, wanted[wanted != -100])
+            talked = F.cross_entropy(logits, wanted[wanted != -100])
+            loss = loss + talked
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -291,14 +297,13 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
             pace = (step + 1 - start) / (time.time() - began)
             left = (steps - step - 1) / pace / 60
             extra = ""
-            if stage == "vision":
-                with torch.no_grad():
-                    right = [
-                        (heads[n](features).argmax(-1) == batch[1][..., i]).float().mean() for i, n in enumerate(LABELS)
-                    ]
-                extra = " " + " ".join(f"{name} {float(r):.3f}" for name, r in zip(LABELS, right))
-            elif (step + 1) % 500 == 0:
-                extra = " " + heterogeneity(model, batch[0][:8], batch[1][:8])
+            if stage != "language":
+                right = [(answers[n].argmax(-1) == batch[-1][..., i]).float().mean() for i, n in enumerate(asked)]
+                extra = " " + " ".join(f"{name} {float(r):.3f}" for name, r in zip(asked, right))
+            if stage == "joint":
+                extra = f" answers {talked.item():.4f}" + extra
+            if stage != "vision" and (step + 1) % 500 == 0:
+                extra += " " + heterogeneity(model, batch[0][:8], batch[1][:8])
             print(
                 f"{stage} {step + 1}/{steps} loss {mean:.4f} {pace * size:.1f} samples/s, {left:.0f} min left{extra}",
                 flush=True,
@@ -337,8 +342,8 @@ Loads with `weights.load` and with `LlavaForConditionalGeneration.from_pretraine
 
 Scenes and conversations are drawn on the fly (`train/scenes.py`); no data set is needed. Three stages: the vision
 tower learns to label patches ({vision_steps:,} steps of {vision_batch} scenes), then the decoder learns conversations
-with the tower frozen ({language_steps:,} steps of {batch}), then all of it while the learning rate falls
-({joint_steps:,} steps of {batch}). {time}
+with the tower frozen ({language_steps:,} steps of {batch}), then all of it learns together, mostly short questions,
+while the learning rate falls ({joint_steps:,} steps of {batch}). {time}
 
 ## Scores
 
