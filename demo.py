@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import json
 import sys
 import time
@@ -47,10 +48,11 @@ class Typewriter:
         self.indent, self.column, self.shown = indent, 0, ""
 
     def update(self, text: str, final: bool = False) -> None:
-        """Shows what `text` has beyond the last call; a word waits until it is whole."""
+        """Shows what `text` has beyond the last call; a word waits until it is whole. Control characters show as �."""
         whole = len(text) if final else max(text.rfind(" "), text.rfind("\n")) + 1
         for line in text[len(self.shown) : whole].splitlines(keepends=True):
             for word in line.split():
+                word = "".join(c if c.isprintable() else "\ufffd" for c in word)
                 if self.column + 1 + len(word) > WIDTH - 1 or self.column == 0:
                     sys.stdout.write(("\n" if self.column else "") + self.indent + word)
                     self.column = len(self.indent) + len(word)
@@ -113,21 +115,18 @@ def answer(
         kv_bytes_full=seen * token_bytes,
         prefill_seconds=prefilled - start,
         decode_seconds=ended - prefilled,
-        tokens_per_second=len(ids) / max(ended - prefilled, 1e-9),
+        tokens_per_second=(len(ids) - 1) / max(ended - prefilled, 1e-9),  # the first comes with the prefill
     )
 
 
 def bars(run: Run) -> str:
-    """The share of the prompt that each layer kept, one character a layer; many layers are averaged to 32."""
+    """The share of the prompt that each layer kept, one character a layer, first layer on the left."""
     shares = [kept / run.prompt_tokens for kept in run.kept_per_layer]
-    columns = min(len(shares), 16)
-    groups = [shares[i * len(shares) // columns : (i + 1) * len(shares) // columns] for i in range(columns)]
-    marks = [BARS[max(1, round(8 * sum(group) / len(group)))] for group in groups]
-    text = "".join(marks)
+    text = "".join(BARS[max(1, round(8 * share))] for share in shares)
     try:
         text.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:  # a terminal without block characters gets tenths
-        text = "".join(str(min(9, int(10 * sum(group) / len(group)))) for group in groups)
+        text = "".join(str(min(9, int(10 * share))) for share in shares)
     return text
 
 
@@ -145,24 +144,26 @@ def human(count: int) -> str:
 
 
 def table(runs: list[Run]) -> str:
-    """The closing table, at most 80 columns wide."""
-    rows = [("budget", "prompt", "kept in all layers", "per layer", "KV held", "tokens/s", "same words")]
+    """The closing table, at most 80 columns wide; the bars of a deep model stand under it."""
+    rows = [["budget", "prompt", "kept in all layers", "per layer", "KV held", "tokens/s", "same words"]]
     for run in runs:
         total = run.prompt_tokens * len(run.kept_per_layer)
-        kept = sum(run.kept_per_layer)
         rows.append(
-            (
-                "full" if run.method == "full" else f"{100 * run.budget:g}%",
+            [
+                "full" if run.method == "full" else f"{100 * run.budget:.3g}%",
                 str(run.prompt_tokens),
-                f"{kept} of {total}",
+                f"{sum(run.kept_per_layer)} of {total}",
                 bars(run),
                 human(run.kv_bytes),
                 f"{run.tokens_per_second:.0f}",
-                f"{agreement(run, runs[0]):.0%}" if runs[0].method == "full" else "-",
-            )
+                f"{agreement(run, runs[0]):.0%}",
+            ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+    lines = []
+    if len(runs[0].kept_per_layer) > 12:
+        lines = ["", "per layer, first layer on the left:", *[f"{row[0]:>6}  {row.pop(3)}" for row in rows][1:]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join([*("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows), *lines])
 
 
 def compressors(args: argparse.Namespace) -> list[PrefixKV | None]:
@@ -284,6 +285,8 @@ def describe(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence on stderr for input that cannot be used."""
     args = parse(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a narrow terminal shows ? rather than failing
     try:
         describe(args)
     except ValueError as error:  # LlavaError, or PrefixKV's refusal of importance that is not finite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import random
@@ -12,6 +13,8 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY, reference, write
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import demo
@@ -134,6 +137,40 @@ def test_a_conversation_of_several_turns(capsys, monkeypatch):
     code, out, _ = run(capsys, "--chat", "--max-new-tokens", "12")
     assert code == 0
     assert out.count("you: ") == 3
+
+
+def fake_run(layers: int) -> demo.Run:
+    return demo.Run("prefixkv", 0.2, "a b", [1], 99999, [20000] * layers, 10**10, 10**11, 1.0, 1.0, 12345.0)
+
+
+@pytest.mark.parametrize("layers", [1, 8, 12, 13, 40, 70])
+def test_the_table_fits_80_columns_and_shows_every_layer(layers):
+    text = demo.table([fake_run(layers), fake_run(layers)])
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("▂") == 2 * layers
+
+
+def test_text_that_would_move_the_cursor_is_shown_harmlessly(capsys):
+    typewriter = demo.Typewriter()
+    for length in range(1, 30):
+        typewriter.update("red \x1b[2Jcircle \x07 and more words"[:length])
+    typewriter.update("red \x1b[2Jcircle \x07 and more words", final=True)
+    typewriter.end()
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\x07" not in out
+    assert out.split() == ["red", "\ufffd[2Jcircle", "\ufffd", "and", "more", "words"]
+
+
+@given(st.text(alphabet="ab \n", max_size=400), st.integers(1, 30))
+def test_text_typed_in_pieces_is_all_there_and_wrapped(text, step):
+    typewriter, stdout = demo.Typewriter(), io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        for length in range(0, len(text), step):
+            typewriter.update(text[:length])
+        typewriter.update(text, final=True)
+        typewriter.end()
+    assert stdout.getvalue().split() == text.split()
+    assert all(len(line) < 80 or " " not in line.strip() for line in stdout.getvalue().splitlines())
 
 
 PICTURE = str(TINY / "examples" / "scene_1.png")
