@@ -198,24 +198,25 @@ class Tokenizer:
         if size <= 0:
             raise LlavaError(f"{path} holds no pieces; copy or download it again.")
         config = read_json(folder / "tokenizer_config.json")
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, AddedToken] = {}
         for id in (model.unk_id(), model.bos_id(), model.eos_id()):
             if id >= 0:
-                found[model.id_to_piece(id)] = {"id": id}
+                found[model.id_to_piece(id)] = AddedToken(model.id_to_piece(id), id)
         # Later files know more: only tokenizer.json and tokenizer_config.json say how a token is matched.
-        for content, id in read_json(folder / "added_tokens.json").items():
-            found[content] = {"id": id}
-        for entry in read_json(folder / "tokenizer.json").get("added_tokens", []):
-            found[entry["content"]] = entry
-        for id, entry in (config.get("added_tokens_decoder") or {}).items():
-            found[entry["content"]] = {**entry, "id": int(id)}
-        added = [
-            AddedToken(
-                content, entry["id"], entry.get("lstrip", False), entry.get("rstrip", False), entry.get("special", True)
-            )
-            for content, entry in found.items()
-        ]
-        return cls(model, added, add_bos=config.get("add_bos_token", True) is not False)
+        entries = [{"content": content, "id": id} for content, id in read_json(folder / "added_tokens.json").items()]
+        try:
+            entries += read_json(folder / "tokenizer.json").get("added_tokens") or []
+            decoder = config.get("added_tokens_decoder") or {}
+            entries += [{**entry, "id": int(id)} for id, entry in decoder.items()]
+            for entry in entries:
+                flags = {name: bool(entry[name]) for name in ("lstrip", "rstrip", "special") if name in entry}
+                token = AddedToken(entry["content"], entry["id"], **flags)
+                if not isinstance(token.content, str) or not token.content or type(token.id) is not int or token.id < 0:
+                    raise ValueError(f"{token.content!r} with id {token.id!r}")
+                found[token.content] = token
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise LlavaError(f"{folder}: its files hold an added token that makes no sense ({error}).") from None
+        return cls(model, list(found.values()), add_bos=config.get("add_bos_token", True) is not False)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text, with BOS in front."""

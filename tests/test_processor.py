@@ -262,3 +262,23 @@ def test_added_tokens_are_read_from_every_file_that_may_hold_them(tmp_path):
     config = {"added_tokens_decoder": {"902": {"content": "<image>", "lstrip": True}}, "add_bos_token": False}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert Tokenizer.from_folder(tmp_path).encode("  <image>") == [902]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("added_tokens.json", {"<image>": "7"}),
+        ("added_tokens.json", {"": 7}),
+        ("added_tokens.json", {"<image>": -7}),
+        ("tokenizer.json", {"added_tokens": [{"id": 3}]}),
+        ("tokenizer.json", {"added_tokens": "many"}),
+        ("tokenizer.json", {"added_tokens": [{"id": 3, "content": ["<image>"]}]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<image>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1, 2]}),
+    ],
+)
+def test_added_tokens_that_make_no_sense_are_refused(tmp_path, name, content):
+    (tmp_path / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(LlavaError, match="added token"):
+        Tokenizer.from_folder(tmp_path)
