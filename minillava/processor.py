@@ -286,8 +286,13 @@ class Processor:
                 f"The tokenizer gives {IMAGE_TOKEN} the id {token.id}, config.json {config.image_token_id}; "
                 "the files belong to different checkpoints."
             )
-        processor = cls(tokenizer, ImageProcessor.from_dict(raw), config)
-        return processor
+        largest, size = max([tokenizer.model.vocab_size() - 1, *tokenizer.by_id]), config.text.vocab_size
+        if largest >= size:
+            raise LlavaError(
+                f"The tokenizer has ids up to {largest}, the model a vocabulary of {size}; "
+                "the files belong to different checkpoints."
+            )
+        return cls(tokenizer, ImageProcessor.from_dict(raw), config)
 
     def __call__(self, text: str | Sequence[str], images: Sequence[Image.Image] = ()) -> dict[str, Any]:
         """`input_ids` and `attention_mask` [B, N], and `pixel_values` [I, 3, R, R] if there are images.
