@@ -493,7 +493,7 @@ def write_card(model: Llava, folder: Path, args: argparse.Namespace, scores: dic
             objects=MAX_OBJECTS,
             command=f"python -m train.train_tiny --vision-steps {args.vision_steps} "
             f"--language-steps {args.language_steps} --joint-steps {args.joint_steps} --batch {args.batch} "
-            f"--rate {args.rate} --seed {args.seed}",
+            f"--rate {args.rate} --seed {args.seed}" + " --compile" * args.compile,
             vision_steps=args.vision_steps,
             language_steps=args.language_steps,
             joint_steps=args.joint_steps,
