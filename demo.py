@@ -8,8 +8,11 @@ import io
 import json
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch works without; so does the demo
 
 import torch
 from PIL import Image

@@ -13,8 +13,8 @@ from PIL import Image
 import weights
 from prefixkv import PrefixKV
 
-# Both sides do the same float32 operations in the same order, and on the machine where this was written no bit differed.
-# Another processor may choose other kernels for one side's mask; logits are about 5, so this leaves some 20 last places.
+# Both sides do the same float32 operations in the same order, and where this was written no bit differed.
+# Another processor may choose other kernels for one mask; logits are about 5, so this leaves some 20 last places.
 LOGITS = 1e-5
 
 
