@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minillava.model import ACTIVATIONS, Llava, LlavaConfig, LlavaError, TextConfig, VisionConfig, require
 from minillava.processor import Processor, read_json
@@ -279,6 +280,18 @@ def load_weights(model: Llava, folder: Path, device: torch.device, dtype: torch.
         model.tie_weights()
 
 
+class SkipInit(TorchFunctionMode):
+    """Leaves out `torch.nn.init`: weights that a checkpoint replaces need no random values.
+
+    On the meta device drawing them would import torch's symbolic shapes, a second and 70 MB for nothing.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def load(
     path_or_id: str | Path,
     device: str | torch.device = "cpu",
@@ -293,7 +306,7 @@ def load(
     folder = find(path_or_id, revision)
     config = read_config(folder)
     processor = Processor.from_folder(folder, config)
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         model = Llava(config)
     load_weights(model, folder, torch.device(device), dtype)
     return model.eval(), processor

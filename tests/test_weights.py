@@ -257,7 +257,7 @@ def test_loading_holds_one_model_and_one_tensor(tmp_path):
     )
     size, used = map(int, done.stdout.split())
     assert size > 400e6
-    assert used < 1.15 * size
+    assert used < 1.05 * size  # 1.00 was measured; a second copy of the model would make it 2
 
 
 def test_the_main_job_never_imports_transformers():
