@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import json
 
 import pytest
 import torch
 from conftest import IMAGE_ID, LAYOUTS, TINY, reference, write
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import weights
 from prefixkv import PrefixKV
@@ -97,13 +98,17 @@ def test_every_option_of_the_config_is_honoured(tmp_path, layout, variant):
     compare(theirs, ours, images=True, batch=True)
 
 
-def test_a_single_linear_projector_loads(tmp_path):
-    theirs = reference()
-    folder = write(theirs, tmp_path, "disk5")
-    config = weights.read_config(folder)
-    with torch.device("meta"):
-        ours = weights.Llava(dataclasses.replace(config, mm_projector_type="linear"))
-    assert [name for name, _ in ours.multi_modal_projector.named_parameters()] == ["linear_1.weight", "linear_1.bias"]
+def test_a_single_linear_projector_loads_and_is_that_one_layer(tmp_path):
+    folder = write(reference(), tmp_path, "disk5")
+    state = load_file(folder / "model.safetensors")
+    save_file({name: t for name, t in state.items() if "linear_2" not in name}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "mm_projector_type": "linear"}))
+    ours, _ = weights.load(folder)
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    weight, bias = (state[f"multi_modal_projector.linear_1.{name}"] for name in ("weight", "bias"))
+    expected = ours.vision_tower(pixels, -2)[:, 1:] @ weight.T + bias
+    torch.testing.assert_close(ours.image_features(pixels), expected, atol=LOGITS, rtol=0)
 
 
 def scenes(count: int) -> list[Image.Image]:
