@@ -536,13 +536,12 @@ class Llava(nn.Module):
             hidden, (query, key, value) = layer(hidden, rope, mask)
             if compressor is None:
                 cache.store(index, key, value, present)
-                continue
-            importance = compressor.score(query, key, present)  # [B, N]
-            if compressor.plan is None:
-                waiting.append((key, value, importance))
+            elif compressor.plan is None:
+                waiting.append((key, value, compressor.score(query, key, present)))
             else:
                 count = compressor.planned(index, len(layers), cache.prompt)  # [B]
-                cache.store(index, key, value, compressor.retain(importance, count, present))
+                cache.store(index, key, value, compressor.retain(compressor.score(query, key, present), count, present))
+            del query, key, value  # else they would still be there while the next layer makes its own
         if waiting:
             assert compressor is not None
             counts = compressor.allocate(torch.stack([importance for _, _, importance in waiting]), present)  # [L, B]

@@ -2,7 +2,7 @@
 
 A scene is a plain background with one to seven objects, each in its own cell of a 3 x 3 grid, jittered, turned,
 and at times large enough to overlap its neighbour. Everything follows from a `random.Random`, so a seed names a
-scene. `conversation` asks about a scene in several wordings and gives the true answers.
+scene. `short_question` and `description` ask about a scene in several wordings and give the true answers.
 """
 
 from __future__ import annotations
@@ -182,24 +182,35 @@ def named(description: str) -> list[tuple[str, str, str, str]]:
     return [(size, colour, shape, place) for place, size, colour, shape in re.findall(pattern, description)]
 
 
+def places(things: list[Thing]) -> str:
+    """Where things are, in reading order: "at the top left and in the centre"; "nowhere" for none."""
+    spots = [f"{'in' if thing.place == 'centre' else 'at'} the {thing.place}" for thing in things]
+    return " and ".join([", ".join(spots[:-1]), spots[-1]] if len(spots) > 1 else spots) or "nowhere"
+
+
+KINDS = ("count", "count by colour", "count by shape", "what is where", "where is", "where are", "yes or no", "compare")
+
+
 def short_question(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
     """One question with a short answer: (kind, question, answer)."""
     things = scene.things
-    kind = rng.choice(
-        ("count", "count by colour", "count by shape", "what is where", "where is", "yes or no", "compare")
-    )
+    kind = rng.choice(KINDS)
     thing = rng.choice(things)
     if kind == "count":
         question = rng.choice(("How many objects are there?", "Count the objects.", "How many shapes do you see?"))
         return kind, question, f"{NUMBERS[len(things)]}."
-    if kind == "count by colour":
-        colour = thing.colour if rng.random() < 0.7 else rng.choice(list(COLOURS))
-        question = rng.choice(("How many {} objects are there?", "How many objects are {}?", "Count the {} objects."))
-        return kind, question.format(colour), f"{NUMBERS[sum(t.colour == colour for t in things)]}."
-    if kind == "count by shape":
-        shape = thing.shape if rng.random() < 0.7 else rng.choice(SHAPES)
+    if kind in ("count by colour", "count by shape", "where are"):
+        if kind == "count by colour" or (kind == "where are" and rng.random() < 0.5):
+            colour = thing.colour if rng.random() < 0.7 else rng.choice(list(COLOURS))
+            name, alike = f"{colour} objects", [t for t in things if t.colour == colour]
+        else:
+            shape = thing.shape if rng.random() < 0.7 else rng.choice(SHAPES)
+            name, alike = plural(shape), [t for t in things if t.shape == shape]
+        if kind == "where are":
+            question = rng.choice(("Where are the {}?", "In which places are the {}?", "Where do you see {}?"))
+            return kind, question.format(name), f"{places(alike)}."
         question = rng.choice(("How many {} are there?", "How many {} do you see?", "Count the {}."))
-        return kind, question.format(plural(shape)), f"{NUMBERS[sum(t.shape == shape for t in things)]}."
+        return kind, question.format(name), f"{NUMBERS[len(alike)]}."
     if kind == "what is where":
         cell = thing.cell if rng.random() < 0.8 else rng.randrange(9)
         question = rng.choice(("What is {} the {}?", "Which object is {} the {}?", "What do you see {} the {}?"))
@@ -212,28 +223,27 @@ def short_question(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
         question = rng.choice(("Where is the {}?", "In which place is the {}?", "Where do you see the {}?"))
         if len(alike) > 1 and len([t for t in alike if t.size == thing.size]) > 1:
             return short_question(rng, scene)  # nothing tells these two apart
-        return kind, question.format(name), f"{'in' if thing.place == 'centre' else 'at'} the {thing.place}."
+        return kind, question.format(name), f"{places([thing])}."
     if kind == "yes or no":
         colour, shape = thing.colour, thing.shape
         if rng.random() < 0.5:
             colour, shape = rng.choice(((rng.choice(list(COLOURS)), shape), (colour, rng.choice(SHAPES))))
-        question = rng.choice(("Is there a {} {}?", "Do you see a {} {}?", "Does the image show a {} {}?"))
+        question = rng.choice(("Is there {} {}?", "Do you see {} {}?", "Does the image show {} {}?"))
         found = any((t.colour, t.shape) == (colour, shape) for t in things)
-        article = question.replace(" a ", " an ") if colour[0] in "aeiou" else question
-        return kind, article.format(colour, shape), "yes." if found else "no."
+        return kind, question.format(a(colour), shape), "yes." if found else "no."
+    counts = {shape: sum(t.shape == shape for t in things) for shape in SHAPES}
     first, second = (
-        rng.sample(SHAPES, 2)
-        if len({t.shape for t in things}) < 2
-        else rng.sample(sorted({t.shape for t in things}), 2)
+        rng.sample(sorted({t.shape for t in things}) if rng.random() < 0.5 else SHAPES, 2)
+        if len({t.shape for t in things}) > 1
+        else rng.sample(SHAPES, 2)
     )
+    if counts[first] < counts[second] and rng.random() < 0.5:  # else "no" would nearly always be right
+        first, second = second, first
     question = rng.choice(("Are there more {} than {}?", "Do you see more {} than {}?"))
-    more = sum(t.shape == first for t in things) > sum(t.shape == second for t in things)
+    more = counts[first] > counts[second]
     return kind, question.format(plural(first), plural(second)), "yes." if more else "no."
 
 
-def conversation(rng: random.Random, scene: Scene, short: int = 5, described: float = 1.0) -> list[tuple[str, str]]:
-    """Turns of (question, answer): `short` short ones and, in the share `described` of cases, a description."""
-    turns = [short_question(rng, scene)[1:] for _ in range(short)]
-    if described == 1 or rng.random() < described:
-        turns.insert(0 if rng.random() < 0.5 else rng.randint(0, short), (rng.choice(DESCRIBE), describe(scene)))
-    return turns
+def description(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
+    """The long question and its answer, as `short_question` gives the short ones."""
+    return "describe", rng.choice(DESCRIBE), describe(scene)

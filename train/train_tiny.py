@@ -2,10 +2,14 @@
 
 Three stages, as LLaVA builds on a CLIP that exists already:
 1. vision: the vision tower learns to say, patch by patch, what covers it (colour, shape, size, place, outline,
-   background, and the patch's own row and column), through linear heads that are thrown away afterwards;
+   background, the patch's own row and column, and whether an object's middle lies in it), through linear heads
+   that are thrown away afterwards;
 2. language: projector and decoder learn conversations about scenes, the vision tower frozen;
-3. joint: everything together, on more short questions, while the learning rate falls to nothing; the patches are
-   still asked, and now also whether an object's centre lies in them.
+3. joint: everything together, while the learning rate falls to nothing; the patches are still asked.
+
+Many questions are asked of one picture at once. Short conversations of one to three turns lie side by side behind
+the image tokens; each sees the image and itself, at the positions it would have alone. So one reading of the image
+serves a dozen questions, and no answer can be copied from another conversation.
 
 The state of training is saved to `--work` every few minutes and taken up again by the same command.
 """
@@ -18,6 +22,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -29,7 +34,20 @@ from torch import Tensor, nn
 from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
 from prefixkv import priority
 from train.evaluate import evaluate
-from train.scenes import BACKGROUNDS, COLOURS, MAX_OBJECTS, PLACES, SHAPES, SIZES, Scene, conversation, draw, make_scene
+from train.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    MAX_OBJECTS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Scene,
+    description,
+    draw,
+    make_scene,
+    short_question,
+)
 from weights import config_dict, load, save_weights, write_json
 
 SIDE, PATCH = 96, 8
@@ -44,8 +62,9 @@ LABELS = {  # what a patch is asked, and how many answers there are (0: no objec
     "background": len(BACKGROUNDS),
     "row": GRID,
     "column": GRID,
-    "centre": 2,  # only in the joint stage: one patch an object, which is what counting needs
+    "centre": 2,  # does an object's middle lie in it: one patch an object, which is what counting needs
 }
+ALL_KINDS = (*KINDS, "describe")
 MEAN, STD = 0.5, 0.5
 
 
@@ -70,8 +89,9 @@ def train_tokenizer(path: Path, seed: int) -> None:
     rng = random.Random(seed)
     lines = []
     for _ in range(4000):
-        turns = conversation(rng, make_scene(rng))
-        lines += [f"USER: {question} ASSISTANT: {answer}" for question, answer in turns]
+        scene = make_scene(rng)
+        turns = [description(rng, scene), *(short_question(rng, scene) for _ in range(5))]
+        lines += [f"USER: {question} ASSISTANT: {answer}" for _, question, answer in turns]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -121,6 +141,21 @@ def patch_labels(scene: Scene, cover: Image.Image) -> Tensor:
     return torch.cat([torch.tensor(table)[owner], torch.stack(rest, -1)], -1)
 
 
+@dataclass
+class Sample:
+    """Conversations about one picture, side by side; all lists are as long as `ids`."""
+
+    ids: list[int]
+    labels: list[int]  # the token itself in an answer, -100 elsewhere
+    branch: list[int]  # which conversation a token belongs to; 0 for the image, which all of them see
+    position: list[int]
+    answer: list[int]  # which answer a token belongs to, 0 for none
+    kinds: list[int]  # of the question, an index into ALL_KINDS, one for every answer
+
+    def columns(self) -> tuple[list[int], ...]:
+        return self.ids, self.labels, self.branch, self.position, self.answer
+
+
 class Conversations:
     """Turns conversations into token ids in LLaVA-1.5's format, with labels on the answers only."""
 
@@ -131,17 +166,25 @@ class Conversations:
         self.pad_id = self.image_id + 1
         self.size = math.ceil((self.pad_id + 1) / 64) * 64
 
-    def encode(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        """(input ids, labels); a label is -100 where the user speaks."""
-        ids, labels = [self.bos, *self.model.encode("USER: "), *[self.image_id] * GRID**2], []
-        labels = [-100] * len(ids)
-        for index, (question, answer) in enumerate(turns):
-            prompt = f"\n{question} ASSISTANT:" if index == 0 else f"USER: {question} ASSISTANT:"
-            asked, both = self.model.encode(prompt), self.model.encode(f"{prompt} {answer}")
-            assert both[: len(asked)] == asked
-            ids += [*both, self.eos]
-            labels += [-100] * len(asked) + both[len(asked) :] + [self.eos]
-        return ids, labels
+    def encode(self, conversations: list[list[tuple[str, str, str]]]) -> Sample:
+        """Conversations of (kind, question, answer) turns about one picture."""
+        ids = [self.bos, *self.model.encode("USER: "), *[self.image_id] * GRID**2]
+        prefix = len(ids)
+        sample = Sample(ids, [-100] * prefix, [0] * prefix, list(range(prefix)), [0] * prefix, [])
+        for branch, turns in enumerate(conversations, start=1):
+            begin = len(ids)
+            for index, (kind, question, answer) in enumerate(turns):
+                prompt = f"\n{question} ASSISTANT:" if index == 0 else f"USER: {question} ASSISTANT:"
+                asked, both = self.model.encode(prompt), self.model.encode(f"{prompt} {answer}")
+                assert both[: len(asked)] == asked
+                told = [*both[len(asked) :], self.eos]
+                sample.kinds.append(ALL_KINDS.index(kind))
+                ids += asked + told
+                sample.labels += [-100] * len(asked) + told
+                sample.answer += [0] * len(asked) + [len(sample.kinds)] * len(told)
+            sample.branch += [branch] * (len(ids) - begin)
+            sample.position += range(prefix, prefix + len(ids) - begin)
+        return sample
 
 
 class Batches(torch.utils.data.IterableDataset):
@@ -151,14 +194,26 @@ class Batches(torch.utils.data.IterableDataset):
         self.stage, self.start, self.size, self.seed = stage, start, size, seed
         self.talk, self.warmup = talk, warmup
 
+    def conversations(self, rng: random.Random, scene: Scene) -> list[list[tuple[str, str, str]]]:
+        """Twelve short questions and at times a description, in conversations of one to three turns."""
+        turns = [short_question(rng, scene) for _ in range(12)]
+        if rng.random() < 0.4:
+            turns.insert(rng.randint(0, 12), description(rng, scene))
+        parts = []
+        while turns:
+            cut = rng.choice((1, 1, 2, 3))
+            parts.append(turns[:cut])
+            turns = turns[cut:]
+        return parts
+
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         torch.set_num_threads(1)
         step = self.start
         while True:
             rng = random.Random(f"{self.seed} {self.stage} {step}")
             # Few objects first, all of them from `warmup` on.
-            most = min(MAX_OBJECTS, 2 + (MAX_OBJECTS - 2) * step // max(self.warmup, 1))
-            images, targets, rows = [], [], []
+            most = min(MAX_OBJECTS, 1 + (MAX_OBJECTS - 1) * step // max(self.warmup, 1))
+            images, targets, samples = [], [], []
             for _ in range(self.size):
                 scene = make_scene(rng, most)
                 image, cover = draw(scene)
@@ -166,16 +221,20 @@ class Batches(torch.utils.data.IterableDataset):
                 if self.stage != "language":
                     targets.append(patch_labels(scene, cover))
                 if self.stage != "vision":
-                    short, described = (5, 1.0) if self.stage == "language" else (8, 0.5)
-                    rows.append(self.talk.encode(conversation(rng, scene, short, described)))
+                    samples.append(self.talk.encode(self.conversations(rng, scene)))
             step += 1
             if self.stage == "vision":
                 yield torch.stack(images), torch.stack(targets)
                 continue
-            length = math.ceil(max(len(ids) for ids, _ in rows) / 16) * 16
-            ids = torch.tensor([row + [self.talk.pad_id] * (length - len(row)) for row, _ in rows])
-            labels = torch.tensor([row + [-100] * (length - len(row)) for _, row in rows])
-            yield torch.stack(images), ids, labels, *([torch.stack(targets)] if targets else [])
+            length = math.ceil(max(len(sample.ids) for sample in samples) / 32) * 32
+            empty = (self.talk.pad_id, -100, -1, 0, 0)
+            columns = [
+                torch.tensor([part + [fill] * (length - len(part)) for part in parts])
+                for fill, parts in zip(empty, zip(*(sample.columns() for sample in samples)))
+            ]
+            most_answers = max(len(sample.kinds) for sample in samples)
+            kinds = torch.tensor([sample.kinds + [-1] * (most_answers - len(sample.kinds)) for sample in samples])
+            yield torch.stack(images), *columns, kinds, *([torch.stack(targets)] if targets else [])
 
 
 def initialise(model: nn.Module) -> None:
@@ -204,7 +263,7 @@ def heterogeneity(model: Llava, images: Tensor, ids: Tensor) -> str:
     """How unlike the layers are: kept shares at a budget of 20 %, and Gini coefficients of importance."""
     from prefixkv import PrefixKV, importance
 
-    prompt = ids[:, : 3 + GRID**2 + 12]
+    prompt = ids[:, : 3 + GRID**2 + 8]  # the image and the first words of a question
     hidden = model.embed(prompt, images)
     rope, _ = model.positions(prompt, None)
     present = torch.ones_like(prompt, dtype=torch.bool)
@@ -222,20 +281,37 @@ def heterogeneity(model: Llava, images: Tensor, ids: Tensor) -> str:
     )
 
 
-def decode(model: Llava, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def decode(model: Llava, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
     """The decoder over embeddings [B, N, D], up to its final norm."""
     for layer in model.language_model.layers:
-        hidden, _ = layer(hidden, (cos, sin), None)
+        hidden, _ = layer(hidden, (cos, sin), mask)
     return model.language_model.norm(hidden)
 
 
-def answer_logits(model: Llava, run: Callable[..., Tensor], features: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-    """Logits for the answer tokens only: the output layer is not run over questions and patches."""
+def answer_loss(
+    model: Llava, run: Callable[..., Tensor], features: Tensor, columns: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, and for every answer [B, T] whether each of its tokens is the likeliest.
+
+    Every sample is new, so the share of right answers is that of greedy decoding on scenes never seen. An answer of
+    n tokens weighs sqrt(n): with every token alike, the few of "yes." drown in the seventy of a description. The
+    output layer is not run over questions and patches.
+    """
+    ids, labels, branch, position, answer, kinds = columns
     embeddings = model.language_model.embed_tokens(ids)
     image = ids == model.config.image_token_id
     embeddings = embeddings.masked_scatter(image[..., None], model.multi_modal_projector(features))
-    hidden = run(model, embeddings, *model.positions(ids, None)[0])
-    return model.lm_head(hidden[:, :-1][labels[:, 1:] != -100])
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+    mask = causal & ((branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0))
+    hidden = run(model, embeddings, *model.language_model.rope(position), mask[:, None])
+    told = labels[:, 1:] != -100
+    logits, wanted, number = model.lm_head(hidden[:, :-1][told]), labels[:, 1:][told], answer[:, 1:][told] - 1
+    row = told.nonzero()[:, 0] * kinds.shape[1] + number  # one number for every answer of the batch
+    length = torch.bincount(row, minlength=kinds.numel())
+    weight = length[row].float().rsqrt()
+    loss = (F.cross_entropy(logits, wanted, reduction="none") * weight).sum() / weight.sum()
+    wrong = torch.bincount(row, weights=(logits.argmax(-1) != wanted).float(), minlength=kinds.numel())
+    return loss, (wrong == 0).view_as(kinds)
 
 
 def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversations, args: argparse.Namespace) -> float:
@@ -244,9 +320,8 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
     steps = {"vision": args.vision_steps, "language": args.language_steps, "joint": args.joint_steps}[stage]
     peak = {"vision": 2e-3, "language": args.rate, "joint": args.rate}[stage]
     device = torch.device(args.device)
-    asked = list(LABELS)[: -1 if stage == "vision" else None]
     parts: dict[str, list[nn.Module]] = {
-        "vision": [model.vision_tower, *(heads[name] for name in asked)],
+        "vision": [model.vision_tower, heads],
         "language": [model.multi_modal_projector, model.language_model, model.lm_head],
         "joint": [model, heads],
     }
@@ -256,17 +331,18 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
-        heads.load_state_dict(state["heads"], strict=False)
+        heads.load_state_dict(state["heads"])
         start, before = state["step"], state.get("seconds", 0.0)
         if start >= steps:
             return before
         optimizer.load_state_dict(state["optimizer"])
-    warmup = 2500 if stage == "language" else 0
+    warmup = args.warmup if stage == "language" else 0
     size = args.batch * 2 if stage == "vision" else args.batch
     run = torch.compile(decode, dynamic=True) if args.compile else decode
     data = Batches(stage, start, size, args.seed, talk, warmup)
     loader = iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4))
     began, saved, mean = time.time(), time.time(), 0.0
+    tally = torch.zeros(len(ALL_KINDS), 2, dtype=torch.long, device=device)  # answers asked for, and right ones
     for step in range(start, steps):
         batch = [part.to(device) for part in next(loader)]
         fall_from = {"vision": 0.6, "language": 1.0, "joint": 0.5}[stage]
@@ -276,15 +352,15 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
             features = model.vision_tower(batch[0], model.config.vision_feature_layer)[:, 1:]
         loss = torch.zeros((), device=device)
         if stage != "language":
-            answers = {name: heads[name](features) for name in asked}
-            for i, name in enumerate(asked):
+            answers = {name: heads[name](features) for name in LABELS}
+            for i, name in enumerate(LABELS):
                 part = F.cross_entropy(answers[name].flatten(0, 1), batch[-1][..., i].flatten())
                 loss = loss + (part if stage == "vision" else 0.2 * part)
         if stage != "vision":
-            logits = answer_logits(model, run, features, batch[1], batch[2])
-            wanted = batch[2][:, 1:]
-            talked = F.cross_entropy(logits, wanted[wanted != -100])
+            talked, right = answer_loss(model, run, features, batch[1:7])
             loss = loss + talked
+            tally += torch.stack([torch.stack([(batch[6] == k).sum(), (right & (batch[6] == k)).sum()])
+                                  for k in range(len(ALL_KINDS))])  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -298,10 +374,13 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
             left = (steps - step - 1) / pace / 60
             extra = ""
             if stage != "language":
-                right = [(answers[n].argmax(-1) == batch[-1][..., i]).float().mean() for i, n in enumerate(asked)]
-                extra = " " + " ".join(f"{name} {float(r):.3f}" for name, r in zip(asked, right))
-            if stage == "joint":
-                extra = f" answers {talked.item():.4f}" + extra
+                shares = [(answers[n].argmax(-1) == batch[-1][..., i]).float().mean() for i, n in enumerate(LABELS)]
+                extra = " " + " ".join(f"{name} {float(r):.3f}" for name, r in zip(LABELS, shares))
+            if stage != "vision":
+                extra += " |" + "".join(
+                    f" {kind} {100 * good / max(1, all_):.0f}" for kind, (all_, good) in zip(ALL_KINDS, tally.tolist())
+                )
+                tally.zero_()
             if stage != "vision" and (step + 1) % 500 == 0:
                 extra += " " + heterogeneity(model, batch[0][:8], batch[1][:8])
             print(
@@ -492,8 +571,8 @@ def write_card(model: Llava, folder: Path, args: argparse.Namespace, scores: dic
             kv_heads=text.kv_heads,
             objects=MAX_OBJECTS,
             command=f"python -m train.train_tiny --vision-steps {args.vision_steps} "
-            f"--language-steps {args.language_steps} --joint-steps {args.joint_steps} --batch {args.batch} "
-            f"--rate {args.rate} --seed {args.seed}" + " --compile" * args.compile,
+            f"--language-steps {args.language_steps} --warmup {args.warmup} --joint-steps {args.joint_steps} "
+            f"--batch {args.batch} --rate {args.rate} --seed {args.seed}" + " --compile" * args.compile,
             vision_steps=args.vision_steps,
             language_steps=args.language_steps,
             joint_steps=args.joint_steps,
@@ -514,6 +593,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="scenes a step (twice as many in the vision stage)")
     parser.add_argument("--vision-steps", type=int, default=1200)
     parser.add_argument("--language-steps", type=int, default=6000)
+    parser.add_argument("--warmup", type=int, default=1500, help="language steps until scenes have all their objects")
     parser.add_argument("--joint-steps", type=int, default=1500)
     parser.add_argument("--compile", action="store_true", help="torch.compile the decoder (about a third faster)")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate of the decoder")
