@@ -210,10 +210,15 @@ class KVCache:
     Keys are cached after RoPE, so attention does not care in which order the slots lie: a token that
     the compressor gives up is overwritten by the newest, and nothing is ever moved or concatenated.
     Layers and samples may hold different numbers of tokens; slots beyond a sample's own are masked.
+
+    A compressor has PrefixKV's methods, and two more if it needs them: `merge(key, value, keep, present)`
+    changes a prompt's keys and values before some are dropped; `observe(layer, query, key, position)` sees
+    every new token's query, the keys it reads and where they stand.
     """
 
     def __init__(self, attention_mask: Tensor, num_layers: int, new_tokens: int, compressor: PrefixKV | None):
         self.compressor, self.new_tokens = compressor, new_tokens
+        self.present = attention_mask.bool()  # [B, N]
         self.seen = attention_mask.sum(-1)  # [B]
         self.prompt = self.seen.clone()  # [B]
         self.padding = attention_mask.shape[1] - self.prompt  # [B]
@@ -232,6 +237,10 @@ class KVCache:
 
     def store(self, index: int, key: Tensor, value: Tensor, keep: Tensor) -> None:
         """Allocates layer `index` and copies into it the prompt's key and value [B, Hkv, N, Dh] where keep [B, N]."""
+        if self.compressor is not None and hasattr(
+            self.compressor, "merge"
+        ):  # dropped tokens may leave something behind in those that stay
+            key, value = self.compressor.merge(key, value, keep, self.present)
         count = keep.sum(-1)  # [B]
         self.kept[index] = self.used[index] = count
         order = (~keep).byte().argsort(dim=-1, stable=True)[:, : int(count.max())]  # kept tokens first, in order
@@ -392,7 +401,10 @@ class DecoderLayer(nn.Module):
     def step(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, index: int) -> Tensor:
         """One new token: [B, 1, D] -> [B, 1, D]; its key and value enter the cache of layer `index`."""
         query, key, value = self.self_attn.project(self.input_layernorm(hidden), rope)
-        hidden = hidden + self.self_attn.step(query, *cache.write(index, key, value))  # [B, 1, D]
+        keys, values, mask = cache.write(index, key, value)
+        if cache.compressor is not None and hasattr(cache.compressor, "observe"):
+            cache.compressor.observe(index, query, keys, cache.position[index, :, : keys.shape[2]])
+        hidden = hidden + self.self_attn.step(query, keys, values, mask)  # [B, 1, D]
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -528,9 +540,9 @@ class Llava(nn.Module):
         )
         hidden = self.embed(input_ids, pixel_values)
         rope, mask = self.positions(input_ids, attention_mask)
-        present = attention_mask.bool()  # [B, N]
         layers = self.language_model.layers
         cache = KVCache(attention_mask, len(layers), max_new_tokens, compressor)
+        present = cache.present  # [B, N]
         waiting = []  # layers whose share is not known before all have been scored
         for index, layer in enumerate(layers):
             hidden, (query, key, value) = layer(hidden, rope, mask)

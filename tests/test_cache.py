@@ -84,7 +84,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.advance()
             for layer in range(self.layers):
                 key, value = self.random(seed + layer, 1)
-                keys, values, seen = self.cache.write(layer, key, value)
+                keys, _, seen = self.cache.write(layer, key, value)
                 for b, model in enumerate(self.models[layer]):
                     model.append(self.lengths[b] + self.step, key[b, :, 0], value[b, :, 0])
                     slots = range(keys.shape[2]) if seen is None else seen[b, 0, 0].nonzero()[:, 0].tolist()

@@ -1,0 +1,210 @@
+"""What PrefixKV is compared with: other ways to choose what a KV cache keeps, with PrefixKV's interface.
+
+Each class says which paper and which equation it follows, and overrides only what that paper does differently. All of
+them keep the tokens that the budget allows, counted as PrefixKV counts, and all but H2O and Local give up tokens while
+decoding as PrefixKV does, so that only the choice differs. One kept set serves all heads of a layer, in all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefixkv import PrefixKV, importance, retain
+
+
+def spread(total: int, weight: Tensor, low: int, high: int) -> Tensor:
+    """Whole numbers [L] near `weight` [L], each in low .. high, that sum to `total`; rounding favours early layers.
+
+    `total` lies in low * L .. high * L. What a bound cuts off goes to the layers that are not at it.
+    """
+    shares, counts = weight.double(), torch.zeros(len(weight), dtype=torch.double)
+    free = torch.ones(len(weight), dtype=torch.bool)
+    while free.any():
+        # Every free layer moves by the same amount, so that their differences stay; then bounds bind.
+        counts[free] = shares[free] + (total - counts[~free].sum() - shares[free].sum()) / free.sum()
+        over, under = free & (counts > high), free & (counts < low)
+        bound = over if (counts[over] - high).sum() >= (low - counts[under]).sum() else under
+        if not bound.any():
+            break
+        counts[bound] = high if bound is over else low
+        free &= ~bound
+    whole = (counts + 1e-9).floor().long()
+    room = (whole < high).nonzero()[:, 0]
+    rest = (counts - whole)[room].sort(descending=True, stable=True).indices[: total - int(whole.sum())]
+    whole[room[rest]] += 1
+    return whole
+
+
+def last(present: Tensor, count: Tensor) -> Tensor:
+    """The last `count` [B] tokens of every prompt: bool [B, N]."""
+    order = present.long().cumsum(-1)
+    return present & (order > order[:, -1:] - count[:, None])
+
+
+class Uniform(PrefixKV):
+    """PrefixKV's importance and retention, with every layer the same size: what the search over layers adds."""
+
+    def sizes(self, total: int, layers: int, low: int, high: int) -> Tensor:
+        """Sizes [L] that sum to `total`; equal, but for one token."""
+        return spread(total, torch.ones(layers), low, high)
+
+    def allocate(self, importance: Tensor, present: Tensor) -> Tensor:
+        """Tokens that each layer of each sample keeps, from the budget alone: [L, B]."""
+        layers, counts = len(importance), []
+        for length in present.sum(-1).tolist():
+            protected = min(length, self.start + 1)
+            total = max(round(self.budget * layers * length), layers * protected)
+            counts.append(self.sizes(total, layers, protected, length))
+        return torch.stack(counts, dim=1).to(present.device)
+
+
+class Local(Uniform):
+    """Attention sinks and the most recent tokens, as a window that moves on while decoding.
+
+    StreamingLLM (arXiv 2309.17453), section 3.2: four first tokens, then the newest.
+    """
+
+    def __init__(self, budget: float = 0.2, start: int = 4):
+        super().__init__(budget, start)
+
+    def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
+        return present.cumsum(-1).float()  # the later the better
+
+    def evict(self, position: Tensor, kept: Tensor) -> Tensor:
+        """The oldest token that is no sink."""
+        return position.masked_fill(position < self.start, torch.iinfo(position.dtype).max).argmin(-1)
+
+
+class Random(Uniform):
+    """Tokens drawn at random, other ones in every layer and for every seed."""
+
+    def __init__(self, budget: float = 0.2, seed: int = 0):
+        super().__init__(budget)
+        self.seed, self.layer = seed, 0
+
+    def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
+        drawn = torch.zeros(present.shape)
+        for row, mask in zip(drawn, present.cpu()):  # a sample draws the same alone and in a batch
+            generator = torch.Generator().manual_seed(self.seed * 1000 + self.layer)
+            row[mask] = torch.rand(int(mask.sum()), generator=generator)
+        self.layer += 1
+        return drawn.to(present.device)
+
+    def allocate(self, importance: Tensor, present: Tensor) -> Tensor:
+        self.layer = 0
+        return super().allocate(importance, present)
+
+
+class H2O(Uniform):
+    """Heavy hitters by accumulated attention, and as many recent tokens; the attention of new tokens counts on.
+
+    H2O (arXiv 2306.14048), algorithm 1, with the budget split evenly between the two. Out of a full layer goes the
+    token with the least attention so far among those that are not recent.
+    """
+
+    def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
+        return importance(query, key, present)
+
+    def allocate(self, importance: Tensor, present: Tensor) -> Tensor:
+        shift = present.shape[1] - present.sum(-1)  # [B]
+        index = (torch.arange(present.shape[1], device=present.device) - shift[:, None]).clamp(min=0)
+        self.received = torch.zeros_like(importance).scatter_add(
+            2, index.expand_as(importance), importance
+        )  # [L, B, T]
+        return super().allocate(importance, present)
+
+    def retain(self, importance: Tensor, counts: Tensor, present: Tensor) -> Tensor:
+        recent = last(present, counts // 2)
+        return retain(importance.masked_fill(recent, torch.inf), counts, present, self.start)
+
+    def observe(self, index: int, query: Tensor, key: Tensor, position: Tensor) -> None:
+        """Adds the attention of a new token's query [B, H, 1, Dh] to the keys [B, Hkv, F, Dh] at `position` [B, F]."""
+        grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # [B, Hkv, G, Dh]
+        scores = (grouped @ key.transpose(-1, -2)).float() * key.shape[-1] ** -0.5
+        scores = scores.masked_fill(position[:, None, None] < 0, torch.finfo(torch.float32).min)
+        longest = int(position.max()) + 1
+        if longest > self.received.shape[2]:
+            self.received = F.pad(self.received, (0, longest - self.received.shape[2] + 64))
+        self.received[index].scatter_add_(1, position.clamp(min=0), scores.softmax(-1).mean(dim=(1, 2)))
+
+    def evict(self, position: Tensor, kept: Tensor) -> Tensor:
+        at = position.clamp(min=0)
+        received = self.received.gather(2, at.clamp(max=self.received.shape[2] - 1))
+        # Recent ones: half of what the layer kept, less the token that is about to enter.
+        rank = position.argsort(-1, descending=True).argsort(-1)
+        spared = (position < self.start) | (rank < (kept // 2 - 1).clamp(min=0)[..., None])
+        return received.masked_fill(spared, torch.inf).argmin(-1)
+
+
+class SnapKV(Uniform):
+    """What the end of the prompt looks at, blurred over neighbours; the end itself stays.
+
+    SnapKV (arXiv 2404.14469), section 4: attention of the last `window` queries, summed, then max-pooled. A budget that
+    could not hold the window twice gets a window of half of what it holds.
+    """
+
+    def __init__(self, budget: float = 0.2, window: int = 32, kernel: int = 7):
+        super().__init__(budget)
+        self.window, self.kernel = window, kernel
+
+    def width(self, present: Tensor) -> Tensor:
+        """Tokens in the window of each sample: [B]."""
+        return ((self.budget * present.sum(-1)).long() // 2).clamp(min=1, max=self.window)
+
+    def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
+        asking = last(present, self.width(present))[:, -self.window :]  # [B, W]
+        width, length = asking.shape[1], present.shape[1]
+        grouped = query[:, :, -width:].unflatten(1, (key.shape[1], -1))  # [B, Hkv, G, W, Dh]
+        scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * key.shape[-1] ** -0.5
+        causal = torch.ones(width, length, dtype=torch.bool, device=key.device).tril(length - width)
+        seen = (causal & present[:, None])[:, None, None]  # [B, 1, 1, W, N]
+        weight = scores.masked_fill(~seen, torch.finfo(torch.float32).min).softmax(-1).mean(dim=(1, 2))  # [B, W, N]
+        received = (weight * asking[..., None]).sum(1).masked_fill(~present, 0.0)
+        pooled = F.max_pool1d(received[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
+        return pooled.masked_fill(~present, 0.0)
+
+    def retain(self, importance: Tensor, counts: Tensor, present: Tensor) -> Tensor:
+        window = last(present, self.width(present).minimum(counts - self.start))
+        return retain(importance.masked_fill(window, torch.inf), counts, present, self.start)
+
+
+class PyramidKV(SnapKV):
+    """SnapKV's choice in sizes that fall from the first layer to the last in equal steps.
+
+    PyramidKV (arXiv 2406.02069), its arithmetic sequence: k / (beta * L) tokens for the last layer and
+    2 * k / L - k / (beta * L) for the first, of k in all, with beta 20.
+    """
+
+    def sizes(self, total: int, layers: int, low: int, high: int) -> Tensor:
+        mean = total / layers
+        return spread(total, torch.linspace(2 * mean - mean / 20, mean / 20, layers, dtype=torch.double), low, high)
+
+
+class Elastic(Uniform):
+    """Dropped tokens leave the mean of their keys and values in the nearest token that stays.
+
+    Elastic Cache (arXiv 2407.18121), its cache merging: importance is accumulated attention, a bucket is an anchor
+    and the dropped tokens to which it is the nearest; its fixed-point elimination is PrefixKV's way to decode.
+    """
+
+    def merge(self, key: Tensor, value: Tensor, keep: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value [B, Hkv, N, Dh] with every anchor replaced by its bucket's mean; keep, present [B, N].
+
+        The first tokens and the last one are kept but are no anchors. Of two anchors as near, the earlier one takes.
+        """
+        length = keep.shape[1]
+        order = present.long().cumsum(-1)
+        anchor = keep & (order > self.start) & (order < order[:, -1:])
+        place = torch.arange(length, device=keep.device)
+        distance = (place[:, None] - place).abs().expand(len(keep), -1, -1)  # [B, N, N]
+        nearest = distance.masked_fill(~anchor[:, None], 2 * length).argmin(-1)  # [B, N]
+        dropped = present & ~keep & anchor.any(-1, keepdim=True)
+        index = torch.where(dropped, nearest, place)[:, None, :, None]  # the others are their own bucket
+
+        def mean(source: Tensor) -> Tensor:
+            where = index.expand_as(source)
+            return torch.zeros_like(source).scatter_reduce(2, where, source, "mean", include_self=False)
+
+        return tuple(torch.where(anchor[:, None, :, None], mean(source), source) for source in (key, value))  # type: ignore[return-value]

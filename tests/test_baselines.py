@@ -1,0 +1,204 @@
+"""Every baseline meets the budget exactly, protects what it says, and decides alike every time and in every batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.baselines import H2O, Elastic, Local, PyramidKV, Random, SnapKV, Uniform, spread
+from minillava.model import KVCache
+from prefixkv import PrefixKV, importance
+
+METHODS = {"uniform": Uniform, "local": Local, "random": Random, "h2o": H2O, "snapkv": SnapKV, "pyramidkv": PyramidKV,
+           "elastic": Elastic}  # fmt: skip
+methods = pytest.mark.parametrize("method", METHODS)
+seeds = st.integers(0, 2**32 - 1)
+budgets = st.floats(0.05, 1.0)
+
+
+def attention(seed: int, layers: int, lengths: list[int]):
+    """Random queries [L, B, 4, N, 6] and keys [L, B, 2, N, 6] of prompts padded on the left, and which are present."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    shape = (layers, len(lengths), 4, longest, 6)
+    query = torch.randn(shape, generator=generator) * 2
+    key = torch.randn((*shape[:2], 2, *shape[3:]), generator=generator) * 2
+    return query, key, torch.arange(longest) >= torch.tensor([[longest - n] for n in lengths])
+
+
+def choose(compressor, query, key, present):
+    """Counts [L, B] and kept tokens [L, B, N]."""
+    scores = torch.stack([compressor.score(q, k, present) for q, k in zip(query, key)])
+    counts = compressor.allocate(scores, present)
+    return counts, torch.stack([compressor.retain(s, c, present) for s, c in zip(scores, counts)])
+
+
+@methods
+@settings(max_examples=40)
+@given(seeds, st.integers(1, 5), st.lists(st.integers(1, 90), min_size=1, max_size=3), budgets)
+def test_the_total_kept_is_prefixkvs_budget_exactly(method, seed, layers, lengths, budget):
+    compressor = METHODS[method](budget)
+    counts, kept = choose(compressor, *attention(seed, layers, lengths))
+    assert torch.equal(kept.sum(-1), counts)
+    for length, total in zip(lengths, counts.sum(0).tolist()):
+        assert total == max(round(budget * layers * length), layers * min(length, compressor.start + 1))
+
+
+@methods
+@settings(max_examples=40)
+@given(seeds, st.integers(1, 3), st.integers(1, 90), budgets)
+def test_the_first_tokens_and_the_last_survive(method, seed, layers, length, budget):
+    compressor = METHODS[method](budget)
+    _, kept = choose(compressor, *attention(seed, layers, [length]))
+    assert kept[..., : compressor.start].all() and kept[..., -1].all()
+
+
+@methods
+@settings(max_examples=25)
+@given(seeds, st.integers(1, 3), st.lists(st.integers(1, 80), min_size=2, max_size=3), budgets)
+def test_the_choice_is_the_same_again_and_alone_and_in_a_batch(method, seed, layers, lengths, budget):
+    query, key, present = attention(seed, layers, lengths)
+    counts, kept = choose(METHODS[method](budget), query, key, present)
+    again = choose(METHODS[method](budget), query, key, present)
+    assert torch.equal(counts, again[0]) and torch.equal(kept, again[1])
+    for b, length in enumerate(lengths):
+        alone = choose(METHODS[method](budget), *(t[:, b : b + 1, :, -length:] for t in (query, key)),
+                       torch.ones(1, length, dtype=torch.bool))  # fmt: skip
+        assert torch.equal(counts[:, b], alone[0][:, 0])
+        assert torch.equal(kept[:, b, -length:], alone[1][:, 0])
+
+
+@given(st.integers(1, 9), st.integers(0, 5), st.integers(0, 60), st.data())
+def test_spread_sums_to_the_total_and_keeps_order(layers, low, width, data):
+    total = data.draw(st.integers(layers * low, layers * (low + width)))
+    weight = torch.tensor(data.draw(st.lists(st.floats(0, 200), min_size=layers, max_size=layers)))
+    counts = spread(total, weight, low, low + width)
+    assert int(counts.sum()) == total
+    assert counts.min() >= low and counts.max() <= low + width
+    for i in range(layers):
+        for j in range(layers):
+            assert weight[i] <= weight[j] or counts[i] >= counts[j] - 1
+
+
+def test_uniform_layers_differ_by_one_token_at_most_and_choose_as_prefixkv_does():
+    query, key, present = attention(0, 4, [50])
+    counts, kept = choose(Uniform(0.33), query, key, present)
+    assert int(counts.max() - counts.min()) <= 1
+    for layer in range(4):
+        scores = importance(query[layer], key[layer], present)
+        assert torch.equal(kept[layer], PrefixKV(0.33).retain(scores, counts[layer], present))
+
+
+def test_local_keeps_sinks_and_the_newest():
+    _, kept = choose(Local(0.4), *attention(0, 2, [20]))
+    assert kept[0, 0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 16, 17, 18, 19]
+
+
+@given(seeds, st.integers(20, 60))
+def test_h2o_keeps_half_for_the_newest_and_half_for_heavy_hitters(seed, length):
+    query, key, present = attention(seed, 1, [length])
+    counts, kept = choose(H2O(0.4), query, key, present)
+    half = int(counts[0, 0]) // 2
+    assert kept[0, 0, -half:].all()
+    scores = importance(query[0], key[0], present)[0]
+    others = sorted(range(1, length - half), key=lambda j: (-float(scores[j]), j))
+    assert set(kept[0, 0, : length - half].nonzero()[:, 0].tolist()) == {0, *others[: int(counts[0, 0]) - half - 1]}
+
+
+@given(seeds, st.integers(8, 60))
+def test_snapkv_scores_are_the_pooled_attention_of_the_window(seed, length):
+    query, key, present = attention(seed, 1, [length])
+    compressor = SnapKV(0.5, window=5)
+    window = min(5, max(1, int(0.5 * length) // 2))
+    scores = query[0, 0].double() @ key[0, 0].repeat_interleave(2, 0).double().transpose(-1, -2) / 6**0.5
+    weights = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
+    received = weights[:, -window:].mean(0).sum(0)
+    expected = torch.stack([received[max(0, j - 3) : j + 4].max() for j in range(length)])
+    # float32 softmax of at most 60 weights
+    torch.testing.assert_close(compressor.score(query[0], key[0], present)[0].double(), expected, rtol=1e-5, atol=1e-6)
+    _, kept = choose(compressor, query, key, present)
+    assert kept[0, 0, -window:].all()
+
+
+def test_pyramidkv_falls_in_equal_steps():
+    counts, _ = choose(PyramidKV(0.3), *attention(0, 5, [200]))
+    assert counts[0, 0] > counts[-1, 0]
+    assert counts.diff(dim=0).unique().numel() <= 2  # steps are equal, but for rounding
+    assert int(counts[-1, 0]) == 3  # a twentieth of 60
+
+
+@settings(max_examples=30)
+@given(seeds, st.integers(2, 40), budgets)
+def test_elastic_merges_every_dropped_token_into_the_nearest_anchor(seed, length, budget):
+    query, key, present = attention(seed, 1, [length, length])
+    value = torch.randn(key[0].shape, generator=torch.Generator().manual_seed(seed))
+    compressor = Elastic(budget)
+    _, kept = choose(compressor, query, key, present)
+    new_key, new_value = compressor.merge(key[0], value, kept[0], present)
+    for b in range(2):
+        at = kept[0, b].nonzero()[:, 0].tolist()
+        anchors = [j for j in at if 0 < j < length - 1]
+        buckets = {j: [j] for j in anchors}
+        for j in range(length):
+            if j not in at and anchors:
+                buckets[min(anchors, key=lambda anchor: (abs(anchor - j), anchor))].append(j)
+        for source, merged in ((key[0], new_key), (value, new_value)):
+            for j in at:
+                expected = source[b][:, buckets.get(j, [j])].mean(1)
+                # a mean of up to 40 numbers of size 1 to 10, in float32 in another order
+                torch.testing.assert_close(merged[b][:, j], expected, rtol=1e-5, atol=1e-5)
+
+
+@methods
+def test_a_full_budget_gives_the_text_of_the_full_cache(small, method):
+    _, _, model, processor = small
+    inputs = processor(["USER: What is in the image? ASSISTANT:", "two red"])
+    plain = model.generate(**inputs, max_new_tokens=15, eos_token_id=())
+    full = model.generate(**inputs, max_new_tokens=15, eos_token_id=(), compressor=METHODS[method](1.0))
+    assert torch.equal(plain.token_ids, full.token_ids)
+    assert plain.cache_bytes == full.cache_bytes
+
+
+@methods
+def test_a_sample_gets_the_same_text_alone_and_in_a_batch(small, method):
+    _, _, model, processor = small
+    texts = ["USER: What is in the image? ASSISTANT: a cat.", "describe it in detail yes no two", "three blue cat"]
+    compressor = METHODS[method](0.4)
+    together = model.generate(**processor(texts), max_new_tokens=40, eos_token_id=(), compressor=compressor)
+    for index, text in enumerate(texts):
+        alone = model.generate(**processor(text), max_new_tokens=40, eos_token_id=(), compressor=compressor)
+        assert torch.equal(alone.kept[0], together.kept[index])
+        assert torch.equal(alone.token_ids[0], together.token_ids[index])
+
+
+@settings(max_examples=30)
+@given(seeds, st.integers(6, 40), st.integers(1, 50))
+def test_h2o_evicts_by_attention_that_goes_on_accumulating(seed, length, steps):
+    """The cache in place against lists: a token's attention is its own wherever it stands."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key, present = attention(seed, 1, [length])
+    compressor = H2O(0.5)
+    counts, kept = choose(compressor, query, key, present)
+    cache = KVCache(present.long(), 1, steps, compressor)
+    cache.store(0, key[0], key[0], kept[0])
+    count = int(counts[0, 0])
+    scores = importance(query[0], key[0], present)[0]
+    rows = [(j, key[0, 0, :, j], float(scores[j])) for j in kept[0, 0].nonzero()[:, 0].tolist()]
+    for step in range(steps):
+        new_key, new_query = torch.randn(1, 2, 1, 6, generator=generator), torch.randn(1, 4, 1, 6, generator=generator)
+        cache.advance()
+        keys, _, _ = cache.write(0, new_key, new_key)
+        position = cache.position[0, :, : keys.shape[2]]
+        compressor.observe(0, new_query, keys, position)
+        room = int(compressor.room(counts, torch.tensor([length]), torch.tensor([length + step + 1])))
+        if len(rows) == room:
+            spared = count // 2 - 1
+            candidates = [row for row in rows[: len(rows) - spared] if row[0] > 0]
+            rows.remove(min(candidates, key=lambda row: row[2]))
+        rows.append((length + step, new_key[0, :, 0], 0.0))
+        held = torch.stack([row[1] for row in rows], 1)  # [2, S, 6]
+        weights = (new_query[0, :, 0].view(2, 2, 6) @ held.transpose(-1, -2) / 6**0.5).softmax(-1).mean((0, 1))
+        rows = [(at, k, score + float(weight)) for (at, k, score), weight in zip(rows, weights)]
+        assert sorted(position[position >= 0].tolist()) == [row[0] for row in rows]
