@@ -292,6 +292,14 @@ class SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32) -> Llava:
+    """The model of a checkpoint's folder, in evaluation mode; no tokenizer is needed. Parameters as in `load`."""
+    with torch.device("meta"), SkipInit():
+        model = Llava(read_config(folder))
+    load_weights(model, folder, torch.device(device), dtype)
+    return model.eval()
+
+
 def load(
     path_or_id: str | Path,
     device: str | torch.device = "cpu",
@@ -304,12 +312,8 @@ def load(
     Raises LlavaError for anything that cannot be loaded.
     """
     folder = find(path_or_id, revision)
-    config = read_config(folder)
-    processor = Processor.from_folder(folder, config)
-    with torch.device("meta"), SkipInit():
-        model = Llava(config)
-    load_weights(model, folder, torch.device(device), dtype)
-    return model.eval(), processor
+    processor = Processor.from_folder(folder, read_config(folder))
+    return load_model(folder, device, dtype), processor
 
 
 def save_weights(model: Llava, path: Path, dtype: torch.dtype) -> None:

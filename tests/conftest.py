@@ -19,7 +19,7 @@ PLANS = ROOT.parent / "shared" / "paper" / "published_plans"
 
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 LAYOUTS = ("hub", "memory", "disk5")
 IMAGE_ID = 310

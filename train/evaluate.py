@@ -54,9 +54,9 @@ def evaluate(model: Llava, processor: Processor, descriptions: int = 200, questi
     short, truth = [], []
     for index in range(questions):
         rng, scene = held_out("question", index)
-        kind, question, answer = short_question(rng, scene)
-        short.append((scene, question))
-        truth.append((kind, answer))
+        question = short_question(rng, scene)
+        short.append((scene, question.text))
+        truth.append((question.kind, question.answer))
     right: dict[str, list[bool]] = defaultdict(list)
     for (kind, answer), text in zip(truth, answers(model, processor, short, 16)):
         right[kind].append(text == answer)

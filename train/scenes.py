@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -191,14 +193,27 @@ def places(things: list[Thing]) -> str:
 KINDS = ("count", "count by colour", "count by shape", "what is where", "where is", "where are", "yes or no", "compare")
 
 
-def short_question(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
-    """One question with a short answer: (kind, question, answer)."""
+class Question(NamedTuple):
+    """One turn about a scene; `cells` has the places of the objects that each sentence of the answer is about."""
+
+    kind: str
+    text: str
+    answer: str
+    cells: tuple[tuple[int, ...], ...]
+
+
+def short_question(rng: random.Random, scene: Scene, weights: Sequence[float] = (1,) * len(KINDS)) -> Question:
+    """A question with a short answer; `weights` says how often each of KINDS is drawn."""
     things = scene.things
-    kind = rng.choice(KINDS)
+    (kind,) = rng.choices(KINDS, weights)
     thing = rng.choice(things)
+
+    def question(wordings: Sequence[str], names: Sequence[str], answer: str, about: Iterable[Thing]) -> Question:
+        return Question(kind, rng.choice(wordings).format(*names), f"{answer}.", (tuple(t.cell for t in about),))
+
     if kind == "count":
-        question = rng.choice(("How many objects are there?", "Count the objects.", "How many shapes do you see?"))
-        return kind, question, f"{NUMBERS[len(things)]}."
+        wordings = ("How many objects are there?", "Count the objects.", "How many shapes do you see?")
+        return question(wordings, (), NUMBERS[len(things)], things)
     if kind in ("count by colour", "count by shape", "where are"):
         if kind == "count by colour" or (kind == "where are" and rng.random() < 0.5):
             colour = thing.colour if rng.random() < 0.7 else rng.choice(list(COLOURS))
@@ -207,43 +222,43 @@ def short_question(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
             shape = thing.shape if rng.random() < 0.7 else rng.choice(SHAPES)
             name, alike = plural(shape), [t for t in things if t.shape == shape]
         if kind == "where are":
-            question = rng.choice(("Where are the {}?", "In which places are the {}?", "Where do you see {}?"))
-            return kind, question.format(name), f"{places(alike)}."
-        question = rng.choice(("How many {} are there?", "How many {} do you see?", "Count the {}."))
-        return kind, question.format(name), f"{NUMBERS[len(alike)]}."
+            wordings = ("Where are the {}?", "In which places are the {}?", "Where do you see {}?")
+            return question(wordings, (name,), places(alike), alike)
+        wordings = ("How many {} are there?", "How many {} do you see?", "Count the {}.")
+        return question(wordings, (name,), NUMBERS[len(alike)], alike)
     if kind == "what is where":
         cell = thing.cell if rng.random() < 0.8 else rng.randrange(9)
-        question = rng.choice(("What is {} the {}?", "Which object is {} the {}?", "What do you see {} the {}?"))
         here = [t for t in things if t.cell == cell]
-        question = question.format("in" if PLACES[cell] == "centre" else "at", PLACES[cell])
-        return kind, question, f"{a(here[0].size)} {here[0].colour} {here[0].shape}." if here else "nothing."
+        preposition = "in" if PLACES[cell] == "centre" else "at"
+        answer = f"{a(here[0].size)} {here[0].colour} {here[0].shape}" if here else "nothing"
+        wordings = ("What is {} the {}?", "Which object is {} the {}?", "What do you see {} the {}?")
+        return question(wordings, (preposition, PLACES[cell]), answer, here)
     if kind == "where is":
         alike = [t for t in things if (t.colour, t.shape) == (thing.colour, thing.shape)]
         name = f"{thing.colour} {thing.shape}" if len(alike) == 1 else f"{thing.size} {thing.colour} {thing.shape}"
-        question = rng.choice(("Where is the {}?", "In which place is the {}?", "Where do you see the {}?"))
         if len(alike) > 1 and len([t for t in alike if t.size == thing.size]) > 1:
-            return short_question(rng, scene)  # nothing tells these two apart
-        return kind, question.format(name), f"{places([thing])}."
+            return short_question(rng, scene, weights)  # nothing tells these two apart
+        wordings = ("Where is the {}?", "In which place is the {}?", "Where do you see the {}?")
+        return question(wordings, (name,), places([thing]), [thing])
     if kind == "yes or no":
         colour, shape = thing.colour, thing.shape
         if rng.random() < 0.5:
             colour, shape = rng.choice(((rng.choice(list(COLOURS)), shape), (colour, rng.choice(SHAPES))))
-        question = rng.choice(("Is there {} {}?", "Do you see {} {}?", "Does the image show {} {}?"))
-        found = any((t.colour, t.shape) == (colour, shape) for t in things)
-        return kind, question.format(a(colour), shape), "yes." if found else "no."
+        found = [t for t in things if (t.colour, t.shape) == (colour, shape)]
+        wordings = ("Is there {} {}?", "Do you see {} {}?", "Does the image show {} {}?")
+        return question(wordings, (a(colour), shape), "yes" if found else "no", found)
     counts = {shape: sum(t.shape == shape for t in things) for shape in SHAPES}
-    first, second = (
-        rng.sample(sorted({t.shape for t in things}) if rng.random() < 0.5 else SHAPES, 2)
-        if len({t.shape for t in things}) > 1
-        else rng.sample(SHAPES, 2)
-    )
+    seen = sorted({t.shape for t in things})
+    first, second = rng.sample(seen if len(seen) > 1 and rng.random() < 0.5 else SHAPES, 2)
     if counts[first] < counts[second] and rng.random() < 0.5:  # else "no" would nearly always be right
         first, second = second, first
-    question = rng.choice(("Are there more {} than {}?", "Do you see more {} than {}?"))
-    more = counts[first] > counts[second]
-    return kind, question.format(plural(first), plural(second)), "yes." if more else "no."
+    pair = ("Are there more {} than {}?", "Do you see more {} than {}?")
+    answer = "yes" if counts[first] > counts[second] else "no"
+    both = [t for t in things if t.shape in (first, second)]
+    return question(pair, (plural(first), plural(second)), answer, both)
 
 
-def description(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
-    """The long question and its answer, as `short_question` gives the short ones."""
-    return "describe", rng.choice(DESCRIBE), describe(scene)
+def description(rng: random.Random, scene: Scene) -> Question:
+    """The long question and its answer."""
+    cells = tuple(thing.cell for thing in scene.things)
+    return Question("describe", rng.choice(DESCRIBE), describe(scene), (cells, *((cell,) for cell in cells)))

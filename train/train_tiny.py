@@ -20,6 +20,7 @@ import argparse
 import io
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,10 +43,12 @@ from train.scenes import (
     PLACES,
     SHAPES,
     SIZES,
+    Question,
     Scene,
     description,
     draw,
     make_scene,
+    plural,
     short_question,
 )
 from weights import config_dict, load, save_weights, write_json
@@ -65,6 +68,8 @@ LABELS = {  # what a patch is asked, and how many answers there are (0: no objec
     "centre": 2,  # does an object's middle lie in it: one patch an object, which is what counting needs
 }
 ALL_KINDS = (*KINDS, "describe")
+WEIGHTS = (0.5, 1.0, 1.0, 1.0, 2.0, 1.5, 1.5, 1.0)  # how often each of KINDS is asked
+POINTER = 4  # the decoder layer of which one head is shown where to look
 MEAN, STD = 0.5, 0.5
 
 
@@ -91,7 +96,7 @@ def train_tokenizer(path: Path, seed: int) -> None:
     for _ in range(4000):
         scene = make_scene(rng)
         turns = [description(rng, scene), *(short_question(rng, scene) for _ in range(5))]
-        lines += [f"USER: {question} ASSISTANT: {answer}" for _, question, answer in turns]
+        lines += [f"USER: {turn.text} ASSISTANT: {turn.answer}" for turn in turns]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -150,10 +155,13 @@ class Sample:
     branch: list[int]  # which conversation a token belongs to; 0 for the image, which all of them see
     position: list[int]
     answer: list[int]  # which answer a token belongs to, 0 for none
-    kinds: list[int]  # of the question, an index into ALL_KINDS, one for every answer
+    about: list[int]  # where the next token is an answer's: bit i is set if it is about an object in PLACES[i]
+    colour: list[int]  # the one colour that the question names, -100 for none or several, likewise
+    shape: list[int]
+    kinds: list[int]  # of the questions, an index into ALL_KINDS, one for every answer: not as long
 
     def columns(self) -> tuple[list[int], ...]:
-        return self.ids, self.labels, self.branch, self.position, self.answer
+        return self.ids, self.labels, self.branch, self.position, self.answer, self.about, self.colour, self.shape
 
 
 class Conversations:
@@ -166,22 +174,35 @@ class Conversations:
         self.pad_id = self.image_id + 1
         self.size = math.ceil((self.pad_id + 1) / 64) * 64
 
-    def encode(self, conversations: list[list[tuple[str, str, str]]]) -> Sample:
-        """Conversations of (kind, question, answer) turns about one picture."""
+    def encode(self, conversations: list[list[Question]]) -> Sample:
+        """Conversations about one picture."""
         ids = [self.bos, *self.model.encode("USER: "), *[self.image_id] * GRID**2]
         prefix = len(ids)
-        sample = Sample(ids, [-100] * prefix, [0] * prefix, list(range(prefix)), [0] * prefix, [])
+        none, zero = [-100] * prefix, [0] * prefix
+        sample = Sample(ids, none[:], zero[:], list(range(prefix)), zero[:], zero[:], none[:], none[:], [])
         for branch, turns in enumerate(conversations, start=1):
             begin = len(ids)
-            for index, (kind, question, answer) in enumerate(turns):
-                prompt = f"\n{question} ASSISTANT:" if index == 0 else f"USER: {question} ASSISTANT:"
-                asked, both = self.model.encode(prompt), self.model.encode(f"{prompt} {answer}")
+            for index, turn in enumerate(turns):
+                prompt = f"\n{turn.text} ASSISTANT:" if index == 0 else f"USER: {turn.text} ASSISTANT:"
+                asked, both = self.model.encode(prompt), self.model.encode(f"{prompt} {turn.answer}")
                 assert both[: len(asked)] == asked
                 told = [*both[len(asked) :], self.eos]
-                sample.kinds.append(ALL_KINDS.index(kind))
+                sample.kinds.append(ALL_KINDS.index(turn.kind))
                 ids += asked + told
                 sample.labels += [-100] * len(asked) + told
                 sample.answer += [0] * len(asked) + [len(sample.kinds)] * len(told)
+                sentence, about = 0, []
+                for token in told:
+                    about.append(sum(1 << cell for cells in turn.cells[sentence : sentence + 1] for cell in cells))
+                    sentence += "." in self.model.id_to_piece(token)
+                sample.about += [0] * (len(asked) - 1) + about + [0]
+                words = set(re.findall(r"\w+", turn.text))
+                for column, found in (
+                    (sample.colour, [index for index, colour in enumerate(COLOURS) if colour in words]),
+                    (sample.shape, [index for index, shape in enumerate(SHAPES) if {shape, plural(shape)} & words]),
+                ):
+                    name = found[0] if len(found) == 1 else -100
+                    column += [-100] * (len(asked) - 1) + [name] * len(told) + [-100]
             sample.branch += [branch] * (len(ids) - begin)
             sample.position += range(prefix, prefix + len(ids) - begin)
         return sample
@@ -190,13 +211,12 @@ class Conversations:
 class Batches(torch.utils.data.IterableDataset):
     """Endless batches; batch i of a stage follows from (seed, stage, i) alone, so a resumed run sees the same."""
 
-    def __init__(self, stage: str, start: int, size: int, seed: int, talk: Conversations, warmup: int):
-        self.stage, self.start, self.size, self.seed = stage, start, size, seed
-        self.talk, self.warmup = talk, warmup
+    def __init__(self, stage: str, start: int, size: int, seed: int, talk: Conversations):
+        self.stage, self.start, self.size, self.seed, self.talk = stage, start, size, seed, talk
 
-    def conversations(self, rng: random.Random, scene: Scene) -> list[list[tuple[str, str, str]]]:
+    def conversations(self, rng: random.Random, scene: Scene) -> list[list[Question]]:
         """Twelve short questions and at times a description, in conversations of one to three turns."""
-        turns = [short_question(rng, scene) for _ in range(12)]
+        turns = [short_question(rng, scene, WEIGHTS) for _ in range(12)]
         if rng.random() < 0.4:
             turns.insert(rng.randint(0, 12), description(rng, scene))
         parts = []
@@ -211,15 +231,14 @@ class Batches(torch.utils.data.IterableDataset):
         step = self.start
         while True:
             rng = random.Random(f"{self.seed} {self.stage} {step}")
-            # Few objects first, all of them from `warmup` on.
-            most = min(MAX_OBJECTS, 1 + (MAX_OBJECTS - 1) * step // max(self.warmup, 1))
             images, targets, samples = [], [], []
             for _ in range(self.size):
+                # Scenes of two or three objects make it easy to see what a question is about.
+                most = rng.choice((2, 3, MAX_OBJECTS)) if self.stage == "language" else MAX_OBJECTS
                 scene = make_scene(rng, most)
                 image, cover = draw(scene)
                 images.append(pixels(image))
-                if self.stage != "language":
-                    targets.append(patch_labels(scene, cover))
+                targets.append(patch_labels(scene, cover))
                 if self.stage != "vision":
                     samples.append(self.talk.encode(self.conversations(rng, scene)))
             step += 1
@@ -227,14 +246,14 @@ class Batches(torch.utils.data.IterableDataset):
                 yield torch.stack(images), torch.stack(targets)
                 continue
             length = math.ceil(max(len(sample.ids) for sample in samples) / 32) * 32
-            empty = (self.talk.pad_id, -100, -1, 0, 0)
+            empty = (self.talk.pad_id, -100, -1, 0, 0, 0, -100, -100)
             columns = [
                 torch.tensor([part + [fill] * (length - len(part)) for part in parts])
                 for fill, parts in zip(empty, zip(*(sample.columns() for sample in samples)))
             ]
-            most_answers = max(len(sample.kinds) for sample in samples)
-            kinds = torch.tensor([sample.kinds + [-1] * (most_answers - len(sample.kinds)) for sample in samples])
-            yield torch.stack(images), *columns, kinds, *([torch.stack(targets)] if targets else [])
+            most = max(len(sample.kinds) for sample in samples)
+            kinds = torch.tensor([sample.kinds + [-1] * (most - len(sample.kinds)) for sample in samples])
+            yield torch.stack(images), torch.stack(targets), *columns, kinds
 
 
 def initialise(model: nn.Module) -> None:
@@ -281,29 +300,60 @@ def heterogeneity(model: Llava, images: Tensor, ids: Tensor) -> str:
     )
 
 
-def decode(model: Llava, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-    """The decoder over embeddings [B, N, D], up to its final norm."""
-    for layer in model.language_model.layers:
-        hidden, _ = layer(hidden, (cos, sin), mask)
-    return model.language_model.norm(hidden)
+def decode(model: Llava, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The decoder over embeddings [B, N, D], up to its final norm; query and key [B, N, Dh] of a head of POINTER."""
+    for index, layer in enumerate(model.language_model.layers):
+        hidden, (queries, keys, _) = layer(hidden, (cos, sin), mask)
+        if index == POINTER:
+            query, key = queries[:, 0], keys[:, 0]
+    return model.language_model.norm(hidden), query, key
+
+
+def pointing_loss(query: Tensor, key: Tensor, heads: nn.ModuleDict, columns: list[Tensor], targets: Tensor) -> Tensor:
+    """Shows one head of layer POINTER where to look for the next token of an answer.
+
+    Minus the log of the attention to the patches of what the sentence is about, as a share of that to all patches. And
+    the same linear readers must find the colour and the shape that a question names in its query, and those that a
+    patch shows in its key. Without them the head looks at all objects alike: what is asked is no help before keys can
+    be told apart by it, nor the other way round.
+    """
+    image = columns[2][0] == 0
+    patches = slice(int(image.sum()) - GRID**2, int(image.sum()))
+    row, at = (columns[5] != 0).nonzero(as_tuple=True)
+    asking, shown = query[row, at], key[:, patches]  # [T, Dh], [B, P, Dh]
+    weights = ((shown[row] @ asking[..., None])[..., 0] * query.shape[-1] ** -0.5).log_softmax(-1)  # [T, P]
+    place = targets[row][..., list(LABELS).index("place")]  # [T, P], 0 for none
+    wanted = (columns[5][row, at][:, None] << 1 >> place & 1).bool()
+    loss = -weights.masked_fill(~wanted, -torch.inf).logsumexp(-1)[wanted.any(-1)].mean()
+    for index, name in enumerate(("colour", "shape")):
+        reader, looks = heads[f"pointer {name}"], targets[..., list(LABELS).index(name)] - 1
+        loss = loss + 0.5 * F.cross_entropy(reader(asking), columns[6 + index][row, at])
+        loss = loss + 0.5 * F.cross_entropy(reader(shown).flatten(0, 1), looks.flatten(), ignore_index=-1)
+    return loss
 
 
 def answer_loss(
-    model: Llava, run: Callable[..., Tensor], features: Tensor, columns: list[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, and for every answer [B, T] whether each of its tokens is the likeliest.
+    model: Llava,
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    heads: nn.ModuleDict,
+    features: Tensor,
+    columns: list[Tensor],
+    targets: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a batch, for every answer [B, T] whether each of its tokens is the likeliest, and the pointing loss.
 
     Every sample is new, so the share of right answers is that of greedy decoding on scenes never seen. An answer of
     n tokens weighs sqrt(n): with every token alike, the few of "yes." drown in the seventy of a description. The
     output layer is not run over questions and patches.
     """
-    ids, labels, branch, position, answer, kinds = columns
+    ids, labels, branch, position, answer = columns[:5]
+    kinds = columns[-1]
     embeddings = model.language_model.embed_tokens(ids)
     image = ids == model.config.image_token_id
     embeddings = embeddings.masked_scatter(image[..., None], model.multi_modal_projector(features))
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
     mask = causal & ((branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0))
-    hidden = run(model, embeddings, *model.language_model.rope(position), mask[:, None])
+    hidden, query, key = run(model, embeddings, *model.language_model.rope(position), mask[:, None])
     told = labels[:, 1:] != -100
     logits, wanted, number = model.lm_head(hidden[:, :-1][told]), labels[:, 1:][told], answer[:, 1:][told] - 1
     row = told.nonzero()[:, 0] * kinds.shape[1] + number  # one number for every answer of the batch
@@ -311,7 +361,7 @@ def answer_loss(
     weight = length[row].float().rsqrt()
     loss = (F.cross_entropy(logits, wanted, reduction="none") * weight).sum() / weight.sum()
     wrong = torch.bincount(row, weights=(logits.argmax(-1) != wanted).float(), minlength=kinds.numel())
-    return loss, (wrong == 0).view_as(kinds)
+    return loss, (wrong == 0).view_as(kinds), pointing_loss(query, key, heads, columns, targets)
 
 
 def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversations, args: argparse.Namespace) -> float:
@@ -322,7 +372,7 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
     device = torch.device(args.device)
     parts: dict[str, list[nn.Module]] = {
         "vision": [model.vision_tower, heads],
-        "language": [model.multi_modal_projector, model.language_model, model.lm_head],
+        "language": [model.multi_modal_projector, model.language_model, model.lm_head, heads],
         "joint": [model, heads],
     }
     parameters = [p for module in parts[stage] for p in module.parameters()]
@@ -331,15 +381,14 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
-        heads.load_state_dict(state["heads"])
+        heads.load_state_dict(state["heads"], strict=False)
         start, before = state["step"], state.get("seconds", 0.0)
         if start >= steps:
             return before
         optimizer.load_state_dict(state["optimizer"])
-    warmup = args.warmup if stage == "language" else 0
     size = args.batch * 2 if stage == "vision" else args.batch
     run = torch.compile(decode, dynamic=True) if args.compile else decode
-    data = Batches(stage, start, size, args.seed, talk, warmup)
+    data = Batches(stage, start, size, args.seed, talk)
     loader = iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4))
     began, saved, mean = time.time(), time.time(), 0.0
     tally = torch.zeros(len(ALL_KINDS), 2, dtype=torch.long, device=device)  # answers asked for, and right ones
@@ -354,12 +403,12 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
         if stage != "language":
             answers = {name: heads[name](features) for name in LABELS}
             for i, name in enumerate(LABELS):
-                part = F.cross_entropy(answers[name].flatten(0, 1), batch[-1][..., i].flatten())
+                part = F.cross_entropy(answers[name].flatten(0, 1), batch[1][..., i].flatten())
                 loss = loss + (part if stage == "vision" else 0.2 * part)
         if stage != "vision":
-            talked, right = answer_loss(model, run, features, batch[1:7])
-            loss = loss + talked
-            tally += torch.stack([torch.stack([(batch[6] == k).sum(), (right & (batch[6] == k)).sum()])
+            talked, right, pointing = answer_loss(model, run, heads, features, batch[2:], batch[1])
+            loss = loss + talked + 0.2 * pointing
+            tally += torch.stack([torch.stack([(batch[-1] == k).sum(), (right & (batch[-1] == k)).sum()])
                                   for k in range(len(ALL_KINDS))])  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -374,15 +423,15 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
             left = (steps - step - 1) / pace / 60
             extra = ""
             if stage != "language":
-                shares = [(answers[n].argmax(-1) == batch[-1][..., i]).float().mean() for i, n in enumerate(LABELS)]
+                shares = [(answers[n].argmax(-1) == batch[1][..., i]).float().mean() for i, n in enumerate(LABELS)]
                 extra = " " + " ".join(f"{name} {float(r):.3f}" for name, r in zip(LABELS, shares))
             if stage != "vision":
-                extra += " |" + "".join(
+                extra += f" pointing {pointing.item():.3f} |" + "".join(
                     f" {kind} {100 * good / max(1, all_):.0f}" for kind, (all_, good) in zip(ALL_KINDS, tally.tolist())
                 )
                 tally.zero_()
             if stage != "vision" and (step + 1) % 500 == 0:
-                extra += " " + heterogeneity(model, batch[0][:8], batch[1][:8])
+                extra += " " + heterogeneity(model, batch[0][:8], batch[2][:8])
             print(
                 f"{stage} {step + 1}/{steps} loss {mean:.4f} {pace * size:.1f} samples/s, {left:.0f} min left{extra}",
                 flush=True,
@@ -571,7 +620,7 @@ def write_card(model: Llava, folder: Path, args: argparse.Namespace, scores: dic
             kv_heads=text.kv_heads,
             objects=MAX_OBJECTS,
             command=f"python -m train.train_tiny --vision-steps {args.vision_steps} "
-            f"--language-steps {args.language_steps} --warmup {args.warmup} --joint-steps {args.joint_steps} "
+            f"--language-steps {args.language_steps} --joint-steps {args.joint_steps} "
             f"--batch {args.batch} --rate {args.rate} --seed {args.seed}" + " --compile" * args.compile,
             vision_steps=args.vision_steps,
             language_steps=args.language_steps,
@@ -591,9 +640,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16, help="scenes a step (twice as many in the vision stage)")
-    parser.add_argument("--vision-steps", type=int, default=1200)
+    parser.add_argument("--vision-steps", type=int, default=1500)
     parser.add_argument("--language-steps", type=int, default=6000)
-    parser.add_argument("--warmup", type=int, default=1500, help="language steps until scenes have all their objects")
     parser.add_argument("--joint-steps", type=int, default=1500)
     parser.add_argument("--compile", action="store_true", help="torch.compile the decoder (about a third faster)")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate of the decoder")
@@ -608,7 +656,9 @@ def main() -> None:
     model = Llava(tiny_config(talk.size, talk.image_id, talk.pad_id))
     initialise(model)
     model.to(args.device)
-    heads = nn.ModuleDict({name: nn.Linear(128, count) for name, count in LABELS.items()}).to(args.device)
+    heads = nn.ModuleDict({name: nn.Linear(128, count) for name, count in LABELS.items()})
+    heads.update({f"pointer {name}": nn.Linear(32, LABELS[name] - 1) for name in ("colour", "shape")})
+    heads.to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {talk.size}")
     seconds = sum(run_stage(stage, model, heads, talk, args) for stage in ("vision", "language", "joint"))
     export(model, tokenizer, talk, args.out)

@@ -1,0 +1,395 @@
+"""Prefill, decode and memory, beside transformers and beside what moving the bytes must take: `python -m bench.speed`.
+
+Every contender runs in a process of its own on the same weights; the processes take turns, round after round, and the
+medians are reported. A decode step reads all weights and all kept keys and values once, so it cannot take less than
+t_min = (weights + KV) / memory bandwidth. `--growth` measures how time and memory grow with length and batch instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillava.model import Llava, LlavaConfig, LlavaError, TextConfig, VisionConfig
+from prefixkv import Plan, PrefixKV
+from weights import config_dict, load_model, read_config, save_weights, write_json
+
+TINY = Path(__file__).resolve().parent.parent / "minillava" / "tiny"
+BUDGETS = (0.2, 0.4, 0.6, 0.8)
+CONTENDERS = (
+    "transformers DynamicCache",
+    "transformers StaticCache",
+    "full",
+    *(f"PrefixKV {budget:.0%}" for budget in BUDGETS),
+    "plan 20%",
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Shapes to measure; `model` None is the embedded checkpoint."""
+
+    model: LlavaConfig | None
+    batch: int
+    prompt: int  # tokens, image included
+    new: int
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+def llava(width: int, inner: int, layers: int, heads: int, vocab: int, vision: VisionConfig) -> LlavaConfig:
+    """A LLaVA of these shapes; the image token is the last of the vocabulary."""
+    text = TextConfig(
+        vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=32768,
+    )  # fmt: skip
+    return LlavaConfig(vision=vision, text=text, image_token_id=vocab - 1, pad_token_id=0)
+
+
+CLIP_L = VisionConfig(1024, 4096, 24, 16, image_size=336, patch_size=14)
+SMALL = llava(512, 1376, 8, 8, 1024, VisionConfig(256, 1024, 6, 4, image_size=336, patch_size=14))
+LLAVA_7B = llava(4096, 11008, 32, 32, 32064, CLIP_L)
+LLAVA_13B = llava(5120, 13824, 40, 40, 32064, CLIP_L)
+PRESETS = {  # those called paper have the batches and lengths of the published efficiency table
+    "cpu": Preset(SMALL, 8, 1024, 64),
+    "cpu-long": Preset(SMALL, 8, 1024, 512),
+    "tiny": Preset(None, 1, 160, 128),
+    "paper-7b-1024": Preset(LLAVA_7B, 16, 1024, 512, "cuda", "bfloat16"),
+    "paper-7b-624": Preset(LLAVA_7B, 48, 624, 256, "cuda", "bfloat16"),
+    "paper-13b-1024": Preset(LLAVA_13B, 8, 1024, 512, "cuda", "bfloat16"),
+    "paper-13b-624": Preset(LLAVA_13B, 16, 624, 256, "cuda", "bfloat16"),
+}
+
+
+@dataclass
+class Result:
+    """What one process measured."""
+
+    contender: str
+    prefill_seconds: float
+    step_milliseconds: float  # median of the decode steps
+    decode_seconds: float  # all of them
+    tokens_per_second: float  # new tokens of the whole batch, prefill not counted
+    total_seconds: float
+    kv_bytes: int  # keys and values held after the last step
+    weight_bytes: int  # read in every decode step: decoder and output layer
+    peak_bytes: int  # of the process or device, beyond what was there before the prefill
+
+
+def write_checkpoint(config: LlavaConfig, folder: Path, dtype: torch.dtype, device: str) -> None:
+    """Random weights of these shapes in the Hub layout, so that transformers and we load the same."""
+    with torch.device(device):
+        torch.manual_seed(0)
+        model = Llava(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    save_weights(model, folder / "model.safetensors", dtype)
+    write_json(folder / "config.json", config_dict(config, str(dtype).removeprefix("torch.")))
+
+
+def make_inputs(config: LlavaConfig, preset: Preset) -> dict[str, Tensor]:
+    """One image and random words behind it, for every sample."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(3, config.image_token_id - 1, (preset.batch, preset.prompt), generator=generator)
+    words[:, 1 : 1 + config.num_image_tokens] = config.image_token_id
+    side = config.vision.image_size
+    pixels = torch.randn(preset.batch, 3, side, side, generator=generator)
+    return {
+        "input_ids": words.to(preset.device),
+        "pixel_values": pixels.to(preset.device, getattr(torch, preset.dtype)),
+        "attention_mask": torch.ones_like(words).to(preset.device),
+    }
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak(device: str) -> int:
+    """Bytes at the peak so far: resident on the CPU, allocated on a GPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def compressor_of(contender: str, layers: int) -> PrefixKV | None:
+    """What a row of the table compresses with. The plan keeps the same of every layer: its cost is what is asked."""
+    if contender == "full":
+        return None
+    if contender.startswith("plan"):
+        return PrefixKV(plan=Plan(0.2, [0.2] * layers))
+    return PrefixKV(float(contender.split()[1].rstrip("%")) / 100)
+
+
+Run = tuple[Tensor, Callable[[Tensor], Tensor], Callable[[], int]]  # first logits [B, V]; token -> logits; KV bytes
+
+
+def ours(model: Llava, contender: str, inputs: dict[str, Tensor], new: int) -> Run:
+    """Our prefill, and what one decode step is."""
+    compressor = compressor_of(contender, model.config.text.num_hidden_layers)
+    logits, cache = model.prefill(**inputs, max_new_tokens=new, compressor=compressor)
+    return logits, lambda token: model.decode_step(token, cache), lambda: cache.bytes
+
+
+def theirs(model: Any, contender: str, inputs: dict[str, Tensor], new: int) -> Run:
+    """The same of transformers: bare forward calls, without what `generate` does around them."""
+    from transformers import DynamicCache, StaticCache
+
+    text = model.config.text_config
+    batch, prompt = inputs["input_ids"].shape
+    static = contender.endswith("StaticCache")
+    cache = StaticCache(config=text, max_cache_len=prompt + new) if static else DynamicCache(config=text)
+    seen = prompt
+
+    def call(**tokens: Tensor) -> Tensor:
+        mask = torch.ones(batch, seen, dtype=torch.long, device=inputs["input_ids"].device)
+        out = model(**tokens, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1]
+
+    def step(token: Tensor) -> Tensor:
+        nonlocal seen
+        seen += 1
+        return call(input_ids=token[:, None])
+
+    size = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * inputs_size(model)
+    logits = call(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
+    return logits, step, lambda: batch * seen * size
+
+
+def inputs_size(model: Any) -> int:
+    """Bytes of a number in the model's dtype."""
+    return next(model.parameters()).element_size()
+
+
+@torch.no_grad()
+def measure(contender: str, folder: str, preset: Preset) -> Result:
+    """One prefill and all decode steps, after a short run to warm up."""
+    device, dtype = preset.device, getattr(torch, preset.dtype)
+    config = read_config(Path(folder))
+    model: Any
+    begin: Callable[[Any, str, dict[str, Tensor], int], Run]
+    if contender.startswith("transformers"):
+        from transformers import LlavaForConditionalGeneration
+
+        reference: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        model, begin = reference.to(device).eval(), theirs
+    else:
+        model, begin = load_model(Path(folder), device, dtype), ours
+    inputs = make_inputs(config, preset)
+    short = {name: tensor[:1] for name, tensor in inputs.items()}
+    logits, step, _ = begin(model, contender, short, 4)
+    for _ in range(3):
+        logits = step(logits.argmax(-1))
+    before = peak(device) if not device.startswith("cuda") else torch.cuda.memory_allocated()
+    synchronize(device)
+    start = time.perf_counter()
+    logits, step, held = begin(model, contender, inputs, preset.new)
+    synchronize(device)
+    prefilled = time.perf_counter()
+    steps = []
+    for _ in range(preset.new - 1):
+        began = time.perf_counter()
+        logits = step(logits.argmax(-1))
+        synchronize(device)
+        steps.append(time.perf_counter() - began)
+    total = time.perf_counter() - start
+    text = config.text
+    per_layer = 2 * text.num_attention_heads * text.head_size * text.hidden_size  # query and output
+    per_layer += 2 * text.kv_heads * text.head_size * text.hidden_size + 3 * text.hidden_size * text.intermediate_size
+    weights = (text.num_hidden_layers * per_layer + text.vocab_size * text.hidden_size) * dtype.itemsize
+    return Result(
+        contender=contender,
+        prefill_seconds=prefilled - start,
+        step_milliseconds=1000 * statistics.median(steps),
+        decode_seconds=sum(steps),
+        tokens_per_second=preset.batch * (preset.new - 1) / sum(steps),
+        total_seconds=total,
+        kv_bytes=held(),
+        weight_bytes=weights,
+        peak_bytes=peak(device) - before,
+    )
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second that all threads together read from memory: the best of several sums over 1 GB."""
+    block = torch.ones(1 << 28, device=device)
+    best = math.inf
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        block.sum()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return block.nbytes / best
+
+
+def in_a_process(task: dict[str, Any]) -> dict[str, Any]:
+    """Runs a task of `work` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.speed", "--work", json.dumps(task)],
+        capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent,
+    )  # fmt: skip
+    if done.returncode:
+        raise LlavaError(f"{task} failed:\n{done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def work(task: dict[str, Any]) -> dict[str, Any]:
+    """What a process of its own does: one contender, or the memory's bandwidth."""
+    if task["contender"] == "bandwidth":
+        return {"bandwidth": bandwidth(task["device"])}
+    preset = replace(PRESETS[task["preset"]], **task["changes"])
+    return asdict(measure(task["contender"], task["folder"], preset))
+
+
+def median(results: list[Result]) -> Result:
+    """The median of every figure over rounds."""
+    fields = {
+        name: statistics.median(getattr(r, name) for r in results) for name in asdict(results[0]) if name != "contender"
+    }
+    return Result(contender=results[0].contender, **fields)
+
+
+def table(results: list[Result], speed: float, preset: Preset) -> str:
+    """Markdown: what each contender took, against the full cache and against t_min."""
+    by_name = {result.contender: result for result in results}
+    full = by_name.get("full")
+    lines = [
+        f"Batch {preset.batch}, {preset.prompt} prompt + {preset.new} new tokens, {preset.dtype} on "
+        f"{device_name(preset.device)}; memory read at {speed / 1e9:.1f} GB/s.",
+        "",
+        "| | prefill s | ms a step | t_min ms | step / t_min | tokens/s | all s | KV MB | peak MB | gain | allowed |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        least = 1000 * (r.weight_bytes + r.kv_bytes) / speed
+        gain = allowed = ""
+        if full and not r.contender.startswith("transformers"):
+            gain = f"{full.step_milliseconds / r.step_milliseconds:.2f}"
+            allowed = f"{(full.weight_bytes + full.kv_bytes) / (r.weight_bytes + r.kv_bytes):.2f}"
+        lines.append(
+            f"| {r.contender} | {r.prefill_seconds:.3f} | {r.step_milliseconds:.2f} | {least:.2f} | "
+            f"{r.step_milliseconds / least:.2f} | {r.tokens_per_second:.0f} | {r.total_seconds:.2f} | "
+            f"{r.kv_bytes / 1e6:.1f} | {r.peak_bytes / 1e6:.0f} | {gain} | {allowed} |"
+        )
+    return "\n".join(lines)
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def growth(args: argparse.Namespace, folder: str) -> str:
+    """Markdown: time and memory by prompt length and by batch, with the exponents between neighbours and overall."""
+    lines = []
+    lengths = [1024 * 2**step for step in range(5)]
+    for name, shapes in (
+        ("prompt tokens", [(1, length) for length in lengths]),
+        ("batch", [(2**step, 1024) for step in range(6)]),
+    ):
+        lines += [
+            f"| {name} | prefill s | with scoring s | ms a step | peak MB | with scoring MB |",
+            "|---|---|---|---|---|---|",
+        ]
+        rows = []
+        for batch, prompt in shapes:
+            task = {"preset": "cpu", "folder": folder, "changes": {"batch": batch, "prompt": prompt, "new": 9}}
+            plain, scored = (
+                median([Result(**in_a_process({**task, "contender": contender})) for _ in range(args.rounds)])
+                for contender in ("full", "PrefixKV 20%")
+            )
+            rows.append((batch * prompt, plain.prefill_seconds, scored.prefill_seconds, plain.step_milliseconds,
+                         plain.peak_bytes / 1e6, scored.peak_bytes / 1e6))  # fmt: skip
+            shown = " | ".join(f"{value:.3g}" for value in rows[-1][1:])
+            lines.append(f"| {prompt if name != 'batch' else batch} | {shown} |")
+            print(lines[-1], file=sys.stderr, flush=True)
+        for label, low in (("exponent", 0), ("exponent, last doubling", len(rows) - 2)):
+            slopes = [
+                math.log(rows[-1][column] / rows[low][column]) / math.log(rows[-1][0] / rows[low][0])
+                for column in range(1, 6)
+            ]
+            lines.append(f"| {label} | " + " | ".join(f"{slope:.2f}" for slope in slopes) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with one sentence for what cannot be run."""
+    parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="cpu", choices=PRESETS, help="shapes and lengths (default: cpu)")
+    parser.add_argument("--model", help="folder of a checkpoint (default: random weights of the preset's shapes)")
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="NAME",
+                        help=", ".join(name.replace("%", "%%") for name in CONTENDERS))  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=3, help="times that each contender runs (default: 3)")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--prompt", type=int, help="prompt tokens, image included")
+    parser.add_argument("--new", type=int, help="new tokens")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--growth", action="store_true", help="measure growth with length and batch instead")
+    parser.add_argument("--out", type=Path, help="folder for speed.md and speed.json")
+    parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.work:
+        print(json.dumps(work(args.work)))
+        return 0
+    changes = {name: getattr(args, name) for name in ("batch", "prompt", "new", "device", "dtype")
+               if getattr(args, name) is not None}  # fmt: skip
+    preset = replace(PRESETS[args.preset], **changes)
+    if preset.device.startswith("cuda") and not torch.cuda.is_available():
+        print(f"bench.speed: error: the preset {args.preset} needs a GPU; there is none here.", file=sys.stderr)
+        return 2
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = args.model or str(TINY)
+            if not args.model and preset.model is not None:
+                folder = scratch
+                write_checkpoint(preset.model, Path(scratch), getattr(torch, preset.dtype), preset.device)
+            if args.growth:
+                text, found = growth(args, folder), {}
+            else:
+                rounds: dict[str, list[Result]] = {name: [] for name in args.contenders}
+                speeds = []
+                for number in range(args.rounds):
+                    speeds.append(in_a_process({"contender": "bandwidth", "device": preset.device})["bandwidth"])
+                    for name in args.contenders:
+                        task = {"contender": name, "preset": args.preset, "folder": folder, "changes": changes}
+                        rounds[name].append(Result(**in_a_process(task)))
+                        done = rounds[name][-1]
+                        print(f"round {number + 1}: {name}: prefill {done.prefill_seconds:.2f} s, "
+                              f"{done.step_milliseconds:.2f} ms a step", file=sys.stderr, flush=True)  # fmt: skip
+                results = [median(rounds[name]) for name in args.contenders]
+                text = table(results, statistics.median(speeds), preset)
+                found = {name: [asdict(result) for result in each] for name, each in rounds.items()}
+    except ValueError as error:
+        print(f"bench.speed: error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "speed.md").write_text(text + "\n", encoding="utf-8")
+        write_json(args.out / "speed.json", {"preset": args.preset, "changes": changes, "rounds": found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

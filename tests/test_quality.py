@@ -1,0 +1,218 @@
+"""`bench.quality`: what it measures, how it goes on after a stop, alone and in several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from bench import quality
+from bench.quality import Watcher, curves, gini, interval, likelihood, main, read_results, rouge_l
+from minillava.model import LlavaError
+from prefixkv import Plan, PrefixKV
+
+QUICK = ["--samples", "4", "--batch-size", "2", "--budgets", "0.3", "0.6", "--methods", "full", "local", "prefixkv",
+         "plan", "--max-new-tokens", "12"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A finished run of four scenes."""
+    out = tmp_path_factory.mktemp("quick")
+    assert main([*QUICK, "--out", str(out)]) == 0
+    return out
+
+
+def test_likelihood_of_the_full_cache_is_that_of_one_forward_pass(tiny):
+    model, processor = tiny
+    samples = quality.scenes(3, seed=1)
+    answers = [processor.tokenizer.model.encode(sample.answer) for sample in samples]
+    found, kept = likelihood(model, quality.encode(model, processor, samples), answers, None)
+    for sample, answer, loss in zip(samples, answers, found):
+        inputs = processor(sample.prompt, [sample.image()])
+        length = inputs["input_ids"].shape[1]
+        ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], 1)
+        with torch.no_grad():
+            logits = model(ids, inputs["pixel_values"])[0, length - 1 : -1].double()
+        expected = -logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].sum()
+        # float32 logits of up to 30, about 100 of them summed, each a few units in the last place off
+        assert loss == pytest.approx(float(expected), abs=2e-3)
+    assert kept == [[processor(s.prompt, [s.image()])["input_ids"].shape[1]] * 8 for s in samples]
+
+
+def test_every_run_is_there_once_and_the_tables_show_each(quick):
+    records = read_results(quick)
+    assert sorted((r["sample"], r["method"], r["budget"]) for r in records) == sorted(
+        (index, method, budget) for index in range(4) for method, budget in
+        [("full", 1.0), *((m, b) for m in ("local", "prefixkv", "plan") for b in (0.3, 0.6))]
+    )  # fmt: skip
+    for record in records:
+        if record["method"] == "prefixkv":
+            assert sum(record["kept"]) == round(record["budget"] * 8 * record["prompt"])
+        assert record["rouge"] > 1 - 1e-6 or record["method"] != "full"  # the package adds 1e-8 to a denominator
+    text = (quick / "table.md").read_text()
+    for row in ("| local |", "| prefixkv |", "| plan |", "| 7 |"):
+        assert row in text
+    for picture in ("quality.png", "layers.png"):
+        assert Image.open(quick / picture).size[0] > 500
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_table(quick, tmp_path, capsys):
+    (tmp_path / "settings.json").write_bytes((quick / "settings.json").read_bytes())
+    lines = (quick / "results-0.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "results-0.jsonl").write_text("".join(lines[:7]) + lines[7][:30])
+    assert main([*QUICK, "--out", str(tmp_path)]) == 0
+    assert "damaged" in capsys.readouterr().err
+    assert (tmp_path / "table.md").read_bytes() == (quick / "table.md").read_bytes()
+    assert sorted((tmp_path / "results-0.jsonl").read_text().splitlines()) == sorted(line.strip() for line in lines)
+
+
+def test_two_processes_make_the_table_of_one(quick, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bench.quality"]
+    done = subprocess.run([*command, *QUICK, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.glob("*.jsonl")} == {"results-0.jsonl", "results-1.jsonl"}
+    assert (tmp_path / "table.md").read_bytes() == (quick / "table.md").read_bytes()
+
+
+def test_a_process_that_fails_stops_all_with_its_error(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bench.quality"]
+    entries = [{"question": "What?", "answer": "a.", "image": "none.png"}]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    done = subprocess.run(
+        [*command, "--data", str(tmp_path / "data.json"), "--out", str(tmp_path / "out")],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "no entry that can be used" in done.stderr
+
+
+def test_results_of_other_settings_are_not_mixed(quick, capsys):
+    assert main([*QUICK, "--out", str(quick), "--seed", "5"]) == 2
+    assert "seed 0" in capsys.readouterr().err
+
+
+def test_a_damaged_line_in_the_middle_is_refused(tmp_path):
+    (tmp_path / "results-0.jsonl").write_text('{"sample": 1\n{"sample": 2}\n')
+    with pytest.raises(LlavaError, match="line 1"):
+        read_results(tmp_path)
+
+
+def published(folder):
+    """Entries in both published formats, good and bad ones."""
+    Image.effect_noise((50, 40), 80).convert("RGB").save(folder / "a.png")
+    (folder / "text.png").write_text("no image")
+    talk = [{"from": "human", "value": "<image>\nDescribe."}, {"from": "gpt", "value": "A cat."}]
+    return [
+        {"image": "a.png", "conversations": talk},
+        {"image": "a.png", "question": "What is it?", "answer": "A dog."},
+        {"imagename": "a.png", "question": "How many?", "answer": "two."},
+        {"image": "missing.png", "question": "What is it?", "answer": "A dog."},
+        {"image": "a.png", "question": "What is it?", "answer": "  "},
+        {"image": "text.png", "question": "What is it?", "answer": "x"},
+        {"image": "a.png", "conversations": [{"value": "<image>"}]},
+        "not an entry",
+        {"image": "a.png", "conversations": [{"value": "no picture"}, {"value": "x"}]},
+    ]
+
+
+def test_bad_entries_are_named_and_the_rest_is_evaluated(tmp_path, capsys):
+    entries = published(tmp_path)
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    code = main(["--data", str(tmp_path / "data.json"), "--images", str(tmp_path), "--out", str(tmp_path / "out"),
+                 "--methods", "full", "prefixkv", "plan", "--budgets", "0.5", "--max-new-tokens", "5"])  # fmt: skip
+    assert code == 1
+    shown = capsys.readouterr()
+    for index in range(3, 9):
+        assert f"entry {index}:" in shown.err
+    assert "entry 2:" not in shown.err
+    assert shown.out.startswith("3 samples.")
+
+
+def test_an_object_of_entries_is_read_like_a_list(tmp_path):
+    entries = published(tmp_path)
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    (tmp_path / "object.json").write_text(json.dumps({f"v1_{i}": entry for i, entry in enumerate(entries)}))
+    (ours, _), (theirs, bad) = (quality.read_samples(tmp_path / f"{n}.json", tmp_path, 99) for n in ("list", "object"))
+    assert [sample.prompt for sample in ours] == [sample.prompt for sample in theirs]
+    assert "v1_3" in bad[0]
+    assert ours[1].prompt.endswith("USER: What is it?\n<image> ASSISTANT:")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--budgets", "0"], ["--samples", "0"], ["--methods", "best"], ["--max-new-tokens", "x"]]
+)
+def test_arguments_that_make_no_sense_end_with_2(arguments):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("content", ["", "{}", "3", "[", None])
+def test_a_data_file_that_is_none_ends_with_2(tmp_path, capsys, content):
+    path = tmp_path / "data.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["--data", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "data.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_plans_are_written_for_every_budget_and_say_how_far_samples_agree(tmp_path, capsys):
+    assert main(["--estimate-plan", str(tmp_path / "plans"), "--samples", "4", "--budgets", "0.2", "0.5"]) == 0
+    assert "| 20% |" in capsys.readouterr().out
+    plan = Plan.load(tmp_path / "plans" / "0.2.json")
+    assert plan.samples == 4 and len(plan.ratios) == 8 and plan.model == str(TINY)
+    assert sum(plan.ratios) / 8 == pytest.approx(0.2, abs=0.005)  # prompts of 160 tokens round by half a token
+    assert main([*QUICK, "--budgets", "0.2", "--plans", str(tmp_path / "plans"), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_plan_of_one_sample_is_what_that_sample_keeps(tiny):
+    model, processor = tiny
+    samples = quality.scenes(1, seed=3)
+    plans, _ = quality.estimate(model, processor, samples, [0.3], "", 1)
+    inputs = quality.encode(model, processor, samples)
+    _, online = model.prefill(**inputs, compressor=PrefixKV(0.3))
+    _, offline = model.prefill(**inputs, compressor=PrefixKV(plan=plans[0.3]))
+    assert torch.equal(online.kept, offline.kept)
+    assert torch.equal(online.position, offline.position)
+
+
+def test_rouge_of_equal_and_of_empty_texts():
+    assert rouge_l("a red ring.", "a red ring.") == pytest.approx(1, abs=1e-6)
+    assert rouge_l("", "a red ring.") == rouge_l("...", "a red ring.") == 0
+    assert rouge_l("red", "a red ring") == pytest.approx(0.5, abs=1e-6)  # precision 1, recall 1/3
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(3, 60))
+def test_lorenz_curves_rise_to_one_and_gini_tells_equal_from_one_hot(seed, length):
+    watcher = Watcher(1.0)
+    random = torch.rand(length, generator=torch.Generator().manual_seed(seed))
+    watcher.importance = torch.stack([torch.ones(length), random, torch.eye(length)[0]])[:, None]
+    watcher.present = torch.ones(1, length, dtype=torch.bool)
+    curve = curves(watcher)
+    assert (curve.diff(dim=1) >= -1e-12).all()
+    assert torch.allclose(curve[:, -1], torch.ones(3, dtype=torch.float64))
+    equal, middle, alone = gini(curve).tolist()
+    assert equal == pytest.approx(0, abs=1e-9) and equal - 1e-9 <= middle <= alone
+    # A curve of 101 points cuts the corner of the steepest one by at most half a point.
+    assert alone == pytest.approx(1 - 1 / length, abs=0.011)
+
+
+def test_intervals_hold_the_mean_and_shrink_with_samples():
+    generator = torch.Generator().manual_seed(0)
+    widths = []
+    for count in (50, 800):
+        values = torch.randn(count, generator=generator, dtype=torch.float64)
+        low, high = interval(values, lambda v: v.mean(-1))
+        assert low < values.mean() < high
+        widths.append(high - low)
+    assert widths[0] / widths[1] == pytest.approx(4, rel=0.3)  # as the square root of 16
