@@ -45,7 +45,7 @@ def importance(query: Tensor, key: Tensor, present: Tensor, block: int = 128) ->
         count = end - start
         # The queries of a group stand side by side, so that no key is repeated for them.
         rows = query[:, :, start:end].unflatten(1, (-1, groups)).flatten(2, 3)  # [B, Hkv, G * count, Dh]
-        scores = (rows @ key[:, :, :end].transpose(-1, -2)).float().mul_(size**-0.5)
+        scores = (rows @ key[:, :, :end].mT).float().mul_(size**-0.5)
         scores = scores.unflatten(2, (groups, count))  # [B, Hkv, G, count, end]
         later = torch.arange(end, device=query.device) > torch.arange(start, end, device=query.device)[:, None]
         scores.masked_fill_(later | ~present[:, None, None, None, :end], torch.finfo(torch.float32).min)
@@ -69,13 +69,12 @@ def priority(importance: Tensor) -> Tensor:
 def search(priority: Tensor, total: int, protected: int) -> tuple[float, Tensor]:
     """The largest threshold p whose sizes o_l(p) = min(N, k_l(p) + protected) sum to at most `total`.
 
+    `protected` is at most N, `total` between L * protected and L * N.
     Returns p and the sizes [L], which sum to `total`: tokens left over go one by one to the layer whose
     next prefix is smallest. Sizes change only where p passes a value of `priority` [L, N], so the search
     runs over those values, halves them at every step, and ends after log2(L * N) of them.
     """
     layers, length = priority.shape
-    if protected >= length:
-        return 0.0, torch.full((layers,), length, device=priority.device)
     prefix = priority[:, : length - protected].contiguous()  # longer prefixes change no size
 
     def sizes(threshold: Tensor) -> Tensor:
@@ -105,11 +104,11 @@ def retain(importance: Tensor, counts: Tensor, present: Tensor, start: int = 1) 
 
     The first `start` tokens and the last one stay, then the most important; ties go to the earlier token.
     """
-    order = present.long().cumsum(-1)  # 1 for a prompt's first token
+    order = present.long().cumsum(1)  # 1 for a prompt's first token
     protected = present & ((order <= start) | (order == order[:, -1:]))
     rank_by = importance.masked_fill(protected, torch.inf).masked_fill(~present, -torch.inf)
-    ranked = rank_by.argsort(dim=-1, descending=True, stable=True)
-    chosen = torch.arange(importance.shape[-1], device=importance.device) < counts[:, None]
+    ranked = rank_by.argsort(descending=True, stable=True)
+    chosen = torch.arange(importance.shape[1], device=importance.device) < counts[:, None]
     return torch.zeros_like(present).scatter(1, ranked, chosen)
 
 
@@ -131,14 +130,14 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, whole or not at all."""
         temporary = Path(f"{path}.part")
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
         temporary.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Reads what `save` wrote, or a published plan: a list with the share that each layer forgets."""
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            raw = json.loads(Path(path).read_bytes())
             shares = [1 - share for share in raw] if isinstance(raw, list) else raw["ratios"]
             if not shares or not all(0 <= float(share) <= 1 for share in shares):
                 raise ValueError("shares between 0 and 1, one a layer, are missing")
@@ -176,7 +175,7 @@ class PrefixKV:
 
         A sample's counts sum to round(budget * L * N), N its own length, or to its protected tokens if those are more.
         """
-        broken = ~importance.isfinite().flatten(1).all(-1)
+        broken = ~importance.isfinite().flatten(1).all(1)
         if broken.any():
             raise ValueError(
                 f"The importance of layer {int(broken.nonzero()[0])} holds NaN or infinity; expected finite numbers. "

@@ -211,6 +211,49 @@ def test_block_wise_importance_is_the_naive_one_for_every_block_size(seed, batch
     assert (found[~present] == 0).all()
 
 
+def test_everything_happens_on_the_device_of_the_input_whatever_the_default_device():
+    table, present = random_importance(0, 3, 40), torch.ones(1, 40, dtype=torch.bool)
+    query = torch.randn(1, 2, 40, 4)
+    position = torch.arange(40).expand(3, 1, 40)
+    compressor = PrefixKV(0.3)
+
+    def run():
+        counts = compressor.allocate(table[:, None], present)
+        kept = compressor.retain(table[:1], counts[0], present)
+        all_kept = PrefixKV(1.0).allocate(table[:, None], present)
+        few = search(priority(table[:, :2]), 6, 2)[1]
+        evicted = compressor.evict(position, counts)
+        return importance(query, query, present), counts, kept, all_kept, few, evicted
+
+    expected = run()
+    with torch.device("meta"):
+        found = run()
+    for one, other in zip(found, expected):
+        assert torch.equal(one, other)
+
+
+@given(tables)
+def test_a_threshold_of_one_is_what_keeping_everything_takes(table):
+    layers, length = table.shape
+    for protected in range(min(length, 4)):
+        assert search(priority(table), layers * length, protected)[0] == 1
+    threshold, counts = search(priority(table), layers * length, length)
+    assert threshold == 1 and counts.tolist() == [length] * layers
+
+
+def test_a_budget_for_the_protected_tokens_alone_has_the_threshold_zero():
+    threshold, counts = search(priority(random_importance(0, 3, 20)), 6, 2)
+    assert threshold == 0 and counts.tolist() == [2, 2, 2]
+
+
+def test_one_first_token_is_protected_unless_told_otherwise():
+    row, present, counts = torch.arange(8.0)[None], torch.ones(1, 8, dtype=torch.bool), torch.tensor([3])
+    assert retain(row, counts, present)[0].nonzero()[:, 0].tolist() == [0, 6, 7]
+    assert PrefixKV(0.5).retain(row, counts, present)[0].nonzero()[:, 0].tolist() == [0, 6, 7]
+    assert PrefixKV(0.5, start=0).retain(row, counts, present)[0].nonzero()[:, 0].tolist() == [5, 6, 7]
+    assert PrefixKV(0.5, start=2).retain(row, counts, present)[0].nonzero()[:, 0].tolist() == [0, 1, 7]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_importance_is_accumulated_in_float32_whatever_the_dtype(dtype):
     generator = torch.Generator().manual_seed(0)
@@ -226,20 +269,37 @@ def test_importance_is_accumulated_in_float32_whatever_the_dtype(dtype):
 def test_importance_that_is_not_finite_is_refused_with_its_layer(value):
     scores = torch.rand(4, 2, 9)
     scores[2, 1, 3] = value
-    with pytest.raises(ValueError, match="layer 2"):
+    with pytest.raises(ValueError) as error:
         PrefixKV(0.5).allocate(scores, torch.ones(2, 9, dtype=torch.bool))
+    assert str(error.value) == (
+        "The importance of layer 2 holds NaN or infinity; expected finite numbers. "
+        "Check the weights and the dtype of the model."
+    )
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, 1.0001, float("nan"), float("inf")])
 def test_a_budget_outside_zero_to_one_is_refused(budget):
-    with pytest.raises(ValueError, match="budget"):
+    with pytest.raises(ValueError) as error:
         PrefixKV(budget)
+    assert str(error.value) == (
+        f"The budget is {budget}; expected a share of the cache above 0 and at most 1."
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", [{"start": -1}, {"decode": "drop"}])
-def test_other_arguments_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [({"start": -1}, "start is -1; expected a number of tokens, 0 or more."),
+     ({"decode": "drop"}, "decode is 'drop'; expected 'ratio' or 'keep'.")],
+)  # fmt: skip
+def test_other_arguments_out_of_range_are_refused(wrong, sentence):
+    with pytest.raises(ValueError) as error:
         PrefixKV(0.5, **wrong)
+    assert str(error.value) == sentence
+
+
+def test_the_defaults_are_a_fifth_of_the_cache_one_first_token_and_eviction():
+    compressor = PrefixKV()
+    assert (compressor.budget, compressor.start, compressor.decode, compressor.plan) == (0.2, 1, "ratio", None)
 
 
 # ---------------------------------------------------------------- eviction
@@ -267,6 +327,12 @@ def test_eviction_is_a_queue_behind_pinned_tokens(seed, kept, steps, data):
         used = min(used + 1, room)
         position[0, 0, slot] = prompt + step
         assert sorted(position[position >= 0].tolist()) == model
+
+
+@pytest.mark.parametrize("kept, oldest_queued", [(1, 0), (2, 1), (3, 1), (24, 12), (25, 12), (26, 1), (30, 5)])
+def test_the_oldest_token_behind_the_pinned_ones_goes_first(kept, oldest_queued):
+    position = torch.arange(40).view(1, 1, 40)
+    assert int(PrefixKV(0.5).evict(position, torch.tensor([[kept]]))) == oldest_queued
 
 
 def test_keeping_everything_while_decoding_has_room_for_every_new_token():
@@ -342,6 +408,24 @@ def test_a_plan_survives_the_way_to_its_file_and_back(tmp_path):
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan == Plan(0.2, plan.ratios, "a model", 2)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    lines = (tmp_path / "plan.json").read_text().splitlines()
+    assert lines[0] == "{" and lines[1] == ' "budget": 0.2,'  # a line for every number, to be read and compared
+
+
+def test_a_plan_needs_no_more_than_its_shares(tmp_path):
+    (tmp_path / "plan.json").write_text('{"ratios": [0, 0.25, 1]}')
+    assert Plan.load(tmp_path / "plan.json") == Plan(pytest.approx(1.25 / 3), [0, 0.25, 1], "", 0)
+    assert Plan.estimate(0.5, torch.tensor([[1]]), torch.tensor([2])) == Plan(0.5, [0.5], "", 1)
+
+
+def test_a_published_plan_is_a_list_of_the_shares_to_forget(tmp_path):
+    (tmp_path / "plan.json").write_text("[0.25, 1, 0, 0.75]")
+    assert Plan.load(tmp_path / "plan.json") == Plan(0.5, [0.75, 0, 1, 0.25], "", 0)
+
+
+def test_the_name_of_a_plans_model_may_be_in_any_script(tmp_path):
+    (tmp_path / "plan.json").write_bytes('{"ratios": [0.5], "model": "猫"}'.encode())
+    assert Plan.load(tmp_path / "plan.json").model == "猫"
 
 
 @given(st.integers(0, 2**31), st.integers(1, 60), st.integers(0, 3))
@@ -354,8 +438,9 @@ def test_a_plan_keeps_its_share_of_every_prompt_and_the_protected_tokens(seed, l
 
 
 def test_a_plan_for_another_number_of_layers_is_refused():
-    with pytest.raises(ValueError, match="for 3 layers; the model has 4"):
+    with pytest.raises(ValueError) as error:
         PrefixKV(plan=Plan(0.5, [0.1, 0.5, 0.9])).planned(0, 4, torch.tensor([9]))
+    assert str(error.value) == "The plan is for 3 layers; the model has 4."
 
 
 @pytest.mark.skipif(not PLANS.is_dir(), reason="the published plans are not here")
@@ -376,6 +461,16 @@ def test_a_file_that_holds_no_plan_is_refused(tmp_path, content):
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(ValueError, match="holds no plan"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_shares_out_of_range_are_refused_in_a_sentence(tmp_path):
+    (tmp_path / "plan.json").write_text("[2]")
+    with pytest.raises(ValueError) as error:
+        Plan.load(tmp_path / "plan.json")
+    assert str(error.value) == (
+        f"{tmp_path / 'plan.json'} holds no plan (shares between 0 and 1, one a layer, are missing); "
+        "expected what --save-plan writes."
+    )
 
 
 def test_a_missing_plan_is_refused(tmp_path):
