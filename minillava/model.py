@@ -269,10 +269,10 @@ class KVCache:
 
     def write(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Puts the new token's key and value [B, Hkv, 1, Dh] in their slots; returns what attention reads."""
-        batch = torch.arange(len(key), device=key.device)
         filled = self.longest[index]
-        for held, new in ((self.key[index], key), (self.value[index], value)):
-            held[batch, :, self.slot[index]] = new.squeeze(2)
+        slot = self.slot[index, :, None, None, None].expand_as(key)  # [B, Hkv, 1, Dh]
+        self.key[index].scatter_(2, slot, key)
+        self.value[index].scatter_(2, slot, value)
         mask = None
         if self.shortest[index] < filled:
             mask = (self.position[index, :, :filled] >= 0)[:, None, None]
@@ -288,6 +288,27 @@ class KVCache:
 # ---------------------------------------------------------------- Llama decoder
 
 
+class Linear(nn.Linear):
+    """nn.Linear that keeps every thread busy where there is one token a sample to multiply with.
+
+    Reading the weights is then all the work, and a CPU's matrix library leaves it to a single thread. A batch of
+    products, each with a part of the weights, is shared out. Small weights are in the caches, where nothing is gained.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, in] -> [B, N, out]."""
+        parts = torch.get_num_threads()
+        if x.shape[1] > 1 or self.weight.numel() < 2**16 or not x.is_cpu or self.out_features % parts:
+            return F.linear(x, self.weight, self.bias)
+        weight = self.weight.view(parts, -1, self.in_features)  # [threads, out / threads, in]
+        if len(x) == 1:  # a matrix times a vector is quicker than a vector times a matrix
+            product = torch.bmm(weight, x.mT.expand(parts, -1, -1)).mT  # [threads, 1, out / threads]
+        else:
+            product = torch.bmm(x[:, 0].expand(parts, -1, -1), weight.mT)  # [threads, B, out / threads]
+        product = product.transpose(0, 1).reshape(len(x), 1, -1)  # [B, 1, out]
+        return product if self.bias is None else product + self.bias
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight, the mean square taken in float32 whatever x is (`LlamaRMSNorm`)."""
 
@@ -297,9 +318,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
 def rope_frequencies(config: TextConfig, device: torch.device | str = "cpu") -> Tensor:
@@ -324,8 +343,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Llama checkpoints pair dimension i with i + Dh/2 (`rotate_half`), not with its neighbour as the paper does.
     """
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # `rope` has made the first half of sin negative
 
 
 class Attention(nn.Module):
@@ -335,10 +353,10 @@ class Attention(nn.Module):
         super().__init__()
         size, bias = config.head_size, config.attention_bias
         self.num_heads, self.kv_heads = config.num_attention_heads, config.kv_heads
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * size, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * size, config.hidden_size, bias=bias)
+        self.q_proj = Linear(config.hidden_size, self.num_heads * size, bias=bias)
+        self.k_proj = Linear(config.hidden_size, self.kv_heads * size, bias=bias)
+        self.v_proj = Linear(config.hidden_size, self.kv_heads * size, bias=bias)
+        self.o_proj = Linear(self.num_heads * size, config.hidden_size, bias=bias)
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, D] -> query [B, H, N, Dh], key and value [B, Hkv, N, Dh]; query and key after RoPE."""
@@ -370,9 +388,9 @@ class MLP(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.gate_proj = Linear(width, inner, bias=bias)
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -423,9 +441,9 @@ class Decoder(nn.Module):
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin for positions [B, N]; angles are float32, since bfloat16 cannot tell 257 from 256."""
         angle = positions[:, None, :, None] * rope_frequencies(self.config, positions.device)  # [B, 1, N, Dh // 2]
-        angle = torch.cat([angle, angle], dim=-1)  # [B, 1, N, Dh]
+        cos, sin = angle.cos(), angle.sin()
         dtype = self.embed_tokens.weight.dtype
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)  # [B, 1, N, Dh]
 
 
 # ---------------------------------------------------------------- LLaVA
@@ -464,7 +482,7 @@ class Llava(nn.Module):
         self.vision_tower = VisionTower(config.vision)
         self.multi_modal_projector = Projector(config)
         self.language_model = Decoder(config.text)
-        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -560,7 +578,7 @@ class Llava(nn.Module):
             for index, count in enumerate(counts):
                 key, value, importance = waiting.pop(0)  # released layer by layer, as the smaller copy is made
                 cache.store(index, key, value, compressor.retain(importance, count, present))
-        logits = self.lm_head(self.language_model.norm(hidden[:, -1]))  # [B, V]
+        logits = self.lm_head(self.language_model.norm(hidden[:, -1:]))[:, 0]  # [B, V]
         require(logits.isfinite().all(), "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
         return logits, cache
 
@@ -572,7 +590,7 @@ class Llava(nn.Module):
         hidden = self.language_model.embed_tokens(token_ids[:, None])  # [B, 1, D]
         for index, layer in enumerate(self.language_model.layers):
             hidden = layer.step(hidden, rope, cache, index)  # [B, 1, D]
-        return self.lm_head(self.language_model.norm(hidden[:, -1]))  # [B, V]
+        return self.lm_head(self.language_model.norm(hidden))[:, 0]  # [B, V]
 
     @torch.no_grad()
     def decode(

@@ -1,0 +1,424 @@
+"""Is this LLaVA right? Its numbers beside those of `transformers`, stage by stage.
+
+    python -m minillava.verify --model FOLDER_OR_ID
+
+Both models read the same pixels and token ids; every stage in between is compared, and the first that differs is
+named with its likely causes. One model is in memory at a time: what transformers computes waits in a temporary folder.
+
+For a module of your own, say where each stage can be seen in it, and leave out what it does not have:
+
+    reference = Reference("minillava/tiny")
+    taps = {"patch embedding": Tap("vision.stem"), "layer 0 MLP": Tap("blocks.0.ff"), "logits": Tap("head")}
+    for stage in compare(my_module, taps, reference):
+        print(stage)
+
+The stages and their shapes are those of `our_taps`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minillava.model import Llava, LlavaConfig, LlavaError
+from minillava.processor import Processor, open_image
+from prefixkv import PrefixKV
+from weights import find, load_model, read_config
+
+EXAMPLE = Path(__file__).parent / "tiny" / "examples" / "scene_1.png"
+PROMPT = "USER: <image>\nDescribe the image in detail. ASSISTANT:"
+# Relative to a stage's largest number: what a different order of summation makes of some 30 layers.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
+CAUSES = {  # by how a stage's name ends
+    "pixels": "the resize filter, crop or pad, rescaling, mean and std, the order of colours",
+    "token ids": "BOS, spaces beside an added token, the number of image tokens",
+    "patch embedding": "the kernel's weights, a bias that CLIP has not, patches flattened in another order",
+    "vision layer 0": "position embedding, CLS, the norm before the layers, and what can go wrong in any layer",
+    "vision layer": "gelu in place of quick_gelu, layer_norm_eps, the attention's scale or biases",
+    "projector": "features of another vision layer (vision_feature_layer), CLS kept, a missing bias, another gelu",
+    "merged embeddings": "the token embedding, or image features at other positions or in another order",
+    "norm": "rms_norm_eps, a norm that subtracts the mean, or, after layer 0, the sum of residuals before it",
+    "query": "RoPE: its pairs (halves, not neighbours), theta, scaling, positions; then the projection's weights",
+    "key": "RoPE: its pairs (halves, not neighbours), theta, scaling, positions; then the projection's weights",
+    "value": "the value projection, or the number of key-value heads",
+    "attention": "the mask, the scale, which query heads share a key, the output projection",
+    "MLP": "gate and up exchanged, another activation",
+    "logits": "an output layer that should, or should not, be tied to the embedding",
+    "greedy tokens": "the cache: positions of new tokens, slots, or the mask beyond the prompt",
+    "positions after eviction": "new tokens counted from the shortened cache, not from the text",
+}
+Pick = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Tensor]  # module, arguments, keyword arguments, output
+
+
+def output(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], made: Any) -> Tensor:
+    """What a module returns, or the first part of it."""
+    return made[0] if isinstance(made, (tuple, list)) else made
+
+
+def entering(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], made: Any) -> Tensor:
+    """What a module is given: its first argument."""
+    return arguments[0] if arguments else keywords["hidden_states"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a stage can be seen: a submodule, and which tensor when it has run (default: its output)."""
+
+    module: str
+    pick: Pick = output
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How far one stage is from the reference."""
+
+    name: str
+    absolute: float  # the largest difference
+    relative: float  # as a share of the reference's largest number
+    cosine: float
+    ok: bool
+    note: str = ""  # what cannot be put in numbers
+
+    def __str__(self) -> str:
+        mark = "ok" if self.ok else "DIFFERS"
+        if self.note:
+            return f"{self.name:26} {self.note:>40}  {mark}"
+        return f"{self.name:26} {self.absolute:12.2e} {self.relative:12.2e} {self.cosine:14.9f}  {mark}"
+
+
+def our_taps(config: LlavaConfig) -> dict[str, Tap]:
+    """The stages in the order of the computation, and where `Llava` shows them.
+
+    patch embedding [I, Dv, R / patch, R / patch] · vision layer i [I, P + 1, Dv] · projector [I, P, D] · merged
+    embeddings [B, N, D] · of every decoder layer: norm [B, N, D], query [B, H, N, Dh] and key [B, Hkv, N, Dh] after
+    RoPE, value [B, Hkv, N, Dh], attention and MLP [B, N, D] before they are added · final norm · logits [B, N, V].
+    """
+    layer = config.vision_feature_layer
+    depth = layer if layer >= 0 else config.vision.num_hidden_layers + 1 + layer
+    taps = {"patch embedding": Tap("vision_tower.patch_embedding")}
+    taps |= {f"vision layer {i}": Tap(f"vision_tower.layers.{i}") for i in range(depth)}
+    taps["projector"] = Tap("multi_modal_projector")
+    taps["merged embeddings"] = Tap("language_model.layers.0", entering)
+    for i in range(config.text.num_hidden_layers):
+        path = f"language_model.layers.{i}"
+        taps[f"layer {i} norm"] = Tap(f"{path}.input_layernorm")
+        for part, name in enumerate(("query", "key", "value")):
+            taps[f"layer {i} {name}"] = Tap(path, lambda m, arguments, keywords, made, part=part: made[1][part])  # type: ignore[misc]
+        taps[f"layer {i} attention"] = Tap(f"{path}.self_attn.o_proj")
+        taps[f"layer {i} MLP"] = Tap(f"{path}.mlp")
+    return taps | {"final norm": Tap("language_model.norm"), "logits": Tap("lm_head")}
+
+
+def their_taps(model: nn.Module, config: LlavaConfig) -> dict[str, Tap]:
+    """The same stages in `LlavaForConditionalGeneration`, whose submodules moved between its versions."""
+    names = [name for name, _ in model.named_modules()]
+
+    def path(*endings: str) -> str:
+        return next(name for ending in endings for name in names if name.endswith(ending) and "vision" in name)
+
+    def rotated(part: int) -> Pick:
+        def pick(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], made: Any) -> Tensor:
+            from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+            hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+            projections = (module.q_proj, module.k_proj, module.v_proj)
+            heads = [p(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for p in projections]
+            return (*apply_rotary_pos_emb(heads[0], heads[1], *keywords["position_embeddings"]), heads[2])[part]
+
+        return pick
+
+    text = next(name for name in names if name.endswith("layers.0.input_layernorm") and "vision" not in name)
+    text = text.removesuffix("layers.0.input_layernorm")
+    taps = {"merged embeddings": Tap(f"{text}layers.0", entering)}
+    taps["patch embedding"] = Tap(path("patch_embedding"))
+    for i in range(config.vision.num_hidden_layers):
+        taps[f"vision layer {i}"] = Tap(path(f"encoder.layers.{i}", f"layers.{i}"))
+    taps["projector"] = Tap(next(name for name in names if name.endswith("multi_modal_projector")))
+    for i in range(config.text.num_hidden_layers):
+        layer = f"{text}layers.{i}"
+        taps[f"layer {i} norm"] = Tap(f"{layer}.input_layernorm")
+        for part, name in enumerate(("query", "key", "value")):
+            taps[f"layer {i} {name}"] = Tap(f"{layer}.self_attn", rotated(part))
+        taps[f"layer {i} attention"] = Tap(f"{layer}.self_attn")
+        taps[f"layer {i} MLP"] = Tap(f"{layer}.mlp")
+    return taps | {"final norm": Tap(f"{text}norm"), "logits": Tap("lm_head")}
+
+
+@torch.no_grad()
+def record(
+    model: nn.Module, taps: dict[str, Tap], run: Callable[[], object], keep: Callable[[str, Tensor], None]
+) -> None:
+    """Calls `keep` with every stage's tensor, the first time that it is computed, while `run` runs."""
+    seen: set[str] = set()
+    hooks = []
+    for stage, tap in taps.items():
+
+        def hook(
+            module: nn.Module, arguments: Any, keywords: Any, made: Any, stage: str = stage, tap: Tap = tap
+        ) -> None:
+            if stage not in seen:
+                seen.add(stage)
+                keep(stage, tap.pick(module, arguments, keywords, made).detach())
+
+        try:
+            module = model.get_submodule(tap.module)
+        except AttributeError:
+            raise LlavaError(
+                f"The stage {stage!r} is tapped at {tap.module!r}; the model has no such module."
+            ) from None
+        hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+    try:
+        run()
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+class Watcher(PrefixKV):
+    """PrefixKV that keeps the query of layer 0 for every new token: it depends on token and position alone."""
+
+    def observe(self, layer: int, query: Tensor, key: Tensor, position: Tensor) -> None:
+        """Called by `DecoderLayer.step`."""
+        if layer == 0:
+            self.queries.append(query)
+
+    queries: list[Tensor]
+
+
+class Reference:
+    """What transformers computes for one prompt: every stage on disk, in a folder that goes with this object.
+
+    folder: of a checkpoint. Raises LlavaError for input that cannot be read. transformers must be installed.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        image: str | Path = EXAMPLE,
+        prompt: str = PROMPT,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        new_tokens: int = 32,
+    ):
+        try:
+            from transformers import LlavaForConditionalGeneration, logging
+        except ImportError:
+            raise LlavaError("transformers is not installed; verify needs it: pip install transformers.") from None
+        folder = Path(folder)
+        self.config = read_config(folder)
+        self.processor = Processor.from_folder(folder, self.config)
+        picture = open_image(image)
+        self.inputs = {name: t.to(device) for name, t in self.processor([prompt], [picture]).items()}
+        self.scratch = tempfile.TemporaryDirectory(prefix="verify-")
+        self.others = self.preprocessing(folder, prompt, picture)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        model = model.to(device).eval()  # goes when this function ends, before ours is loaded
+        pixels = self.inputs["pixel_values"].to(dtype)
+        inputs = {**self.inputs, "pixel_values": pixels}
+        record(model, their_taps(model, self.config), lambda: model(**inputs), self.keep)
+        with torch.no_grad():
+            made = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
+            self.tokens = made[:, inputs["input_ids"].shape[1] :].cpu()
+            # Layer 0 on the whole text: where the new tokens' queries must point, whatever a cache has dropped.
+            text = {**inputs, "input_ids": made, "attention_mask": torch.ones_like(made)}
+            tap = {"positions after eviction": their_taps(model, self.config)["layer 0 query"]}
+            record(model, tap, lambda: model(**text), lambda name, t: self.keep(name, t[:, :, -new_tokens:-1]))
+
+    def preprocessing(self, folder: Path, prompt: str, picture: Any) -> dict[str, Any]:
+        """Pixels and ids of transformers' own processor, or the sentence that it raised."""
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        made: dict[str, Any] = {}
+        try:
+            processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+            made["pixels"] = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])
+        except Exception as error:  # whatever transformers raises for a folder it cannot use
+            made["pixels"] = f"not compared ({type(error).__name__})"
+        if not (folder / "tokenizer.json").exists():
+            # transformers would convert tokenizer.model, and version 5 does not follow it in runs of spaces.
+            made["token ids"] = "not compared: no tokenizer.json"
+            return made
+        try:
+            text = prompt.replace("<image>", "<image>" * self.config.num_image_tokens)
+            made["token ids"] = torch.tensor([AutoTokenizer.from_pretrained(folder)(text)["input_ids"]])
+        except Exception as error:
+            made["token ids"] = f"not compared ({type(error).__name__})"
+        return made
+
+    def keep(self, stage: str, tensor: Tensor) -> None:
+        """Puts a stage on disk."""
+        torch.save(tensor.cpu(), Path(self.scratch.name) / f"{stage}.pt")
+
+    def get(self, stage: str) -> Tensor | None:
+        """A stage from disk, None if transformers has none of that name."""
+        path = Path(self.scratch.name) / f"{stage}.pt"
+        return torch.load(path, weights_only=True) if path.exists() else None
+
+
+def difference(name: str, found: Tensor, expected: Tensor, tolerance: float) -> Stage:
+    """Two tensors in numbers; another shape, NaN and infinity are differences."""
+    if found.shape != expected.shape:
+        note = f"{list(found.shape)}, expected {list(expected.shape)}"
+        return Stage(name, float("inf"), float("inf"), 0.0, False, note)
+    one, other = found.detach().cpu().double().flatten(), expected.double().flatten()
+    absolute = float((one - other).abs().max())
+    relative = absolute / max(float(other.abs().max()), 1e-30)
+    cosine = float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+    return Stage(name, absolute, relative, cosine, relative <= tolerance)
+
+
+def compare(
+    module: nn.Module,
+    taps: dict[str, Tap],
+    reference: Reference,
+    tolerance: float = TOLERANCE["float32"],
+    run: Callable[[], object] | None = None,
+) -> list[Stage]:
+    """Every stage of `taps` in the order given; `run` (default: `module(**reference.inputs)`) makes them happen.
+
+    Raises LlavaError for a stage that the reference does not have, and for a tap on a module that is not there.
+    """
+    stages: dict[str, Stage] = {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        expected = reference.get(name)
+        if expected is None:
+            raise LlavaError(f"The reference has no stage {name!r}; the names are those of our_taps.")
+        stages[name] = difference(name, tensor, expected, tolerance)
+
+    record(module, taps, run or (lambda: module(**reference.inputs)), keep)
+    return [stages[name] for name in taps if name in stages]
+
+
+@torch.no_grad()
+def verify(model: Llava, reference: Reference, tolerance: float = TOLERANCE["float32"]) -> list[Stage]:
+    """All that there is to compare: preprocessing, every stage, greedy tokens, positions after eviction."""
+    ids, pixels = reference.inputs["input_ids"], reference.inputs["pixel_values"]
+    stages = []
+    for name, ours, allowed in (("pixels", pixels, 1e-5), ("token ids", ids, 0.0)):
+        theirs = reference.others[name]
+        if isinstance(theirs, str):
+            stages.append(Stage(name, 0.0, 0.0, 1.0, True, theirs))
+        else:
+            stages.append(difference(name, ours, theirs, allowed))
+    stages += compare(model, our_taps(reference.config), reference, tolerance)
+    new = reference.tokens.shape[1]
+    made = model.generate(**reference.inputs, max_new_tokens=new, eos_token_id=()).token_ids.cpu()
+    equal = int((made == reference.tokens).long().cumprod(1).sum())
+    stages.append(Stage("greedy tokens", 0.0, 0.0, 1.0, equal == new, f"{equal} of {new} equal"))
+    watcher = Watcher(0.2)
+    watcher.queries = []
+    _, cache = model.prefill(**reference.inputs, max_new_tokens=new, compressor=watcher)
+    for token in reference.tokens.to(ids.device).unbind(1)[:-1]:
+        model.decode_step(token, cache)
+    expected = reference.get("positions after eviction")
+    if watcher.queries and expected is not None:
+        found = torch.cat(watcher.queries, dim=2)
+        stages.append(difference("positions after eviction", found, expected, tolerance))
+    return stages
+
+
+def first_difference(stages: Sequence[Stage]) -> tuple[Stage, str] | None:
+    """The first stage that differs and its likely causes; None if all agree."""
+    for stage in stages:
+        if not stage.ok:
+            return stage, next((text for end, text in CAUSES.items() if end in stage.name), "the arithmetic before it")
+    return None
+
+
+@torch.no_grad()
+def against_ours(model: Llava, inputs: dict[str, Any], budget: float, new_tokens: int) -> list[tuple[float, float]]:
+    """How far PrefixKV moves each layer's output from the full cache's, and the share of the prompt that it keeps.
+
+    Both read the full cache's greedy tokens. [L] of (|difference| / |output|, averaged over new tokens; share).
+    """
+    tokens = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=()).token_ids
+    names = [f"language_model.layers.{i}.input_layernorm" for i in range(1, len(model.language_model.layers))]
+    taps = {f"layer {i}": Tap(name, entering) for i, name in enumerate([*names, "language_model.norm"])}
+
+    def outputs(compressor: PrefixKV | None) -> tuple[Tensor, Tensor]:
+        """Every layer's output for every new token, [T, L, B · D], and the shares kept [L]."""
+        _, cache = model.prefill(**inputs, max_new_tokens=new_tokens, compressor=compressor)
+        seen: list[Tensor] = []
+        for token in tokens.unbind(1)[:-1]:
+            record(model, taps, partial(model.decode_step, token, cache), lambda _, t: seen.append(t))
+        made = torch.stack(seen).double().flatten(1).unflatten(0, (-1, len(taps)))
+        return made, (cache.kept.double() / cache.prompt).mean(1)
+
+    full, _ = outputs(None)
+    compressed, shares = outputs(PrefixKV(budget))
+    moved = ((compressed - full).norm(dim=-1) / full.norm(dim=-1)).mean(0)
+    return list(zip(moved.tolist(), shares.tolist()))
+
+
+def lines(stages: Sequence[Stage]) -> Iterator[str]:
+    """The table, and what to look at first."""
+    yield f"{'stage':26} {'largest':>12} {'relative':>12} {'cosine':>14}"
+    yield from map(str, stages)
+    first = first_difference(stages)
+    yield ""
+    if first is None:
+        yield f"All {len(stages)} stages agree with transformers."
+    else:
+        yield f"The first stage that differs is {first[0].name}. Look at {first[1]}."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0 if all agrees, 1 if a stage differs, 2 with one sentence for input that cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m minillava.verify", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default=str(EXAMPLE.parent.parent), help="folder or Hub id (default: the embedded)")
+    parser.add_argument("--image", default=str(EXAMPLE))
+    parser.add_argument("--prompt", default=PROMPT, help="with one <image>")
+    parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tolerance", type=float, help="largest difference, relative to a stage's largest number")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--against", default="transformers", choices=["transformers", "ours"],
+                        help="ours: which layer's output PrefixKV moves most, against the full cache")  # fmt: skip
+    parser.add_argument("--budget", type=float, default=0.2, help="of --against ours")
+    parser.add_argument("--json", action="store_true", help="print one JSON list in place of the table")
+    args = parser.parse_args(arguments)
+    try:
+        if args.new_tokens < 2:
+            raise LlavaError(f"--new-tokens is {args.new_tokens}; expected 2 or more.")
+        folder, dtype = find(args.model), getattr(torch, args.dtype)
+        if args.against == "ours":
+            model = load_model(folder, args.device, dtype)
+            processor = Processor.from_folder(folder, model.config)
+            inputs = {n: t.to(args.device) for n, t in processor([args.prompt], [open_image(args.image)]).items()}
+            rows = against_ours(model, inputs, args.budget, args.new_tokens)
+            if args.json:
+                print(json.dumps([{"layer": i, "moved": m, "kept": k} for i, (m, k) in enumerate(rows)]))
+                return 0
+            print(f"{'layer':>5} {'output moved by':>16} {'prompt kept':>12}")
+            for layer, (moved, share) in enumerate(rows):
+                print(f"{layer:5} {moved:16.1%} {share:12.1%}")
+            print(f"\nThe output of layer {max(range(len(rows)), key=lambda i: rows[i][0])} moves most.")
+            return 0
+        reference = Reference(folder, args.image, args.prompt, dtype, args.device, args.new_tokens)
+        model = load_model(folder, args.device, dtype)
+        stages = verify(model, reference, args.tolerance if args.tolerance is not None else TOLERANCE[args.dtype])
+    except ValueError as error:
+        print(f"verify: error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps([asdict(stage) for stage in stages]))
+    else:
+        print("\n".join(lines(stages)))
+    return 1 if first_difference(stages) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

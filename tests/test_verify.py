@@ -1,0 +1,197 @@
+"""`minillava.verify`: it agrees with itself, and it names the stage where a wrong model goes wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import reference as random_model
+from conftest import write
+from torch import nn
+
+import minillava.model
+import weights
+from minillava.model import Llava, LlavaError
+from minillava.verify import Reference, Stage, Tap, against_ours, compare, first_difference, main, our_taps, verify
+
+PROMPT = "USER: <image>\nWhat is in the image? ASSISTANT:"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random checkpoint with grouped-query attention, and what transformers makes of it."""
+    folder = write(random_model(kv_heads=2), tmp_path_factory.mktemp("checkpoint"), "disk5")
+    return folder, Reference(folder, prompt=PROMPT, new_tokens=40)
+
+
+@pytest.fixture
+def model(checkpoint):
+    """Our model, loaded anew to be broken."""
+    return weights.load_model(checkpoint[0])
+
+
+def first(model, reference):
+    found = first_difference(verify(model, reference))
+    assert found is not None
+    return found[0].name, found[1]
+
+
+def test_a_right_model_agrees_in_every_stage(model, checkpoint):
+    stages = verify(model, checkpoint[1])
+    assert first_difference(stages) is None
+    names = [stage.name for stage in stages]
+    assert names[2:-2] == list(our_taps(model.config))  # every tap was seen
+    assert [names[0], *names[-2:]] == ["pixels", "greedy tokens", "positions after eviction"]
+    assert not any(stage.note.startswith("not compared") for stage in stages if stage.name == "pixels")
+
+
+def test_rope_that_turns_neighbours_is_named(model, checkpoint, monkeypatch):
+    def neighbours(x, cos, sin):
+        even, odd = x[..., 0::2], x[..., 1::2]
+        half = x.shape[-1] // 2
+        cos, sin = cos[..., :half], sin[..., half:]
+        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+    monkeypatch.setattr(minillava.model, "rotate", neighbours)
+    name, cause = first(model, checkpoint[1])
+    assert name == "layer 0 query" and "RoPE" in cause
+
+
+def test_features_of_the_wrong_vision_layer_are_named(model, checkpoint):
+    model.config = replace(model.config, vision_feature_layer=-1)
+    name, cause = first(model, checkpoint[1])
+    assert name == "projector" and "vision_feature_layer" in cause
+
+
+def test_a_missing_projector_bias_is_named(model, checkpoint):
+    model.multi_modal_projector.linear_2.bias = None
+    name, cause = first(model, checkpoint[1])
+    assert name == "projector" and "bias" in cause
+
+
+def test_a_wrong_eps_is_named(model, checkpoint):
+    for layer in model.language_model.layers:
+        layer.input_layernorm.eps = 1e-5  # the checkpoint's is 1e-6
+    name, cause = first(model, checkpoint[1])
+    assert name == "layer 0 norm" and "eps" in cause
+
+
+def test_positions_counted_from_the_shortened_cache_are_named(model, checkpoint):
+    class Unshifted(Llava):
+        def decode_step(self, token_ids, cache):
+            true, cache.seen = cache.seen, cache.used.amax(0)
+            rope = self.language_model.rope
+            wrong = rope(cache.seen[:, None])
+            cache.seen = true
+            self.language_model.rope = lambda positions: wrong
+            try:
+                return super().decode_step(token_ids, cache)
+            finally:
+                self.language_model.rope = rope
+
+    model.__class__ = Unshifted
+    name, cause = first(model, checkpoint[1])
+    assert name == "positions after eviction" and "shortened cache" in cause
+
+
+def test_a_wrong_layer_in_the_middle_is_named_and_not_those_behind_it(model, checkpoint):
+    mlp = model.language_model.layers[2].mlp
+    mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+    name, cause = first(model, checkpoint[1])
+    assert name == "layer 2 MLP" and "exchanged" in cause
+
+
+class Student(nn.Module):
+    """The projector alone, with names of its own."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.ours = source
+        self.inner = nn.Sequential(source.linear_1, nn.GELU(), source.linear_2)
+
+    def forward(self, features):
+        return self.inner(features)
+
+
+def test_a_students_module_is_compared_in_the_stages_that_it_has(model, checkpoint):
+    reference = checkpoint[1]
+    features = model.vision_tower(reference.inputs["pixel_values"], -2)[:, 1:]
+    student = Student(model.multi_modal_projector)
+    (stage,) = compare(student, {"projector": Tap("inner")}, reference, run=lambda: student(features))
+    assert stage.ok and stage.name == "projector"
+    (stage,) = compare(student, {"projector": Tap("inner.0")}, reference, run=lambda: student(features))
+    assert not stage.ok
+    with pytest.raises(LlavaError, match="'blocks'; the model has no such module"):
+        compare(student, {"projector": Tap("blocks")}, reference)
+    with pytest.raises(LlavaError, match="no stage 'projection'"):
+        compare(student, {"projection": Tap("inner")}, reference, run=lambda: student(features))
+
+
+def test_another_shape_is_a_difference_and_says_both(model, checkpoint):
+    features = model.vision_tower(checkpoint[1].inputs["pixel_values"], -2)  # with CLS
+    student = Student(model.multi_modal_projector)
+    (stage,) = compare(student, {"projector": Tap("inner")}, checkpoint[1], run=lambda: student(features))
+    assert not stage.ok and stage.note == "[1, 17, 64], expected [1, 16, 64]"
+
+
+def test_nan_is_a_difference(model, checkpoint):
+    model.language_model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    stages = compare(model, our_taps(model.config), checkpoint[1])
+    assert next(stage for stage in stages if not stage.ok).name == "layer 1 MLP"
+
+
+def test_compression_moves_nothing_at_a_full_budget_and_something_at_a_small_one(model, checkpoint):
+    inputs = checkpoint[1].inputs
+    assert all(moved == 0 and share == 1 for moved, share in against_ours(model, inputs, 1.0, 5))
+    rows = against_ours(model, inputs, 0.2, 5)
+    assert len(rows) == 4 and all(moved > 0 for moved, _ in rows)
+    length = inputs["input_ids"].shape[1]
+    assert sum(share for _, share in rows) / 4 == pytest.approx(round(0.2 * 4 * length) / (4 * length))
+
+
+def test_the_command_agrees_with_transformers_on_the_embedded_checkpoint(capsys):
+    assert main(["--new-tokens", "8"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1].endswith("stages agree with transformers.")
+    assert max(map(len, shown)) <= 80
+
+
+def test_the_command_ends_with_1_and_the_stage_for_a_model_that_differs(capsys, monkeypatch):
+    load = minillava.verify.load_model
+
+    def broken(*arguments):
+        model = load(*arguments)
+        model.language_model.norm.weight.data *= 1.01
+        return model
+
+    monkeypatch.setattr(minillava.verify, "load_model", broken)
+    assert main(["--new-tokens", "2"]) == 1
+    assert "The first stage that differs is final norm." in capsys.readouterr().out
+    assert main(["--new-tokens", "2", "--json"]) == 1
+    stages = [Stage(**entry) for entry in json.loads(capsys.readouterr().out)]
+    assert [stage.name for stage in stages if not stage.ok][:1] == ["final norm"]
+
+
+def test_the_command_shows_which_layer_compression_moves_most(capsys):
+    assert main(["--against", "ours", "--new-tokens", "4"]) == 0
+    assert "moves most" in capsys.readouterr().out
+    assert main(["--against", "ours", "--new-tokens", "4", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 8
+
+
+BAD = {
+    "no folder": ["--model", "/nowhere"],
+    "no image": ["--image", "none.png"],
+    "2 or more": ["--new-tokens", "1"],
+    "<image>": ["--prompt", "no picture"],
+    "budget": ["--against", "ours", "--budget", "0"],
+}
+
+
+@pytest.mark.parametrize("said, arguments", BAD.items())
+def test_bad_input_ends_with_2_and_a_sentence(capsys, said, arguments):
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and not shown.out
