@@ -300,12 +300,12 @@ class Linear(nn.Linear):
         parts = torch.get_num_threads()
         if x.shape[1] > 1 or self.weight.numel() < 2**16 or not x.is_cpu or self.out_features % parts:
             return F.linear(x, self.weight, self.bias)
-        weight = self.weight.view(parts, -1, self.in_features)  # [threads, out / threads, in]
+        weight = self.weight.view(parts, -1, self.in_features)  # [parts, rows, width]
         if len(x) == 1:  # a matrix times a vector is quicker than a vector times a matrix
-            product = torch.bmm(weight, x.mT.expand(parts, -1, -1)).mT  # [threads, 1, out / threads]
+            product = torch.bmm(weight, x.mT.expand(parts, -1, -1)).mT  # [parts, 1, rows]
         else:
-            product = torch.bmm(x[:, 0].expand(parts, -1, -1), weight.mT)  # [threads, B, out / threads]
-        product = product.transpose(0, 1).reshape(len(x), 1, -1)  # [B, 1, out]
+            product = torch.bmm(x[:, 0].expand(parts, -1, -1), weight.mT)  # [parts, B, rows]
+        product = product.transpose(0, 1).reshape(len(x), 1, -1)
         return product if self.bias is None else product + self.bias
 
 
@@ -441,9 +441,10 @@ class Decoder(nn.Module):
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin for positions [B, N]; angles are float32, since bfloat16 cannot tell 257 from 256."""
         angle = positions[:, None, :, None] * rope_frequencies(self.config, positions.device)  # [B, 1, N, Dh // 2]
-        cos, sin = angle.cos(), angle.sin()
+        cos = torch.cat([angle.cos(), angle.cos()], dim=-1)  # [B, 1, N, Dh]
+        sin = torch.cat([-angle.sin(), angle.sin()], dim=-1)  # [B, 1, N, Dh]
         dtype = self.embed_tokens.weight.dtype
-        return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)  # [B, 1, N, Dh]
+        return cos.to(dtype), sin.to(dtype)
 
 
 # ---------------------------------------------------------------- LLaVA

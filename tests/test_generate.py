@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillava.model import LlavaError, sample
+from minillava.model import Linear, LlavaError, sample
 from prefixkv import PrefixKV
 
 
@@ -136,3 +136,13 @@ def test_training_through_forward_reaches_every_parameter_and_fits_a_batch(small
     # Features are taken after layer -2, so the last vision layer and the norm behind it take no part.
     assert all(name.startswith(("vision_tower.layers.2", "vision_tower.post_layernorm")) for name in silent)
     assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch, tokens", [(1, 1), (2, 1), (8, 1), (33, 1), (1, 3), (4, 2)])
+@pytest.mark.parametrize("width, out", [(300, 512), (300, 511), (8, 16)])
+def test_a_product_shared_out_between_threads_is_the_product(batch, tokens, width, out, bias):
+    layer = Linear(width, out, bias=bias)
+    x = torch.randn(batch, tokens, width)
+    # sums of 300 products of about 0.06, in another order: a few units in the last place of the largest
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), atol=2e-6, rtol=0)

@@ -12,7 +12,7 @@ import torch
 
 import minillava.model
 import prefixkv
-from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
+from minillava.model import Linear, Llava, LlavaConfig, TextConfig, VisionConfig
 from prefixkv import Plan, PrefixKV
 
 COMMENT = re.compile(r"#\s*\[([^\]]+)\]$")
@@ -112,6 +112,8 @@ def exercise() -> None:
     for compressor in (None, PrefixKV(0.4), PrefixKV(plan=Plan(0.3, [0.3] * 5))):
         model.generate(ids, pixels, mask, max_new_tokens=4, eos_token_id=(), compressor=compressor)
     model.generate(ids[:1, -4:], max_new_tokens=2, temperature=1.0, top_k=5, top_p=0.5, seed=1)
+    for batch in (1, 9):
+        Linear(300, 512)(torch.randn(batch, 1, 300))  # wide enough to be shared out between threads
 
 
 def run(tracer: Tracer) -> None:
