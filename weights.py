@@ -1,14 +1,22 @@
 """Checkpoints: find or download, check, map names, stream into the model.
 
 model, processor = load("minillava/tiny")
+
+python -m weights inspect FOLDER_OR_ID     what is in a checkpoint, and what would be missing
+python -m weights convert FOLDER_OR_ID OUT the same checkpoint in the Hub layout, which everything reads
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, fields, replace
+import shutil
+import sys
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minillava.model import ACTIVATIONS, Llava, LlavaConfig, LlavaError, TextConfig, VisionConfig, require
-from minillava.processor import Processor, read_json
+from minillava.processor import ImageProcessor, Processor, read_json
 
 # ---------------------------------------------------------------- config.json
 
@@ -32,6 +40,7 @@ ROPE_SETTINGS = {  # of each scaling that `rope_frequencies` knows
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 C = TypeVar("C")
 
 
@@ -63,13 +72,20 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
     kind = raw.get("model_type")
     require(kind == "llava", f"config.json has model_type {kind!r}; only 'llava', in the Hub layout, is implemented.")
     parts = []
-    for name, expected in (("text_config", "llama"), ("vision_config", "clip_vision_model")):
+    for name, known in (("text_config", ("llama", "mistral")), ("vision_config", ("clip_vision_model",))):
         part = {} if raw.get(name) is None else raw[name]
         require(isinstance(part, dict), f"config.json has {name} = {part!r}; expected an object.")
-        kind = part.get("model_type", expected)
-        require(kind == expected, f"config.json has {name} of type {kind!r}; only {expected!r} is implemented.")
+        kind = part.get("model_type", known[0])
+        names = " and ".join(map(repr, known))
+        require(kind in known, f"config.json has {name} of type {kind!r}; only {names} are implemented.")
         parts.append(dict(part))
     text, vision = parts
+    if text.get("model_type") == "mistral":  # Llama with other defaults, and a window that attention reaches back to
+        window = text.get("sliding_window", 4096)
+        text = {**MISTRAL, **{name: value for name, value in text.items() if value is not None}}
+        if type(window) is int and type(text["max_position_embeddings"]) is int:
+            # Within the window the two are the same; a longer text is refused.
+            text["max_position_embeddings"] = min(window, text["max_position_embeddings"])
     # transformers 5 moved rope_theta and rope_scaling into one dictionary, rope_parameters.
     scaling, parameters = (text.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
     require(isinstance(scaling, dict) and isinstance(parameters, dict), "config.json: RoPE settings are no object.")
@@ -136,18 +152,77 @@ def read_config(folder: Path) -> LlavaConfig:
     """The configuration of the checkpoint in `folder`."""
     there = (folder / "config.json").is_file()
     require(there, f"{folder} has no config.json; expected the folder of a LLaVA checkpoint.")
-    return parse_config(read_json(folder / "config.json"), read_json(folder / "generation_config.json"))
+    raw = read_json(folder / "config.json")
+    if "mm_vision_tower" in raw:
+        raw = from_original(raw, read_json(clip_folder(folder, raw) / "config.json"))
+    return parse_config(raw, read_json(folder / "generation_config.json"))
+
+
+# ---------------------------------------------------------------- the original LLaVA's layout
+
+
+def clip_folder(folder: Path, raw: dict[str, Any]) -> Path:
+    """The CLIP checkpoint that an original LLaVA names: a folder inside its own or beside it, or a Hub id."""
+    name = raw["mm_vision_tower"]
+    last = Path(name).name if isinstance(name, str) else ""
+    for candidate in (folder / last, folder.parent / last):
+        if last not in ("", "..") and (candidate / "config.json").is_file() and candidate.resolve() != folder.resolve():
+            return candidate
+    usable = isinstance(name, str) and re.fullmatch(HUB_ID, name)
+    require(
+        usable,
+        f"config.json has mm_vision_tower = {name!r}, and there is no folder {last!r} in {folder} or beside it; "
+        "expected a Hub id such as openai/clip-vit-large-patch14-336. Copy the CLIP checkpoint there.",
+    )
+    return find(name)
+
+
+def from_original(raw: dict[str, Any], clip: dict[str, Any]) -> dict[str, Any]:
+    """The config of an original LLaVA (keys `mm_...`, Llama's at the top) as the Hub layout's.
+
+    The original marks images by an id outside its vocabulary; here, as on the Hub, `<image>` is the first id behind
+    it, and the vocabulary is filled up to a multiple of 64.
+    """
+    kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+    kind, feature = str(raw.get("model_type")), raw.get("mm_vision_select_feature", "patch")
+    require(kind in kinds, f"config.json has model_type {kind!r}; known are {', '.join(kinds)}.")
+    features = {"patch": "default", "cls_patch": "full"}
+    known = feature in features
+    require(known, f"config.json has mm_vision_select_feature = {feature!r}; known are {', '.join(features)}.")
+    vocabulary = raw.get("vocab_size", TextConfig.vocab_size)
+    require(type(vocabulary) is int and vocabulary > 0, f"config.json has vocab_size = {vocabulary!r}; expected ids.")
+    text = {name: value for name, value in raw.items() if not name.startswith("mm_")}
+    return {
+        "model_type": "llava",
+        "text_config": {**text, "model_type": kinds[kind], "vocab_size": math.ceil((vocabulary + 2) / 64) * 64},
+        "vision_config": clip.get("vision_config", clip),
+        "image_token_id": vocabulary,
+        "pad_token_id": raw.get("pad_token_id", 0),
+        "eos_token_id": raw.get("eos_token_id"),
+        "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": features[feature],
+        "mm_projector_type": raw.get("mm_projector_type", "linear"),
+        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+    }
 
 
 # ---------------------------------------------------------------- names and files
 
 DOWNLOADED = ["*.safetensors", "*.json", "tokenizer.model"]  # no pickles, nothing executable
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+PICKLES = ["*.bin", "*.json", "tokenizer.model"]  # for repositories that have nothing else; read as plain tensors
 
-# Checkpoint names to ours, applied in this order. One table serves the three layouts in use:
+# Checkpoint names to ours, applied in this order. One table serves the layouts in use:
 #   Hub, transformers up to 4.51     language_model.model.layers…        vision_tower.vision_model.encoder.layers…
 #   transformers 4.52+, in memory    model.language_model.layers…        model.vision_tower.vision_model…
 #   transformers 5, on disk          language_model.model.layers…        vision_tower.encoder.layers…
+#   original LLaVA, and its CLIP     model.layers…, model.mm_projector…  vision_model.encoder.layers…
 RENAMES = [
+    (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
+    (r"^vision_model\.", "vision_tower."),
+    (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model."),
+    (r"^model\.mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"^model\.(?=language_model|vision_tower|multi_modal_projector)", ""),
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "language_model."),
@@ -157,6 +232,7 @@ RENAMES = [
 ]
 # Tables that old versions saved and every version computes.
 IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.position_ids)$")
+CLIP_TEXT = re.compile(r"^(text_model\.|text_projection\.|visual_projection\.|logit_scale$)")
 
 
 def our_name(name: str) -> str:
@@ -189,12 +265,15 @@ def find(path_or_id: str | Path, revision: str | None = None) -> Path:
     name = str(path_or_id)
     if folder.exists():
         raise LlavaError(f"{name} is a file; expected the folder of a checkpoint, or a Hub id.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(HUB_ID, name):
         raise LlavaError(f"There is no folder {name}, and it is not a Hub id such as llava-hf/llava-1.5-7b-hf.")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=PICKLES))
+        return folder
     except Exception as error:  # the hub's client raises its own, requests' and the system's errors
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise LlavaError(
@@ -204,37 +283,120 @@ def find(path_or_id: str | Path, revision: str | None = None) -> Path:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: `model.safetensors`, or those its index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise LlavaError(f"{folder} has neither model.safetensors nor model.safetensors.index.json; expected one.")
-        return [single]
+    """The files with a checkpoint's weights: safetensors, or PyTorch's `.bin`; one, or those that an index names."""
+    for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = folder / f"{stem}.{kind}.index.json", folder / f"{stem}.{kind}"
+        if index.is_file():
+            break
+        if single.is_file():
+            return [single]
+    else:
+        raise LlavaError(
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json, nor pytorch_model.bin; "
+            "expected one."
+        )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise LlavaError(f"{index} has no weight_map from tensors to files; copy or download it again.")
     files = []
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise LlavaError(f"{index} points to {name!r}; expected safetensors files in its own folder.")
+        if Path(name).name != name or not name.endswith(f".{kind}"):
+            raise LlavaError(f"{index} points to {name!r}; expected {kind} files in its own folder.")
         if not (folder / name).is_file():
             raise LlavaError(f"{index} names {name}, which is not in the folder; copy or download the missing shard.")
         files.append(folder / name)
     return files
 
 
-def tensors(files: list[Path]) -> Iterator[tuple[str, safe_open]]:
-    """Every tensor of the files as (name, open file); its data is not read yet."""
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file, not read yet."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Tensor]  # while the file is open
+
+
+def tensors(files: list[Path]) -> Iterator[Entry]:
+    """Every tensor of the files, in their order; `read` works until the next file is begun.
+
+    A `.bin` is a pickle; it is read by PyTorch's restricted reader, which makes tensors and executes nothing.
+    """
     for path in files:
+        if path.suffix == ".bin":
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                assert isinstance(state, dict)
+            except Exception as error:  # pickle's, zip's and torch's own errors
+                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                raise LlavaError(
+                    f"{path} cannot be read as weights ({reason}). Copy it again, or save it as safetensors."
+                ) from None
+            for name, tensor in state.items():
+                if isinstance(name, str) and isinstance(tensor, Tensor):
+                    dtype = str(tensor.dtype).removeprefix("torch.")
+                    yield Entry(name, path, tuple(tensor.shape), dtype, lambda tensor=tensor: tensor)  # type: ignore[misc]
+            continue
         try:
             with safe_open(path, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (it is no dict)
-                    yield name, opened
+                    part = opened.get_slice(name)
+                    yield Entry(name, path, tuple(part.get_shape()), part.get_dtype(), partial(opened.get_tensor, name))
         except SafetensorError as error:
             raise LlavaError(
                 f"{path} is damaged ({error}); its header and its size do not fit. Copy or download it again."
             ) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint; for an original LLaVA those of its CLIP too, unless its own hold a vision tower."""
+    files = shards(folder)
+    raw = read_json(folder / "config.json")
+    if "mm_vision_tower" in raw and not any(our_name(e.name).startswith("vision_tower.") for e in tensors(files)):
+        files += shards(clip_folder(folder, raw))
+    return files
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a checkpoint's tensors fit the model."""
+
+    files: list[Path]
+    source: dict[str, str]  # our name -> the checkpoint's
+    tied: bool  # the output layer is the embedding, as the config says, and not in the files
+    problems: list[str]  # every missing, unexpected and misshapen tensor
+
+
+def match(model: Llava, folder: Path) -> Match:
+    """Compares names and shapes; nothing is read but headers."""
+    files = weight_files(folder)
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    source: dict[str, str] = {}
+    problems = []
+    for entry in tensors(files):
+        name, ours, shape = entry.name, our_name(entry.name), entry.shape
+        if IGNORED.search(name) or CLIP_TEXT.search(name):
+            continue
+        if ours not in wanted:
+            problems.append(f"unexpected {name}")
+        elif ours in source:
+            problems.append(f"{name} and {source[ours]} are the same parameter")
+        elif shape != tuple(wanted[ours]) and not grows(ours, shape, model):
+            problems.append(f"{name} has shape {list(shape)}, expected {list(wanted[ours])}")
+        source[ours] = name
+    missing = wanted.keys() - source.keys()
+    tied = model.config.text.tie_word_embeddings and "lm_head.weight" in missing
+    if tied:  # a file that brings an output layer of its own is believed, whatever its config says
+        missing -= {"lm_head.weight"}
+    return Match(files, source, tied, [f"missing {hub_name(name)}" for name in sorted(missing)] + problems)
+
+
+def grows(name: str, shape: tuple[int, ...], model: Llava) -> bool:
+    """Whether rows are to be added: an original LLaVA's vocabulary ends before `<image>`."""
+    rows, width = model.config.image_token_id, model.config.text.hidden_size
+    return name in ("language_model.embed_tokens.weight", "lm_head.weight") and shape == (rows, width)
 
 
 def load_weights(model: Llava, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -242,41 +404,26 @@ def load_weights(model: Llava, folder: Path, device: torch.device, dtype: torch.
 
     Raises LlavaError that names every missing, unexpected and misshapen tensor, before any is read.
     """
-    files = shards(folder)
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-    source: dict[str, str] = {}
-    problems = []
-    for name, opened in tensors(files):
-        ours = our_name(name)
-        if IGNORED.search(name):
-            continue
-        if ours not in wanted:
-            problems.append(f"unexpected {name}")
-        elif ours in source:
-            problems.append(f"{name} and {source[ours]} are the same parameter")
-        elif tuple(opened.get_slice(name).get_shape()) != tuple(wanted[ours]):
-            shape = list(opened.get_slice(name).get_shape())
-            problems.append(f"{name} has shape {shape}, expected {list(wanted[ours])}")
-        source[ours] = name
-    missing = wanted.keys() - source.keys()
-    tied = model.config.text.tie_word_embeddings and "lm_head.weight" in missing
-    if tied:  # a file that brings an output layer of its own is believed, whatever its config says
-        missing -= {"lm_head.weight"}
-    problems = [f"missing {hub_name(name)}" for name in sorted(missing)] + problems
-    if problems:
-        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+    fit = match(model, folder)
+    if fit.problems:
+        shown = "; ".join(fit.problems[:20])
+        shown += f"; and {len(fit.problems) - 20} more" if len(fit.problems) > 20 else ""
         raise LlavaError(f"{folder} does not fit its config.json: {shown}.")
-    for name, opened in tensors(files):
-        ours = our_name(name)
-        if source.get(ours) != name:
+    for entry in tensors(fit.files):
+        ours = our_name(entry.name)
+        if fit.source.get(ours) != entry.name:
             continue
-        tensor = opened.get_tensor(name)  # backed by the file until the copy below
+        tensor = entry.read()  # backed by the file until the copy below
         if not tensor.is_floating_point():
-            raise LlavaError(f"{folder}: {name} is {tensor.dtype}; expected floating-point weights.")
+            raise LlavaError(f"{folder}: {entry.name} is {tensor.dtype}; expected floating-point weights.")
         tensor = tensor.to(device=device, dtype=dtype, copy=True)
+        parameter = model.get_parameter(ours)
+        if tensor.shape != parameter.shape:  # the mean of all rows: its logit is never the largest
+            mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+            tensor = torch.cat([tensor, mean.expand(len(parameter) - len(tensor), -1)])
         owner, _, attribute = ours.rpartition(".")
         setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
-    if tied:
+    if fit.tied:
         model.tie_weights()
 
 
@@ -292,10 +439,15 @@ class SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def empty_model(config: LlavaConfig) -> Llava:
+    """The model without weights, on the meta device."""
+    with torch.device("meta"), SkipInit():
+        return Llava(config)
+
+
 def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32) -> Llava:
     """The model of a checkpoint's folder, in evaluation mode; no tokenizer is needed. Parameters as in `load`."""
-    with torch.device("meta"), SkipInit():
-        model = Llava(read_config(folder))
+    model = empty_model(read_config(folder))
     load_weights(model, folder, torch.device(device), dtype)
     return model.eval()
 
@@ -312,8 +464,18 @@ def load(
     Raises LlavaError for anything that cannot be loaded.
     """
     folder = find(path_or_id, revision)
-    processor = Processor.from_folder(folder, read_config(folder))
-    return load_model(folder, device, dtype), processor
+    return load_model(folder, device, dtype), load_processor(folder)
+
+
+def load_processor(folder: Path) -> Processor:
+    """The processor of a checkpoint's folder. An original LLaVA's images are prepared as its CLIP says."""
+    config, raw = read_config(folder), read_json(folder / "config.json")
+    processor = Processor.from_folder(folder, config)
+    if "mm_vision_tower" in raw:
+        made = read_json(clip_folder(folder, raw) / "preprocessor_config.json")
+        made["do_pad"] = raw.get("image_aspect_ratio") == "pad"
+        processor.image_processor = ImageProcessor.from_dict(made)
+    return processor
 
 
 def save_weights(model: Llava, path: Path, dtype: torch.dtype) -> None:
@@ -352,3 +514,90 @@ def write_json(path: Path, value: object) -> None:
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def inspect(folder: Path) -> tuple[str, int]:
+    """A table of a checkpoint's tensors with their names here, what does not fit, and the exit code."""
+    model = empty_model(read_config(folder))
+    fit = match(model, folder)
+    rows, total = [], 0
+    for entry in tensors(fit.files):
+        ours = our_name(entry.name)
+        size = math.prod(entry.shape) * BYTES.get(entry.dtype, 0)
+        total += size
+        shape = "x".join(map(str, entry.shape)) or "scalar"
+        name = ours if fit.source.get(ours) == entry.name else "(not used)"
+        rows.append(f"{entry.name:75} {shape:>14} {entry.dtype:>8} {size:>12,}  {name}")
+    parameters = sum(p.numel() for p in model.parameters())
+    rows.append(
+        f"\n{len(rows)} tensors in {len(fit.files)} files, {total:,} bytes; the model has {parameters:,} parameters."
+    )
+    if fit.tied:
+        rows.append("The output layer is the embedding (tie_word_embeddings).")
+    rows += fit.problems or ["Every parameter is there."]
+    return "\n".join(rows), 1 if fit.problems else 0
+
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "I64": 8,
+         "int64": 8, "I32": 4, "int32": 4, "I16": 2, "int16": 2, "I8": 1, "int8": 1, "U8": 1, "uint8": 1, "BOOL": 1,
+         "bool": 1}  # fmt: skip
+
+
+def convert(folder: Path, out: Path) -> None:
+    """Writes a checkpoint of any layout in the Hub layout, with its dtype, to a folder that must not exist yet."""
+    require(not out.exists(), f"{out} exists already; choose a new folder.")
+    temporary = out.with_name(out.name + ".part")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        processor = load_processor(folder)
+        model = load_model(folder, dtype=None)
+        dtype = model.lm_head.weight.dtype
+        write_json(temporary / "config.json", config_dict(model.config, str(dtype).removeprefix("torch.")))
+        save_weights(model, temporary / "model.safetensors", dtype)
+        tokenizer = read_json(folder / "tokenizer_config.json")
+        added = {
+            str(token.id): {"content": token.content, "lstrip": token.lstrip, "rstrip": token.rstrip,
+                            "special": token.special, "normalized": False, "single_word": False}
+            for token in processor.tokenizer.added.values()
+        }  # fmt: skip
+        write_json(temporary / "tokenizer_config.json", {**tokenizer, "added_tokens_decoder": added})
+        write_json(temporary / "preprocessor_config.json", asdict(processor.image_processor))
+        write_json(temporary / "generation_config.json", {"eos_token_id": list(model.config.eos_token_id)})
+        shutil.copyfile(folder / "tokenizer.model", temporary / "tokenizer.model")
+        if (folder / "tokenizer.json").is_file():
+            shutil.copyfile(folder / "tokenizer.json", temporary / "tokenizer.json")
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0; 1 when a checkpoint does not fit its config; 2, with one sentence, for input that cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m weights", description="Looks into checkpoints and converts them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    looks = commands.add_parser("inspect", help="tensors, shapes, dtypes, bytes, names here, what is missing")
+    converts = commands.add_parser("convert", help="write any supported layout as the Hub layout")
+    for command in (looks, converts):
+        command.add_argument("checkpoint", help="folder or Hub id")
+    converts.add_argument("out", type=Path, help="folder to be made")
+    args = parser.parse_args(arguments)
+    try:
+        folder = find(args.checkpoint)
+        if args.command == "inspect":
+            text, code = inspect(folder)
+            print(text)
+            return code
+        convert(folder, args.out)
+    except (ValueError, OSError) as error:
+        print(f"weights: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""Checkpoints of other origins: the original LLaVA's layout, pickled shards, Mistral; looking into them, converting."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import IMAGE_ID, TINY, reference, write, write_processor
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import weights
+from minillava.model import LlavaError
+
+# The same float32 operations on both sides; see test_parity.
+LOGITS = 1e-5
+CLIP = "clip-vit-test"
+
+
+def original(folder, model, kind="safetensors", where="inside", **config):
+    """Saves a reference model as the original LLaVA did: Llama's names, `mm_projector`, the tower in its own CLIP."""
+    state = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+    ours, tower = {}, {"logit_scale": torch.ones([]), "text_model.embeddings.position_ids": torch.arange(3)}
+    for name, tensor in state.items():
+        if "vision_tower" in name:
+            end = name.split("vision_tower.")[1].removeprefix("vision_model.")
+            tower[f"vision_model.{end}"] = tensor
+        elif "multi_modal_projector" in name:
+            ours[name.replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
+                     .replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")] = tensor  # fmt: skip
+        else:
+            ours[name.replace("model.language_model.", "model.")] = tensor
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        ours[name] = ours[name][:IMAGE_ID].clone()  # the original's vocabulary ends before <image>
+    folder.mkdir(parents=True, exist_ok=True)
+    clip = (folder if where == "inside" else folder.parent) / CLIP
+    clip.mkdir(exist_ok=True)
+    if kind == "safetensors":
+        save_file(ours, folder / "model.safetensors")
+        save_file(tower, clip / "model.safetensors")
+    else:
+        names = sorted(ours)
+        parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+        for file, held in parts.items():
+            torch.save({name: ours[name] for name in held}, folder / file)
+        index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        torch.save(tower, clip / "pytorch_model.bin")
+    text, vision = model.config.text_config, model.config.vision_config
+    llama = {name: getattr(text, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers",
+             "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({
+        **llama, "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "vocab_size": IMAGE_ID,
+        "mm_vision_tower": f"somebody/{CLIP}", "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch", "mm_hidden_size": vision.hidden_size, "image_aspect_ratio": "pad",
+        "mm_use_im_start_end": False, "tie_word_embeddings": False, "pad_token_id": 0, **config,
+    }))  # fmt: skip
+    (clip / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision.to_dict()}))
+    write_processor(folder, vision.image_size)
+    (folder / "preprocessor_config.json").rename(clip / "preprocessor_config.json")
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return reference(seed=11, kv_heads=2)
+
+
+def same_logits(theirs, ours, vocabulary=IMAGE_ID):
+    """Logits of the real vocabulary agree; those of filled-up ids never win."""
+    ids = torch.randint(3, 300, (2, 30), generator=torch.Generator().manual_seed(0))
+    ids[:, 4:20] = IMAGE_ID
+    pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, pixel_values=pixels).logits[..., :vocabulary]
+        found = ours(ids, pixels)
+    assert float((found[..., :vocabulary] - expected).abs().max()) < LOGITS
+    assert (found.argmax(-1) < vocabulary).all()
+
+
+@pytest.mark.parametrize("where", ["inside", "beside"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_the_original_layout_gives_the_reference_logits(tmp_path, theirs, kind, where):
+    ours, processor = weights.load(original(tmp_path / "llava", theirs, kind, where))
+    same_logits(theirs, ours)
+    assert processor.image_processor.do_pad
+    inputs = processor("USER: <image>\nWhat? ASSISTANT:", [Image.new("RGB", (50, 20), "red")])
+    assert int((inputs["input_ids"] == IMAGE_ID).sum()) == 16
+    ours.generate(**inputs, max_new_tokens=3)
+
+
+def test_a_tower_of_its_own_wins_over_the_clip_that_is_named(tmp_path, theirs):
+    folder = original(tmp_path / "llava", theirs)
+    state, tower = load_file(folder / "model.safetensors"), load_file(folder / CLIP / "model.safetensors")
+    state |= {f"model.vision_tower.vision_tower.{n}": t for n, t in tower.items() if n.startswith("vision_model.")}
+    save_file(state, folder / "model.safetensors")
+    (folder / CLIP / "model.safetensors").unlink()
+    same_logits(theirs, weights.load(folder)[0])
+
+
+@pytest.mark.parametrize(
+    "config, sentence",
+    [({"mm_vision_tower": 3}, "mm_vision_tower = 3"), ({"model_type": "llava_mpt"}, "model_type 'llava_mpt'"),
+     ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature"), ({"vocab_size": "many"}, "vocab_size"),
+     ({"mm_projector_type": "resampler"}, "mm_projector_type"), ({"mm_vision_tower": "../../etc"}, "Hub id")],
+)  # fmt: skip
+def test_an_original_config_that_cannot_be_used_is_refused(tmp_path, theirs, config, sentence):
+    with pytest.raises(LlavaError, match=sentence):
+        weights.load(original(tmp_path / "llava", theirs, **config))
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle", "nothing"])
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, theirs, how):
+    folder = original(tmp_path / "llava", theirs, "bin")
+    path = folder / "pytorch_model-00001-of-00002.bin"
+    if how == "torch":
+        torch.save({"lm_head.weight": Trap(tmp_path / "run")}, path)
+    else:
+        path.write_bytes(pickle.dumps(Trap(tmp_path / "run")) if how == "pickle" else b"")
+    with pytest.raises(LlavaError, match="cannot be read as weights"):
+        weights.load(folder)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("window", [None, 24, 4096])
+def test_mistral_is_llama_within_its_window(tmp_path, window):
+    theirs = reference(seed=4, kv_heads=2)
+    folder = write(theirs, tmp_path, "disk5")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"model_type": "mistral", "sliding_window": window}
+    (folder / "config.json").write_text(json.dumps(config))
+    ours, _ = weights.load(folder)
+    assert ours.config.text.max_position_embeddings == min(window or 256, 256)
+    ids = torch.randint(3, 300, (1, 30))
+    if window == 24:
+        with pytest.raises(LlavaError, match="24 positions"):
+            ours(ids)
+        ids = ids[:, :24]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(input_ids=ids).logits, atol=LOGITS, rtol=0)
+
+
+def test_a_real_mistral_agrees(tmp_path):
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+
+    text = MistralConfig(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)  # fmt: skip
+    vision = CLIPVisionConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+                              image_size=28, patch_size=7)  # fmt: skip
+    torch.manual_seed(0)
+    theirs = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID, pad_token_id=0)
+    ).eval()
+    same_logits(theirs, weights.load(write(theirs, tmp_path, "disk5"))[0], 320)
+
+
+# ---------------------------------------------------------------- inspect and convert
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_converted_original_is_read_by_transformers_and_by_us(tmp_path, theirs, kind, capsys):
+    from transformers import LlavaForConditionalGeneration
+
+    folder, out = original(tmp_path / "llava", theirs, kind), tmp_path / "deep" / "hub"
+    assert weights.main(["convert", str(folder), str(out)]) == 0
+    assert [path.name for path in out.parent.iterdir()] == ["hub"]
+    loaded, report = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours, processor = weights.load(out)
+    same_logits(loaded.eval(), ours, 320)
+    before, picture = weights.load(folder)[1], Image.effect_noise((50, 20), 90).convert("RGB")
+    prompt = "USER: <image>\nWhat? ASSISTANT:"
+    for name, tensor in before(prompt, [picture]).items():
+        assert torch.equal(processor(prompt, [picture])[name], tensor)
+    assert weights.main(["convert", str(folder), str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_converting_the_hub_layout_changes_no_weight(tmp_path):
+    assert weights.main(["convert", str(TINY), str(tmp_path / "out")]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (TINY, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path, theirs, capsys):
+    folder = original(tmp_path / "llava", theirs)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    assert weights.main(["convert", str(folder), str(tmp_path / "out")]) == 2
+    assert "damaged" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_inspecting_shows_every_tensor_its_name_here_and_what_is_missing(tmp_path, theirs, capsys):
+    folder = original(tmp_path / "llava", theirs)
+    assert weights.main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "Every parameter is there." in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("model.mm_projector.0.weight")]
+    assert line.split()[1:] == ["64x48", "F32", "12,288", "multi_modal_projector.linear_1.weight"]
+    assert "(not used)" in next(line for line in shown.splitlines() if line.startswith("logit_scale"))
+    state = load_file(folder / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, folder / "model.safetensors")
+    assert weights.main(["inspect", str(folder)]) == 1
+    assert "missing language_model.model.norm.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "/nowhere"], ["convert", "/nowhere", "out"]])
+def test_a_folder_that_is_not_there_ends_with_2(arguments, capsys):
+    assert weights.main(arguments) == 2
+    assert "no folder" in capsys.readouterr().err
