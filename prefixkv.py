@@ -144,7 +144,7 @@ class Plan:
             known = {} if isinstance(raw, list) else raw
             budget = float(known.get("budget", sum(shares) / len(shares)))
             return cls(budget, [float(s) for s in shares], str(known.get("model", "")), int(known.get("samples", 0)))
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} holds no plan ({error}); expected what --save-plan writes.") from None
 
 

@@ -104,7 +104,8 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
     }
     eos = next((part["eos_token_id"] for part in (generation, text, raw) if part.get("eos_token_id") is not None), 2)
     ends = eos if isinstance(eos, list) else [eos]
-    require(all(type(end) is int for end in ends), f"eos_token_id is {eos!r}; expected one id or a list of ids.")
+    ids = all(type(end) is int and 0 <= end < 2**31 for end in ends)
+    require(ids, f"eos_token_id is {str(eos)[:99]}; expected one id or a list of ids.")
     config = replace(
         read_fields(LlavaConfig, top, ""),
         vision=read_fields(VisionConfig, vision, "vision_config."),
@@ -121,8 +122,11 @@ def check_config(config: LlavaConfig) -> None:
     for where, part in (("text_config", text), ("vision_config", vision)):
         for name, value in vars(part).items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            fits = not number or 0 < value < 1e12
-            require(fits, f"config.json has {where}.{name} = {value!r}; expected a number above 0.")
+            limit = 1e12 if isinstance(value, float) else 1024 if name == "num_hidden_layers" else 2**24
+            fits = not number or 0 < value <= limit
+            require(
+                fits, f"config.json has {where}.{name} = {value!r:.99}; expected a number above 0, up to {limit:g}."
+            )
         width, heads = part.hidden_size, part.num_attention_heads
         even = width % heads == 0 or (part is text and text.head_dim is not None)
         require(even, f"config.json: {where}.hidden_size {width} is not a multiple of its {heads} heads.")

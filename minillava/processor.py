@@ -193,6 +193,8 @@ class Tokenizer:
         try:
             model.LoadFromSerializedProto(path.read_bytes())
             size = model.vocab_size()
+            for id in range(size):
+                model.id_to_piece(id)  # raises where a piece is no text
         except Exception:  # sentencepiece raises RuntimeError and others, with addresses of its own source
             raise LlavaError(f"{path} is not a sentencepiece model; copy or download it again.") from None
         if size <= 0:
