@@ -1,0 +1,170 @@
+"""A walk through minillava, cell by cell: open it in VS Code, Spyder or Jupyter, or run `python tour.py`.
+
+Every cell does by hand what the code does, prints what is worth seeing, and asserts what it teaches.
+"""
+
+# %% 1. Load a checkpoint: 2.7 million trained parameters, in the layout of a Hub repository
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from minillava.model import merge_heads, rotate, split_heads
+from prefixkv import PrefixKV, importance, priority, retain, search
+from weights import load
+
+torch.set_grad_enabled(False)
+TINY = Path(__file__).resolve().parent / "minillava" / "tiny"
+model, processor = load(TINY)
+config = model.config
+print(
+    f"{sum(p.numel() for p in model.parameters()):,} parameters; the decoder has {config.text.num_hidden_layers} layers"
+)
+assert config.vision.num_patches == (config.vision.image_size // config.vision.patch_size) ** 2
+
+# %% 2. Pixels: an image is resized, cropped, scaled to 0 .. 1 and normalised
+image = Image.open(TINY / "examples" / "scene_1.png")
+inputs = processor("USER: <image>\nDescribe the image in detail. ASSISTANT:", [image])
+pixels = inputs["pixel_values"]  # [1, 3, R, R]
+mean, std = (
+    torch.tensor(v)[:, None, None] for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
+)
+red, green, blue = ((pixels[0] * std + mean) * 255).round().int()[:, 0, 0].tolist()
+print(f"{image.size} pixels became {tuple(pixels.shape)}; the first one is red {red}, green {green}, blue {blue}")
+small = image.convert("RGB").resize((config.vision.image_size,) * 2, Image.Resampling.BICUBIC)
+assert (red, green, blue) == small.getpixel((0, 0))
+
+# %% 3. Token ids: <image> takes one position for each patch
+ids = inputs["input_ids"]  # [1, N]
+length = ids.shape[1]
+shown = [processor.tokenizer.model.id_to_piece(i) for i in ids[0].tolist() if i != config.image_token_id]
+print(f"{length} tokens, {int((ids == config.image_token_id).sum())} of them patches; the text is {shown}")
+assert int((ids == config.image_token_id).sum()) == config.num_image_tokens
+
+# %% 4. Patches: the first convolution cuts the image up and multiplies each piece with the same matrix
+tower = model.vision_tower
+size, width = config.vision.patch_size, config.vision.hidden_size
+pieces = pixels.unfold(2, size, size).unfold(3, size, size)  # [1, 3, rows, columns, patch, patch]
+pieces = pieces.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # [1, P, 3 * patch * patch]
+patches = pieces @ tower.patch_embedding.weight.flatten(1).T  # [1, P, Dv]
+print(f"{pieces.shape[1]} pieces of {pieces.shape[2]} numbers became vectors of {width}")
+assert torch.allclose(patches, tower.patch_embedding(pixels).flatten(2).transpose(1, 2), atol=1e-5)
+
+# %% 5. One vision layer by hand: every patch looks at every patch
+hidden = torch.cat([tower.class_embedding.expand(1, 1, -1), patches], dim=1) + tower.position_embedding.weight
+hidden = tower.pre_layrnorm(hidden)  # [1, P + 1, Dv]
+layer = tower.layers[0]
+x = layer.layer_norm1(hidden)
+query, key, value = (split_heads(p(x), layer.num_heads) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)  # [1, Hv, P + 1, P + 1]
+after = hidden + layer.out_proj(merge_heads(weights @ value))
+inner = layer.fc1(layer.layer_norm2(after))
+after = after + layer.fc2(inner * torch.sigmoid(1.702 * inner))  # quick_gelu
+print(f"the patch in the middle looks most at patch {int(weights[0, 0, 1 + len(patches[0]) // 2, 1:].argmax())}")
+assert torch.allclose(after, layer(hidden), atol=1e-5)
+
+# %% 6. Projector: from the vision tower's width to the decoder's; CLS stays behind
+features = tower(pixels, config.vision_feature_layer)[:, 1:]  # [1, P, Dv], of the last layer but one
+projector = model.multi_modal_projector
+projected = projector.linear_2(F.gelu(projector.linear_1(features)))  # [1, P, D]
+assert torch.allclose(projected, model.image_features(pixels), atol=1e-5)
+
+# %% 7. Merge: projected patches take the places of <image> among the word embeddings
+embeddings = model.language_model.embed_tokens(ids)  # [1, N, D]
+embeddings[ids == config.image_token_id] = projected[0]
+assert torch.allclose(embeddings, model.embed(ids, pixels), atol=1e-5)
+
+# %% 8. One decoder layer by hand: causal attention with shared keys, then SwiGLU
+block, heads = model.language_model.layers[0], config.text.num_attention_heads
+cos, sin = model.language_model.rope(torch.arange(length)[None])
+attention, x = block.self_attn, block.input_layernorm(embeddings)
+query = rotate(split_heads(attention.q_proj(x), heads), cos, sin)  # [1, H, N, Dh]
+key = rotate(split_heads(attention.k_proj(x), config.text.kv_heads), cos, sin)  # [1, Hkv, N, Dh]
+value = split_heads(attention.v_proj(x), config.text.kv_heads)
+shared = heads // config.text.kv_heads  # query heads that read one key
+scores = query @ key.repeat_interleave(shared, 1).mT / query.shape[-1] ** 0.5
+future = torch.ones(length, length).triu(1).bool()
+weights = scores.masked_fill(future, -torch.inf).softmax(-1)  # [1, H, N, N]
+out = embeddings + attention.o_proj(merge_heads(weights @ value.repeat_interleave(shared, 1)))
+x = block.post_attention_layernorm(out)
+out = out + block.mlp.down_proj(F.silu(block.mlp.gate_proj(x)) * block.mlp.up_proj(x))
+print(f"{heads} query heads share {config.text.kv_heads} key-value heads")
+assert torch.allclose(out, block(embeddings, (cos, sin), None)[0], atol=1e-5)
+
+# %% 9. Importance: how much attention each key receives, all queries together (PrefixKV, section 3)
+present = torch.ones(1, length, dtype=torch.bool)
+by_hand = weights.mean(1).sum(1)  # [1, N]: mean over heads, sum over queries
+print(
+    f"the most important key of layer 0 is number {int(by_hand.argmax())} of {length}; the sum is {by_hand.sum():.0f}"
+)
+assert torch.allclose(by_hand, importance(query, key, present, block=16), atol=1e-4)  # 16 queries at a time
+
+# %% 10. The same for every layer, and what a prefix of the most important keys holds
+hidden, table = model.embed(ids, pixels), []
+for block in model.language_model.layers:
+    hidden, (query, key, _) = block(hidden, (cos, sin), None)
+    table.append(importance(query, key, present)[0])
+table = torch.stack(table)  # [L, N]
+prefixes = priority(table)  # [L, N]: P(1) .. P(N)
+for number, row in enumerate(prefixes):
+    half = int((row < 0.5).sum()) + 1
+    print(f"layer {number}: half of the importance is in {half:3} keys  {'#' * (half // 2)}")
+assert torch.allclose(prefixes[:, -1], torch.ones(len(table), dtype=torch.float64))
+
+# %% 11. The search, step by step: one threshold p for all layers, halving the bracket
+budget, protected = 0.2, 2
+total = round(budget * len(table) * length)
+
+
+def sizes(p: float) -> torch.Tensor:
+    """Each layer's shortest prefix that holds a share p of its importance, and the protected tokens on top."""
+    return ((prefixes < p).sum(-1) + 1 + protected).clamp(max=length)
+
+
+low, high = 0.0, 1.0
+for step in range(20):
+    p = (low + high) / 2
+    kept = int(sizes(p).sum())
+    if step < 6:
+        print(f"p in [{low:.4f}, {high:.4f}]: {p:.4f} keeps {kept} of {total}")
+    low, high = (p, high) if kept <= total else (low, p)
+threshold, counts = search(prefixes, total, protected)
+print(f"p = {threshold:.4f}; kept by layer {counts.tolist()}, {int(counts.sum())} in all")
+assert int(counts.sum()) == total and abs(threshold - low) < 1e-5
+
+# %% 12. Retention: the first and the last token stay, then the most important; ties go to the earlier one
+kept = torch.cat([retain(row[None], count[None], present) for row, count in zip(table, counts)])  # [L, N]
+order = table[0].clone()
+order[0] = order[-1] = torch.inf
+by_hand = order.argsort(descending=True, stable=True)[: counts[0]].sort().values
+print(f"layer 0 keeps positions {by_hand.tolist()}")
+assert torch.equal(kept[0].nonzero()[:, 0], by_hand)
+
+# %% 13. Prefill with PrefixKV does all of this and fills a cache of slots
+compressor = PrefixKV(budget)
+logits, cache = model.prefill(**inputs, max_new_tokens=64, compressor=compressor)
+print(f"layer 0 has {cache.key[0].shape[2]} slots for a text that may grow to {length + 64} tokens")
+assert torch.equal(cache.kept[:, 0], counts)
+assert torch.equal(cache.position[0, 0, : counts[0]].sort().values, by_hand)
+
+# %% 14. Three steps of decoding: a new token takes a free slot, or that of the oldest recent one; none is moved
+for step in range(3):
+    before = cache.position[0, 0].clone()
+    token = logits.argmax(-1)
+    logits = model.decode_step(token, cache)
+    slot = int(cache.slot[0, 0])
+    old = int(before[slot])
+    where = "a free slot" if old < 0 else f"the slot of token {old}"
+    print(f"{processor.decode(token)!r:>10} is token {int(cache.seen) - 1}: layer 0 puts it in slot {slot}, {where}")
+    changed = (cache.position[0, 0] != before).nonzero()[:, 0].tolist()
+    assert changed == [slot] and int(cache.position[0, 0, slot]) == length + step
+
+# %% 15. Full cache against a fifth of it
+for name, chosen in (("full cache", None), ("a fifth of it", compressor)):
+    result = model.generate(**inputs, max_new_tokens=96, compressor=chosen)
+    print(f"{name}, {result.cache_bytes:,} bytes: {processor.decode(result.token_ids[0])}")
+assert torch.equal(result.kept[0], counts)
+full = model.generate(**inputs, max_new_tokens=96)
+same = model.generate(**inputs, max_new_tokens=96, compressor=PrefixKV(1.0))
+assert torch.equal(full.token_ids, same.token_ids)  # a budget of 1 changes nothing
