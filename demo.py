@@ -17,6 +17,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch
 import torch
 from PIL import Image
 
+from minillava import explore
 from minillava.model import Llava, LlavaError
 from minillava.processor import Processor, open_image
 from prefixkv import Plan, PrefixKV
@@ -227,6 +228,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--plan", metavar="FILE", help="keep what a plan says in place of a budget (also published ones)"
     )
     parser.add_argument("--save-plan", metavar="FILE", help="write the shares kept at the first budget as a plan")
+    parser.add_argument("--explore", metavar="FILE", help="write a page (HTML) that shows what each layer keeps")
+    parser.add_argument("--plot", metavar="FILE", help="write a picture of it (needs matplotlib)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -245,6 +248,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("sampling needs --temperature 0 or more, --top-k 0 or more, and --top-p above 0 and at most 1")
     if args.plan and (args.budget or args.save_plan):
         parser.error("--plan takes the place of --budget and --save-plan; give one of them")
+    if (args.explore or args.plot) and (args.plan or args.chat):
+        parser.error("--explore and --plot show what budgets keep; leave out --plan and --chat")
     if args.chat and args.json:
         parser.error("--chat talks in the terminal and --json writes one object; choose one of them")
     return args
@@ -279,10 +284,28 @@ def describe(args: argparse.Namespace) -> None:
             Plan.estimate(run.budget, kept, prompt_tokens, args.model).save(args.save_plan)
         except OSError as error:
             raise LlavaError(f"The plan cannot be written to {args.save_plan} ({error.strerror}).") from None
+    if args.explore or args.plot:
+        budgets = [run.budget for run in runs[1:]]
+        data = explore.collect(model, processor, prompt, images, budgets, args.max_new_tokens, args.model)
+        if args.explore:
+            write_text(args.explore, explore.page(data))
+        if args.plot:
+            explore.plot(data, args.plot)
     if args.json:
         print(json.dumps({"model": args.model, "images": paths, "prompt": prompt, "runs": [asdict(r) for r in runs]}))
     else:
         print(table(runs))
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    temporary = Path(f"{path}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise LlavaError(f"{path} cannot be written ({error.strerror}); choose another place.") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -369,7 +369,7 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
     """Trains one stage to its end, from wherever its saved state stands; returns the seconds it took in all."""
     path = args.work / f"{stage}.pt"
     steps = {"vision": args.vision_steps, "language": args.language_steps, "joint": args.joint_steps}[stage]
-    peak = {"vision": 2e-3, "language": args.rate, "joint": args.rate}[stage]
+    peak = {"vision": 2e-3, "language": args.rate, "joint": args.rate / 3}[stage]
     device = torch.device(args.device)
     parts: dict[str, list[nn.Module]] = {
         "vision": [model.vision_tower, heads],
@@ -395,7 +395,7 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
     tally = torch.zeros(len(ALL_KINDS), 2, dtype=torch.long, device=device)  # answers asked for, and right ones
     for step in range(start, steps):
         batch = [part.to(device) for part in next(loader)]
-        fall_from = {"vision": 0.6, "language": 1.0, "joint": 0.5}[stage]
+        fall_from = {"vision": 0.6, "language": 1.0, "joint": 0.0}[stage]
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps, peak, fall_from)
         with torch.set_grad_enabled(stage != "language"):
@@ -650,7 +650,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="scenes a step (twice as many in the vision stage)")
     parser.add_argument("--vision-steps", type=int, default=1500)
     parser.add_argument("--language-steps", type=int, default=1345)
-    parser.add_argument("--joint-steps", type=int, default=1200)
+    parser.add_argument("--joint-steps", type=int, default=1000)
     parser.add_argument("--compile", action="store_true", help="torch.compile the decoder (about a third faster)")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate of the decoder")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny/checkpoint"), help="folder for the checkpoint")

@@ -1,0 +1,192 @@
+"""What PrefixKV keeps of an image and its prompt, to look at: a page (`demo.py --explore`) and a picture (`--plot`).
+
+The page is one file without network: patches by layer and budget, importance and rank of a patch in every layer, the
+layers' curves with the threshold that cuts them, kept shares, and the answers side by side.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minillava.model import Generation, Llava, LlavaError
+from minillava.processor import IMAGE_TOKEN, Processor
+from prefixkv import PrefixKV, priority, search
+
+SHARES = tuple(step / 20 for step in range(1, 21))  # stops of the budget's slider
+POINTS = 101  # of every curve
+
+
+class Watcher(PrefixKV):
+    """PrefixKV at a budget of 1 that remembers the importance it was given: [L, N] of the first sample."""
+
+    def allocate(self, importance: Tensor, present: Tensor) -> Tensor:
+        self.importance = importance[:, 0]
+        return super().allocate(importance, present)
+
+
+def seen_image(pixels: Tensor, processor: Processor, patch: int) -> Image.Image:
+    """The picture as the model sees it, from pixel_values [3, R, R]; a border narrower than a patch is cut off."""
+    image = processor.image_processor
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (image.image_mean, image.image_std))
+    values = pixels.double().cpu() * std + mean if image.do_normalize else pixels.double().cpu()
+    side = pixels.shape[1] // patch * patch
+    data = (values * 255).round().clamp(0, 255).byte().permute(1, 2, 0)[:side, :side].contiguous()
+    return Image.frombytes("RGB", (side, side), bytes(data.flatten().tolist()))
+
+
+def words(left: str, right: str) -> tuple[list[tuple[bool, str]], list[tuple[bool, str]]]:
+    """Both texts in stretches of words, each with whether the other text has it too."""
+    one, other = left.split(), right.split()
+    sides: tuple[list[tuple[bool, str]], list[tuple[bool, str]]] = ([], [])
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes():
+        for side, part in zip(sides, (one[a:b], other[c:d])):
+            if part:
+                side.append((kind == "equal", " ".join(part)))
+    return sides
+
+
+@torch.no_grad()
+def collect(
+    model: Llava,
+    processor: Processor,
+    prompt: str,
+    images: Sequence[Image.Image],
+    budgets: Sequence[float] = (0.5, 0.2),
+    max_new_tokens: int = 128,
+    name: str = "",
+) -> dict[str, Any]:
+    """All that page and picture show, in plain Python values; of several images the first is shown.
+
+    Raises LlavaError for a prompt without an image.
+    """
+    if not images:
+        raise LlavaError("There is nothing to explore without an image; give one, and <image> in the prompt.")
+    device = model.lm_head.weight.device
+    inputs = {key: tensor.to(device) for key, tensor in processor(prompt, images).items()}
+    watcher = Watcher(1.0)
+    model.prefill(**inputs, max_new_tokens=1, compressor=watcher)
+    scores = watcher.importance.cpu()  # [L, N]
+    layers, length = scores.shape
+    prefixes = priority(scores)
+    stops = sorted({*SHARES, *budgets})
+    protected = min(length, watcher.start + 1)
+    found = [search(prefixes, max(round(s * layers * length), layers * protected), protected) for s in stops]
+    ids = inputs["input_ids"][0].tolist()
+    patches = [position for position, id in enumerate(ids) if id == model.config.image_token_id]
+    patches = patches[: model.config.num_image_tokens][model.config.vision_feature_select_strategy == "full" :]
+    text = [(position, piece(processor, id)) for position, id in enumerate(ids) if id != model.config.image_token_id]
+    picture = io.BytesIO()
+    patch = model.config.vision.patch_size
+    seen_image(inputs["pixel_values"][0], processor, patch).save(picture, "PNG")
+
+    def answer(compressor: PrefixKV | None) -> tuple[str, Generation]:
+        made = model.generate(**inputs, max_new_tokens=max_new_tokens, compressor=compressor)
+        return processor.decode(made.token_ids[0]).strip(), made
+
+    full, made = answer(None)
+    runs = []
+    for budget in budgets:
+        short, compressed = answer(PrefixKV(budget))
+        left, right = words(full, short)
+        runs.append({"budget": budget, "left": left, "right": right, "bytes": compressed.cache_bytes})
+    at = torch.linspace(0, length, POINTS).round().long()
+    curves = torch.nn.functional.pad(prefixes, (1, 0))[:, at]
+    return {
+        "model": Path(name).name or name,
+        "prompt": prompt,
+        "image": "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode(),
+        "columns": model.config.vision.image_size // patch,
+        "patches": patches,
+        "words": text,
+        "importance": [[round(value, 5) for value in row] for row in scores.tolist()],
+        "curves": [[round(value, 4) for value in row] for row in curves.tolist()],
+        "budgets": stops,
+        "start": stops.index(min(budgets)),
+        "thresholds": [round(threshold, 5) for threshold, _ in found],
+        "counts": [counts.tolist() for _, counts in found],
+        "full": {"text": full, "bytes": made.cache_bytes},
+        "runs": runs,
+    }
+
+
+def piece(processor: Processor, id: int) -> str:
+    """A token as it is shown: a leading space as such, a line break as ⏎."""
+    tokenizer = processor.tokenizer
+    if id in tokenizer.by_id:
+        return tokenizer.by_id[id].content
+    text = str(tokenizer.model.id_to_piece(id)) if id < tokenizer.model.vocab_size() else IMAGE_TOKEN
+    return text.replace("<0x0A>", "⏎").replace("▁", "␣" if text == "▁" else "")
+
+
+def page(data: dict[str, Any]) -> str:
+    """The HTML page. Texts of prompt and model are put in by the page's script as text, never as HTML."""
+    template = (Path(__file__).parent / "explore.html").read_text(encoding="utf-8")
+    embedded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return template.replace("{{data}}", embedded)
+
+
+def kept(data: dict[str, Any], layer: int, budget: int) -> list[bool]:
+    """Which patches a layer keeps at a stop of the budget, as `prefixkv.retain` chooses them."""
+    row = data["importance"][layer]
+    last = len(row) - 1
+    order = sorted(range(len(row)), key=lambda j: (j not in (0, last), -row[j], j))
+    chosen = set(order[: data["counts"][budget][layer]])
+    return [position in chosen for position in data["patches"]]
+
+
+def plot(data: dict[str, Any], path: str | Path) -> None:
+    """The same as a still picture: patches kept in selected layers, curves, kept shares. Needs matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise LlavaError("--plot needs matplotlib: pip install -e '.[bench]'.") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    layers, columns, budget = len(data["importance"]), data["columns"], data["start"]
+    shown = sorted({round(i * (layers - 1) / 3) for i in range(4)})
+    image = Image.open(io.BytesIO(base64.b64decode(data["image"].split(",")[1])))
+    figure = plt.figure(figsize=(10, 6.4), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.15))  # type: ignore[misc]
+    share, rows = data["budgets"][budget], len(data["patches"]) // columns
+    upper.suptitle(f"Patches that PrefixKV keeps at {share:.0%}", fontsize=11)
+    for axis, layer in zip(upper.subplots(1, len(shown), squeeze=False)[0], shown):
+        axis.imshow(image.resize((24 * columns, 24 * rows), Image.Resampling.BICUBIC), extent=(0, columns, rows, 0))
+        dark = [[0.0 if here else 0.8 for here in kept(data, layer, budget)[r * columns : (r + 1) * columns]]
+                for r in range(rows)]  # fmt: skip
+        axis.imshow([[0] * columns] * rows, cmap="gray", vmin=0, vmax=1, alpha=dark, extent=(0, columns, rows, 0),
+                    interpolation="nearest")  # fmt: skip
+        count = data["counts"][budget][layer]
+        axis.set_title(f"layer {layer}: {count} of {len(data['importance'][0])} keys", fontsize=9)
+        axis.set(xticks=[], yticks=[])
+    left, right = lower.subplots(1, 2)
+    colours = plt.get_cmap("viridis")([i / max(1, layers - 1) * 0.9 for i in range(layers)])
+    for layer, (curve, colour) in enumerate(zip(data["curves"], colours)):
+        left.plot([i / (POINTS - 1) for i in range(POINTS)], curve, color=colour, linewidth=1.3, label=f"layer {layer}")
+    left.axhline(data["thresholds"][budget], color="black", linestyle="--", linewidth=1)
+    left.annotate(f"p = {data['thresholds'][budget]:.3f}", (1, data["thresholds"][budget]), ha="right", va="bottom")
+    left.set(
+        xlabel="share of the keys, most important first", ylabel="share of the importance", xlim=(0, 1), ylim=(0, 1)
+    )
+    if layers <= 12:
+        left.legend(fontsize=7, loc="lower right")
+    length = len(data["importance"][0])
+    right.bar(range(layers), [count / length for count in data["counts"][budget]], color=colours)
+    right.axhline(share, color="black", linestyle=":", linewidth=1)
+    right.set(xlabel="layer", ylabel="share of the prompt kept")
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise LlavaError(f"The picture cannot be written to {path} ({error}).") from None
+    finally:
+        plt.close(figure)
