@@ -1,0 +1,200 @@
+"""The explorer: what it shows is what PrefixKV does, texts stay texts, and the page works in a browser."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+import demo
+from minillava import explore
+from minillava.model import LlavaError
+from prefixkv import PrefixKV
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+NASTY = '</script><script>document.title="owned"</script><img src=x onerror=\'document.title="owned"\'>'
+
+
+@pytest.fixture(scope="module")
+def image():
+    return Image.open(TINY / "examples" / "scene_1.png")
+
+
+@pytest.fixture(scope="module")
+def data(tiny, image):
+    model, processor = tiny
+    prompt = processor.chat([("Describe the image in detail.", None)], 1)
+    return explore.collect(model, processor, prompt, [image], (0.5, 0.2), 24, "somewhere/tiny")
+
+
+def test_counts_and_patches_are_those_of_prefixkv(tiny, image, data):
+    model, processor = tiny
+    inputs = processor(data["prompt"], [image])
+    for stop, budget in enumerate(data["budgets"]):
+        _, cache = model.prefill(**inputs, max_new_tokens=1, compressor=PrefixKV(budget))
+        assert cache.kept[:, 0].tolist() == data["counts"][stop]
+        for layer in range(8):
+            positions = set(cache.position[layer, 0][cache.position[layer, 0] >= 0].tolist())
+            assert explore.kept(data, layer, stop) == [j in positions for j in data["patches"]]
+
+
+def test_every_token_is_a_patch_or_a_word_once(data):
+    positions = sorted(data["patches"] + [position for position, _ in data["words"]])
+    assert positions == list(range(len(data["importance"][0])))
+    assert len(data["patches"]) == data["columns"] ** 2
+
+
+def test_the_picture_is_what_the_model_sees(tiny, image, data):
+    shown = Image.open(io.BytesIO(base64.b64decode(data["image"].split(",")[1])))
+    side = tiny[0].config.vision.image_size
+    assert shown.size == (side, side)
+    expected = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    assert shown.tobytes() == expected.tobytes()
+
+
+def test_a_border_narrower_than_a_patch_is_not_shown(tiny):
+    pixels = torch.zeros(3, 30, 30)
+    assert explore.seen_image(pixels, tiny[1], 8).size == (24, 24)
+
+
+def test_curves_rise_from_0_to_1_and_the_threshold_with_the_budget(data):
+    for curve in data["curves"]:
+        assert curve[0] == 0 and curve[-1] == 1 and curve == sorted(curve)
+    assert data["thresholds"] == sorted(data["thresholds"])
+    assert data["thresholds"][-1] == 1
+
+
+def test_words_in_one_text_only_are_marked():
+    left, right = explore.words("a red ring here", "a blue ring")
+    assert left == [(True, "a"), (False, "red"), (True, "ring"), (False, "here")]
+    assert right == [(True, "a"), (False, "blue"), (True, "ring")]
+
+
+def test_the_page_needs_no_network_and_is_small(data):
+    text = explore.page(data)
+    assert len(text.encode()) < 3_000_000
+    assert not re.search(r"(src|href)\s*=\s*[\"']?https?:|@import|url\(['\"]?http", text)
+
+
+def test_text_that_is_html_stays_text(tiny, image):
+    model, processor = tiny
+    made = explore.collect(model, processor, f"USER: <image>\n{NASTY} ASSISTANT:", [image], (0.5,), 4, NASTY)
+    text = explore.page(made)
+    assert "<script>document" not in text and "<img" not in text
+    assert text.count("<script") == 2
+
+
+def test_without_an_image_there_is_nothing_to_explore(tiny):
+    with pytest.raises(LlavaError, match="without an image"):
+        explore.collect(*tiny, "Hello", [])
+
+
+# ---------------------------------------------------------------- the demo's options
+
+
+def test_the_demo_writes_page_and_picture(tmp_path, capsys):
+    page, picture = tmp_path / "a.html", tmp_path / "a.png"
+    assert demo.main(["--max-new-tokens", "4", "--explore", str(page), "--plot", str(picture)]) == 0
+    assert page.stat().st_size > 10_000 and Image.open(picture).width > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.png"]
+
+
+@pytest.mark.parametrize("option", ["--explore", "--plot"])
+def test_a_place_that_cannot_be_written_ends_with_2(tmp_path, capsys, option):
+    assert demo.main(["--max-new-tokens", "2", option, str(tmp_path / "no" / "a.png")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_exploring_a_plan_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        demo.main(["--plan", "x", "--explore", "y"])
+    assert stop.value.code == 2
+
+
+# ---------------------------------------------------------------- in a browser
+
+HARNESS = """<script>
+const errors = [];
+addEventListener("error", event => errors.push(event.message));
+for (const name of ["error", "warn"]) console[name] = text => errors.push(String(text));
+addEventListener("load", () => {
+  const result = {};
+  const look = () => ({
+    dropped: document.querySelectorAll("#grid .dropped").length, text: $("kept-text").textContent,
+    level: document.querySelector(".level").getAttribute("y1"),
+    bar: document.querySelector(".bar.on").getAttribute("height"),
+    words: document.querySelectorAll("#prompt .kept").length, layer: $("layer-out").textContent,
+    budget: $("budget-out").textContent, rows: $("patch-rows").children.length, patch: $("patch-text").textContent,
+    answer: $("compressed").textContent, marks: document.querySelectorAll("mark").length,
+  });
+  const move = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("input")); };
+  result.start = look();
+  move("layer", 5); result.layer = look();
+  move("budget", data.budgets.length - 1); result.all = look();
+  document.querySelector("#grid button").focus();
+  for (const key of ["ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp", "ArrowUp", "ArrowDown"])
+    document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+  result.keys = look();
+  $("run").value = 1; $("run").dispatchEvent(new Event("change")); result.run = look();
+  result.width = document.documentElement.scrollWidth; result.inner = innerWidth;
+  result.labels = [...document.querySelectorAll("input, select")].every(field => field.labels.length);
+  result.title = document.title; result.errors = errors;
+  document.body.innerHTML = "";
+  const told = document.createElement("pre");
+  told.id = "result";
+  told.textContent = JSON.stringify(result);
+  document.body.append(told);
+});
+</script>"""
+
+
+def visit(page: str, folder, width: int) -> dict:
+    """Opens a page in headless Chromium, uses it, and returns what was seen."""
+    path = folder / "page.html"
+    path.write_text(page.replace("</head>", HARNESS + "</head>"), encoding="utf-8")
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}",
+         f"--window-size={width},900", "--virtual-time-budget=4000", "--dump-dom", path.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stdout[-1000:] + done.stderr[-1000:]
+    return json.loads(html.unescape(found[1]))
+
+
+@browser
+@pytest.mark.parametrize("width", [1280, 500])  # headless Chromium makes no window narrower than 500
+def test_the_page_works_in_a_browser_without_a_message(tmp_path, data, width):
+    seen = visit(explore.page(data), tmp_path, width)
+    assert seen["errors"] == []
+    assert seen["width"] <= seen["inner"]  # nothing to scroll sideways
+    assert seen["labels"]
+    start, layer, everything = seen["start"], seen["layer"], seen["all"]
+    stop = data["start"]
+    assert start["dropped"] == explore.kept(data, 0, stop).count(False) and start["layer"] == "0"
+    assert layer["dropped"] == explore.kept(data, 5, stop).count(False) and layer["layer"] == "5"
+    assert f"keeps {data['counts'][stop][5]} of" in layer["text"]
+    assert everything["dropped"] == 0 and everything["budget"] == "100 %"
+    assert everything["words"] == len(data["words"])
+    assert float(everything["level"]) < float(layer["level"]) and float(everything["bar"]) == 250
+    assert seen["keys"]["patch"].startswith("Patch in row 2, column 1;") and seen["keys"]["rows"] == 8
+    assert seen["run"]["answer"].split() == " ".join(text for _, text in data["runs"][1]["right"]).split()
+
+
+@browser
+def test_a_prompt_that_is_html_does_nothing_in_a_browser(tmp_path, tiny, image):
+    model, processor = tiny
+    made = explore.collect(model, processor, f"USER: <image>\n{NASTY} ASSISTANT:", [image], (0.5, 0.2), 4, NASTY)
+    seen = visit(explore.page(made), tmp_path, 800)
+    assert seen["title"] == "What PrefixKV keeps" and seen["errors"] == []
