@@ -147,3 +147,16 @@ def test_saved_weights_have_the_names_that_transformers_expects(tiny, tmp_path):
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     original = LlavaForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).state_dict()
     assert all(torch.equal(tensor, original[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_the_parity_table_of_the_installed_version_has_no_difference(tmp_path):
+    from transformers import __version__
+
+    from bench.parity import compare as table
+    from bench.parity import make
+
+    make(tmp_path)
+    rows = table([tmp_path]).splitlines()[2:]
+    assert len(rows) == 3 and all(f"transformers {__version__}" in row for row in rows)
+    (row,) = [row for row in rows if "float32" in row]
+    assert float(row.split("|")[4]) < LOGITS and "64 of 64, 64 of 64" in row
