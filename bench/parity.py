@@ -33,8 +33,8 @@ def make(folder: Path) -> None:
             text = LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
                                num_attention_heads=4, num_key_value_heads=kv_heads,
                                max_position_embeddings=256)  # fmt: skip
-            config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID, pad_token_id=0,
-                                 image_seq_length=PATCHES)  # fmt: skip
+            settings: dict[str, Any] = {"image_token_index": IMAGE_ID, "pad_token_id": 0, "image_seq_length": PATCHES}
+            config = LlavaConfig(vision_config=vision, text_config=text, **settings)
             model: Any = LlavaForConditionalGeneration(config).eval()
             with torch.no_grad():
                 for parameter in model.parameters():

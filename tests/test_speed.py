@@ -1,0 +1,65 @@
+"""`bench.speed`: it runs, its table follows from what was measured, and it says what it cannot do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import speed
+from bench.speed import PRESETS, Result, main, median, table
+
+
+def result(contender, step, kv, weights=1_000_000, prefill=1.0):
+    return Result(contender, prefill, step, step * 63 / 1000, 1000 / step, prefill + step * 63 / 1000, kv, weights, 0)
+
+
+def test_a_small_run_of_every_kind_of_contender(tmp_path, capsys):
+    names = ["transformers DynamicCache", "transformers StaticCache", "full", "PrefixKV 20%", "plan 20%"]
+    assert (
+        main(["--preset", "tiny", "--new", "4", "--rounds", "1", "--contenders", *names, "--out", str(tmp_path)]) == 0
+    )
+    shown = capsys.readouterr().out
+    assert (tmp_path / "speed.md").read_text() == shown
+    rows = {cells[1].strip(): cells for cells in (line.split("|") for line in shown.splitlines()) if len(cells) > 10}
+    assert set(names) < set(rows)
+    rounds = json.loads((tmp_path / "speed.json").read_text())["rounds"]
+    kept = {name: rounds[name][0]["kv_bytes"] for name in names}
+    assert kept["transformers DynamicCache"] == kept["full"] == 163 * 8 * 2 * 2 * 32 * 4  # tokens, layers, K V, heads
+    assert kept["PrefixKV 20%"] == pytest.approx(0.2 * kept["full"], rel=0.05)
+    weights = rounds["full"][0]["weight_bytes"]
+    assert weights == rounds["transformers DynamicCache"][0]["weight_bytes"]
+
+
+def test_the_weights_counted_are_those_that_a_step_reads(tiny):
+    model, _ = tiny
+    parameters = [p for name, p in model.named_parameters() if "norm" not in name and p.dim() > 1
+                  and name.startswith(("language_model.layers", "lm_head"))]  # fmt: skip
+    found = speed.measure("full", str(speed.TINY), speed.replace(PRESETS["tiny"], new=2))
+    assert found.weight_bytes == 4 * sum(p.numel() for p in parameters)
+
+
+def test_the_table_has_gain_and_limit_of_what_was_measured():
+    lines = table([result("full", 40.0, 3_000_000), result("PrefixKV 20%", 20.0, 600_000)], 1e8, PRESETS["cpu"])
+    full, ours = (line.split("|") for line in lines.splitlines()[-2:])
+    assert full[4].strip() == "40.00" and full[5].strip() == "1.00"  # 4 MB at 100 MB/s take 40 ms
+    assert ours[10].strip() == "2.00" and ours[11].strip() == "2.50"  # (1 + 3) / (1 + 0.6)
+
+
+def test_medians_are_taken_figure_by_figure():
+    found = median([result("full", step, 10) for step in (3.0, 1.0, 2.0)])
+    assert found.step_milliseconds == 2.0 and found.contender == "full"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_preset_for_a_gpu_says_so_where_there_is_none(capsys):
+    assert main(["--preset", "paper-7b-1024"]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_the_papers_presets_have_the_shapes_of_llava():
+    for name, parameters in (("paper-7b-1024", 7.06e9), ("paper-13b-624", 13.35e9)):
+        with torch.device("meta"):
+            model = speed.Llava(PRESETS[name].model)
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
