@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -170,7 +171,11 @@ def clip_folder(folder: Path, raw: dict[str, Any]) -> Path:
     name = raw["mm_vision_tower"]
     last = Path(name).name if isinstance(name, str) else ""
     for candidate in (folder / last, folder.parent / last):
-        if last not in ("", "..") and (candidate / "config.json").is_file() and candidate.resolve() != folder.resolve():
+        if (
+            last not in ("", "..")
+            and os.path.isfile(candidate / "config.json")
+            and candidate.resolve() != folder.resolve()
+        ):
             return candidate
     usable = isinstance(name, str) and re.fullmatch(HUB_ID, name)
     require(
@@ -263,14 +268,13 @@ def hub_name(name: str) -> str:
 
 def find(path_or_id: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint: as given, or downloaded from the Hub (and kept in its cache)."""
-    folder = Path(path_or_id)
-    if folder.is_dir():
-        return folder
     name = str(path_or_id)
-    if folder.exists():
+    if os.path.isdir(name):  # unlike Path.is_dir, no error for a name that is too long for any file
+        return Path(name)
+    if os.path.exists(name):
         raise LlavaError(f"{name} is a file; expected the folder of a checkpoint, or a Hub id.")
     if not re.fullmatch(HUB_ID, name):
-        raise LlavaError(f"There is no folder {name}, and it is not a Hub id such as llava-hf/llava-1.5-7b-hf.")
+        raise LlavaError(f"There is no folder {name:.200}, and it is not a Hub id such as llava-hf/llava-1.5-7b-hf.")
     from huggingface_hub import snapshot_download
 
     try:
@@ -306,7 +310,7 @@ def shards(folder: Path) -> list[Path]:
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not name.endswith(f".{kind}"):
             raise LlavaError(f"{index} points to {name!r}; expected {kind} files in its own folder.")
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise LlavaError(f"{index} names {name}, which is not in the folder; copy or download the missing shard.")
         files.append(folder / name)
     return files

@@ -73,6 +73,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def require_room(image: Image.Image, pixels: int) -> None:
+    """Refuses a picture so long and thin that it has too many pixels once it is padded or resized."""
+    if pixels > MAX_PIXELS:
+        raise LlavaError(
+            f"An image of {image.width} x {image.height} pixels is too long and thin: it would become {pixels} pixels; "
+            f"at most {MAX_PIXELS} are expected. Crop it first."
+        )
+
+
 def size_of(value: Any, name: str) -> tuple[int, int] | int:
     """(height, width), or the length of the shortest edge, from any spelling in use in preprocessor configs."""
     if isinstance(value, dict):
@@ -123,6 +132,7 @@ class ImageProcessor:
         image = to_rgb(image)
         if self.do_pad and image.width != image.height:
             side = max(image.size)
+            require_room(image, side * side)
             square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in self.image_mean))
             square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             image = square
@@ -133,8 +143,7 @@ class ImageProcessor:
                 other = int(size * long / short)
                 size = (other, size) if image.width == short else (size, other)
             height, width = size
-            if height * width > MAX_PIXELS:
-                raise LlavaError(f"An image of {image.width} x {image.height} pixels is too long and thin to resize.")
+            require_room(image, height * width)
             image = image.resize((width, height), Image.Resampling(self.resample))
         if self.do_center_crop:
             crop = size_of(self.crop_size, "crop_size")

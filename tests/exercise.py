@@ -75,10 +75,14 @@ def body(source: str, function: str) -> tuple[int, int]:
     for name in function.split("."):
         node = next(n for n in ast.iter_child_nodes(node) if getattr(n, "name", None) == name)
     assert isinstance(node, ast.FunctionDef)
-    statements = node.body[1:] if ast.get_docstring(node) is not None else node.body
     lines = source.splitlines(keepends=True)
-    # Comments between the docstring and the first statement belong to the body.
-    first = node.body[0].end_lineno if statements is not node.body else node.body[0].lineno - 1
+    # Comments above the first statement belong to the body.
+    if ast.get_docstring(node) is not None:
+        first = node.body[0].end_lineno
+    else:
+        first = node.body[0].lineno - 1
+        while lines[first - 1].lstrip().startswith("#"):
+            first -= 1
     return sum(map(len, lines[:first])), sum(map(len, lines[: node.end_lineno]))
 
 

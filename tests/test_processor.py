@@ -120,6 +120,14 @@ def test_files_that_hold_no_image_are_refused_in_a_sentence(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("pad", [False, True])
+def test_a_picture_that_would_become_too_large_is_refused_before_it_does(pad):
+    processor = ImageProcessor(size=56, crop_size=56, do_pad=pad)
+    assert processor(Image.new("RGB", (1, 10_000))).shape == (3, 56, 56)  # 10,000 squared is the limit of a square
+    with pytest.raises(LlavaError, match="1 x 1000000 pixels is too long and thin"):
+        processor(Image.new("RGB", (1, 1_000_000)))
+
+
 # ---------------------------------------------------------------- text
 
 

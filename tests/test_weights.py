@@ -186,7 +186,9 @@ def test_parts_of_different_checkpoints_are_refused(folder):
     assert "different checkpoints" in refused(folder)
 
 
-@pytest.mark.parametrize("name", ["no such folder", "no/such/folder", "/nowhere"])
+@pytest.mark.parametrize(
+    "name", ["no such folder", "no/such/folder", "/nowhere", "word " * 10**5, "\0"], ids=lambda name: name[:20]
+)
 def test_what_is_neither_folder_nor_hub_id_is_refused(name):
     assert "no folder" in refused(name)
 
