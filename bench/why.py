@@ -54,12 +54,12 @@ class LastUniform(LastQueries, Uniform):
     """Both: the last queries' importance, and every layer the same size."""
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.why", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default=str(TINY))
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.5])
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     model, processor = load(args.model)
     samples = scenes(args.samples, 0, "why")
     inputs = encode(model, processor, samples)
