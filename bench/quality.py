@@ -75,6 +75,8 @@ def read_samples(path: Path, images: Path, count: int) -> tuple[list[Sample], li
     LLaVA-Description: `conversations` (its first two turns) and `image`. MM-Vet: `question`, `answer`, and `image` or
     `imagename`. A list, or an object whose values are the entries.
     """
+    if not os.path.isfile(path):
+        raise LlavaError(f"There is no file {path}; expected a JSON file of questions.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -49,6 +49,7 @@ class Preset:
     new: int
     device: str = "cpu"
     dtype: str = "float32"
+    image: bool = True
 
 
 def llava(width: int, inner: int, layers: int, heads: int, vocab: int, vision: VisionConfig) -> LlavaConfig:
@@ -104,17 +105,16 @@ def write_checkpoint(config: LlavaConfig, folder: Path, dtype: torch.dtype, devi
 
 
 def make_inputs(config: LlavaConfig, preset: Preset) -> dict[str, Tensor]:
-    """One image and random words behind it, for every sample."""
+    """One image and random words behind it for every sample, or words alone."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(3, config.image_token_id - 1, (preset.batch, preset.prompt), generator=generator)
-    words[:, 1 : 1 + config.num_image_tokens] = config.image_token_id
-    side = config.vision.image_size
-    pixels = torch.randn(preset.batch, 3, side, side, generator=generator)
-    return {
-        "input_ids": words.to(preset.device),
-        "pixel_values": pixels.to(preset.device, getattr(torch, preset.dtype)),
-        "attention_mask": torch.ones_like(words).to(preset.device),
-    }
+    inputs = {"input_ids": words.to(preset.device), "attention_mask": torch.ones_like(words).to(preset.device)}
+    if preset.image:
+        inputs["input_ids"][:, 1 : 1 + config.num_image_tokens] = config.image_token_id
+        side = config.vision.image_size
+        pixels = torch.randn(preset.batch, 3, side, side, generator=generator)
+        inputs["pixel_values"] = pixels.to(preset.device, getattr(torch, preset.dtype))
+    return inputs
 
 
 def synchronize(device: str) -> None:
@@ -169,7 +169,7 @@ def theirs(model: Any, contender: str, inputs: dict[str, Tensor], new: int) -> R
         return call(input_ids=token[:, None])
 
     size = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * inputs_size(model)
-    logits = call(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
+    logits = call(**{name: tensor for name, tensor in inputs.items() if name != "attention_mask"})
     return logits, step, lambda: batch * seen * size
 
 
@@ -299,9 +299,9 @@ def device_name(device: str) -> str:
 
 
 def growth(args: argparse.Namespace, folder: str) -> str:
-    """Markdown: time and memory by prompt length and by batch, with the exponents between neighbours and overall."""
+    """Markdown: time and memory of prompts without an image by length and by batch, with the exponents of growth."""
     lines = []
-    lengths = [1024 * 2**step for step in range(5)]
+    lengths = [512 * 2**step for step in range(6)]
     for name, shapes in (
         ("prompt tokens", [(1, length) for length in lengths]),
         ("batch", [(2**step, 1024) for step in range(6)]),
@@ -312,7 +312,11 @@ def growth(args: argparse.Namespace, folder: str) -> str:
         ]
         rows = []
         for batch, prompt in shapes:
-            task = {"preset": "cpu", "folder": folder, "changes": {"batch": batch, "prompt": prompt, "new": 9}}
+            task = {
+                "preset": "cpu",
+                "folder": folder,
+                "changes": {"batch": batch, "prompt": prompt, "new": 9, "image": False},
+            }
             plain, scored = (
                 median([Result(**in_a_process({**task, "contender": contender})) for _ in range(args.rounds)])
                 for contender in ("full", "PrefixKV 20%")

@@ -25,6 +25,7 @@ from minillava.model import LlavaConfig, LlavaError
 IMAGE_TOKEN = "<image>"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_BYTES = 100_000_000  # the largest tokenizer.json in use has a third of that
 MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
 
 
@@ -198,9 +199,9 @@ class Tokenizer:
         path = folder / "tokenizer.model"
         if not path.is_file():
             raise LlavaError(f"{folder} has no tokenizer.model; expected a sentencepiece model beside the weights.")
-        model = sentencepiece.SentencePieceProcessor()
+        model, content = sentencepiece.SentencePieceProcessor(), read_bytes(path)
         try:
-            model.LoadFromSerializedProto(path.read_bytes())
+            model.LoadFromSerializedProto(content)
             size = model.vocab_size()
             for id in range(size):
                 model.id_to_piece(id)  # raises where a piece is no text
@@ -256,12 +257,21 @@ class Tokenizer:
         return "".join(pieces)
 
 
+def read_bytes(path: Path) -> bytes:
+    """What a checkpoint says beside its weights; refused if it is larger than any such file."""
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise LlavaError(f"{path} has {size} bytes; at most {MAX_BYTES} are expected. Copy or download it again.")
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, {} if there is no such file; raises LlavaError if it holds anything else."""
     if not path.is_file():
         return {}
+    content = read_bytes(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise LlavaError(f"{path} is not valid JSON ({error}); copy or download it again.") from None
     if not isinstance(value, dict):

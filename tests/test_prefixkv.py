@@ -154,6 +154,15 @@ def test_priority_rises_to_one(table):
     assert (prefixes[:, -1] == 1).all()
 
 
+@given(tables, st.data())
+def test_priority_is_the_share_of_the_importance_that_the_largest_hold(table, data):
+    layer, count = data.draw(st.integers(0, len(table) - 1)), data.draw(st.integers(1, table.shape[1]))
+    row = sorted(table[layer].tolist(), reverse=True)
+    share = sum(row[:count]) / sum(row) if sum(row) else count / len(row)
+    # Sums of up to 70 numbers in float64, in another order.
+    assert float(priority(table)[layer, count - 1]) == pytest.approx(share, rel=1e-13)
+
+
 @given(seeds, st.integers(4, 40), st.data())
 def test_retention_prefers_importance_and_then_the_earlier_token(seed, length, data):
     row = random_importance(seed, 1, length, data.draw(st.sampled_from(["skewed", "ties", "zeros"])))
@@ -221,9 +230,9 @@ def test_everything_happens_on_the_device_of_the_input_whatever_the_default_devi
         counts = compressor.allocate(table[:, None], present)
         kept = compressor.retain(table[:1], counts[0], present)
         all_kept = PrefixKV(1.0).allocate(table[:, None], present)
-        few = search(priority(table[:, :2]), 6, 2)[1]
+        few, least = search(priority(table[:, :2]), 6, 2)[1], search(priority(table), 6, 2)[1]
         evicted = compressor.evict(position, counts)
-        return importance(query, query, present), counts, kept, all_kept, few, evicted
+        return importance(query, query, present), counts, kept, all_kept, few, least, evicted
 
     expected = run()
     with torch.device("meta"):
@@ -432,6 +441,7 @@ def test_the_name_of_a_plans_model_may_be_in_any_script(tmp_path):
 def test_a_plan_keeps_its_share_of_every_prompt_and_the_protected_tokens(seed, length, start):
     ratios = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
     compressor = PrefixKV(start=start, plan=Plan(0.5, ratios))
+    assert compressor.budget == 0.5
     for layer, ratio in enumerate(ratios):
         count = int(compressor.planned(layer, 4, torch.tensor([length])))
         assert count == min(length, max(start + 1, round(length * ratio)))
@@ -461,6 +471,11 @@ def test_a_file_that_holds_no_plan_is_refused(tmp_path, content):
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(ValueError, match="holds no plan"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_a_file_without_an_end_is_no_plan():
+    with pytest.raises(ValueError, match="holds no plan"):
+        Plan.load("/dev/zero")
 
 
 def test_shares_out_of_range_are_refused_in_a_sentence(tmp_path):

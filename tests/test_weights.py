@@ -169,6 +169,13 @@ def test_a_config_that_is_no_json_object_is_refused(folder, content):
     assert "config.json" in refused(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "tokenizer_config.json"])
+def test_a_file_larger_than_any_of_its_kind_is_not_read(folder, name):
+    with (folder / name).open("ab") as file:
+        file.truncate(10**12)  # takes no room on the disk
+    assert f"{name} has 1000000000000 bytes" in refused(folder)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model"])
 def test_a_folder_that_lacks_a_file_is_refused_by_its_name(folder, name):
     (folder / name).unlink()
