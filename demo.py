@@ -70,6 +70,7 @@ class Typewriter:
         sys.stdout.flush()
 
     def end(self) -> None:
+        """Ends the line that was begun."""
         sys.stdout.write("\n" if self.column else "")
 
 

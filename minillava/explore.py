@@ -30,6 +30,7 @@ class Watcher(PrefixKV):
     """PrefixKV at a budget of 1 that remembers the importance it was given: [L, N] of the first sample."""
 
     def allocate(self, importance: Tensor, present: Tensor) -> Tensor:
+        """Counts [L, B] from importance [L, B, N], which it remembers."""
         self.importance = importance[:, 0]
         return super().allocate(importance, present)
 

@@ -89,10 +89,12 @@ class TextConfig:
 
     @property
     def kv_heads(self) -> int:
+        """Heads that keys and values have."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def head_size(self) -> int:
+        """Numbers a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
@@ -318,6 +320,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
         return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
@@ -394,6 +397,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
