@@ -271,14 +271,18 @@ class KVCache:
 
     def write(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Puts the new token's key and value [B, Hkv, 1, Dh] in their slots; returns what attention reads."""
-        filled = self.longest[index]
-        slot = self.slot[index, :, None, None, None].expand_as(key)  # [B, Hkv, 1, Dh]
-        self.key[index].scatter_(2, slot, key)
-        self.value[index].scatter_(2, slot, value)
-        mask = None
+        keys, values, slot = self.key[index], self.value[index], self.slot[index]
+        if torch.compiler.is_compiling():  # all slots and a mask: shapes that stay the same from step to step
+            row = torch.arange(len(key), device=key.device)
+            keys[row, :, slot], values[row, :, slot] = key.squeeze(2), value.squeeze(2)
+            return keys, values, (self.position[index, :, : keys.shape[2]] >= 0)[:, None, None]
+        slots = slot[:, None, None, None].expand_as(key)  # [B, Hkv, 1, Dh]
+        keys.scatter_(2, slots, key)
+        values.scatter_(2, slots, value)
+        filled, mask = self.longest[index], None
         if self.shortest[index] < filled:
             mask = (self.position[index, :, :filled] >= 0)[:, None, None]
-        return self.key[index][:, :, :filled], self.value[index][:, :, :filled], mask
+        return keys[:, :, :filled], values[:, :, :filled], mask
 
     @property
     def bytes(self) -> int:
@@ -299,8 +303,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, in] -> [B, N, out]."""
-        parts = torch.get_num_threads()
-        if x.shape[1] > 1 or self.weight.numel() < 2**16 or not x.is_cpu or self.out_features % parts:
+        shared = x.is_cpu and x.shape[1] == 1 and self.weight.numel() >= 2**16 and not torch.compiler.is_compiling()
+        parts = torch.get_num_threads() if shared else 1
+        if parts == 1 or self.out_features % parts:
             return F.linear(x, self.weight, self.bias)
         weight = self.weight.view(parts, -1, self.in_features)  # [parts, rows, width]
         if len(x) == 1:  # a matrix times a vector is quicker than a vector times a matrix
@@ -381,7 +386,12 @@ class Attention(nn.Module):
         The G query heads of a group take the place of the query length, so no key is repeated in memory.
         """
         grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3)  # [B, Hkv, G, Dh]
-        context = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)  # [B, Hkv, G, Dh]
+        if torch.compiler.is_compiling() and mask is not None:  # sums of products, each compiled to one pass
+            score = (key[:, :, None] * (grouped * query.shape[3] ** -0.5)[:, :, :, None]).sum(-1)  # [B, Hkv, G, S]
+            weight = score.masked_fill(~mask, -math.inf).softmax(-1)  # [B, Hkv, G, S]
+            context = (weight[..., None] * value[:, :, None]).sum(3)  # [B, Hkv, G, Dh]
+        else:
+            context = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)  # [B, Hkv, G, Dh]
         return self.o_proj(context.flatten(1)[:, None])
 
 
@@ -593,6 +603,17 @@ class Llava(nn.Module):
         rope = self.language_model.rope(cache.seen[:, None])  # the token's true position, whatever was evicted
         cache.advance()
         hidden = self.language_model.embed_tokens(token_ids[:, None])  # [B, 1, D]
+        return self.step_layers(hidden, rope, cache)
+
+    def compile_steps(self) -> None:
+        """Makes the kernels of later decode steps few: they run faster where launching kernels takes most of a step.
+
+        The first steps then take up to a minute, and on a CPU a C++ compiler is needed.
+        """
+        self.step_layers = torch.compile(self.step_layers, dynamic=True)  # type: ignore[method-assign]
+
+    def step_layers(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
+        """The new token's embedding [B, 1, D] through all layers: logits [B, V]."""
         for index, layer in enumerate(self.language_model.layers):
             hidden = layer.step(hidden, rope, cache, index)  # [B, 1, D]
         return self.lm_head(self.language_model.norm(hidden))[:, 0]  # [B, V]

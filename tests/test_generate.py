@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 
 from minillava.model import Linear, LlavaError, sample
 from prefixkv import PrefixKV
+from weights import load
 
 
 def inputs(processor, *texts):
@@ -37,6 +41,32 @@ def test_samples_end_at_their_own_eos_as_in_transformers(small, ends):
     with torch.no_grad():
         expected = theirs.generate(**batch, max_new_tokens=40, do_sample=False, eos_token_id=eos, pad_token_id=0)
     assert torch.equal(found, expected[:, batch["input_ids"].shape[1] :])
+
+
+def test_all_slots_under_a_mask_give_the_same_tokens_as_those_that_are_filled(tiny):
+    model, processor = tiny
+    batch = inputs(processor, "a cat", "describe it in detail")
+    for compressor in (None, PrefixKV(0.5), PrefixKV(0.5, decode="keep")):
+        options = {"max_new_tokens": 64, "eos_token_id": (), "compressor": compressor}
+        expected = model.generate(**batch, **options).token_ids
+        with mock.patch("torch.compiler.is_compiling", lambda: True):  # the code that is compiled, not compiled
+            assert torch.equal(model.generate(**batch, **options).token_ids, expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU; none was found")
+def test_compiled_steps_give_the_same_tokens_without_leaving_the_graph(small):
+    folder, _, model, processor = small
+    compiled, _ = load(folder)
+    compiled.compile_steps()
+    torch._dynamo.reset()
+    batch = inputs(processor, "a cat", "describe it in detail")
+    for compressor in (None, PrefixKV(0.5)):
+        options = {"max_new_tokens": 24, "eos_token_id": (), "compressor": compressor}
+        assert torch.equal(
+            compiled.generate(**batch, **options).token_ids, model.generate(**batch, **options).token_ids
+        )
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
 
 
 def test_one_eos_may_be_given_as_a_number(small):

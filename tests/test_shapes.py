@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -112,6 +113,8 @@ def exercise() -> None:
     for compressor in (None, PrefixKV(0.4), PrefixKV(plan=Plan(0.3, [0.3] * 5))):
         model.generate(ids, pixels, mask, max_new_tokens=4, eos_token_id=(), compressor=compressor)
     model.generate(ids[:1, -4:], max_new_tokens=2, temperature=1.0, top_k=5, top_p=0.5, seed=1)
+    with mock.patch("torch.compiler.is_compiling", lambda: True):
+        model.generate(ids, pixels, mask, max_new_tokens=2, eos_token_id=(), compressor=PrefixKV(0.4))
     for batch in (1, 9):
         Linear(300, 512)(torch.randn(batch, 1, 300))  # wide enough to be shared out between threads
 
