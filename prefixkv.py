@@ -30,7 +30,7 @@ from torch import Tensor
 RECENT = 25  # decoding leaves the recent window this many of a layer's tokens to begin with
 
 
-def importance(query: Tensor, key: Tensor, present: Tensor, block: int = 128) -> Tensor:
+def importance(query: Tensor, key: Tensor, present: Tensor, block: int = 64) -> Tensor:
     """Attention each key receives: the sum over queries of the mean over heads. [B, N], float32.
 
     query [B, H, N, Dh] and key [B, Hkv, N, Dh] after RoPE. Fused attention does not hand out its
@@ -39,19 +39,22 @@ def importance(query: Tensor, key: Tensor, present: Tensor, block: int = 128) ->
     """
     batch, heads, length, size = query.shape
     groups = heads // key.shape[1]
+    query = query.unflatten(1, (-1, groups)) * size**-0.5  # [B, Hkv, G, N, Dh]
+    asking = (present / heads)[:, None, None, None]  # [B, 1, 1, 1, N]
+    unseen, padded = torch.finfo(torch.float32).min, not present.all()
     total = query.new_zeros(batch, length, dtype=torch.float32)  # [B, N]
     for start in range(0, length, block):
         end = min(start + block, length)
         count = end - start
         # The queries of a group stand side by side, so that no key is repeated for them.
-        rows = query[:, :, start:end].unflatten(1, (-1, groups)).flatten(2, 3)  # [B, Hkv, G * count, Dh]
-        scores = (rows @ key[:, :, :end].mT).float().mul_(size**-0.5)
-        scores = scores.unflatten(2, (groups, count))  # [B, Hkv, G, count, end]
-        later = torch.arange(end, device=query.device) > torch.arange(start, end, device=query.device)[:, None]
-        scores.masked_fill_(later | ~present[:, None, None, None, :end], torch.finfo(torch.float32).min)
-        received = scores.softmax(-1).sum(dim=(1, 2))  # [B, count, end]
-        asking = present[:, None, start:end].float()  # [B, 1, count]
-        total[:, :end] += (asking @ received)[:, 0] / heads
+        rows = query[:, :, :, start:end].flatten(2, 3)  # [B, Hkv, G * count, Dh]
+        scores = (rows @ key[:, :, :end].mT).float().unflatten(2, (groups, count))  # [B, Hkv, G, count, end]
+        later = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
+        scores[..., start:].masked_fill_(later, unseen)  # all keys before the block are seen by all of it
+        if padded:
+            scores.masked_fill_(~present[:, None, None, None, :end], unseen)
+        received = asking[..., start:end] @ scores.softmax(-1)  # [B, Hkv, G, 1, end]
+        total[:, :end] += received.sum(dim=(1, 2, 3))
     return total.masked_fill(~present, 0.0)
 
 
