@@ -247,10 +247,13 @@ class KVCache:
         self.kept[index] = self.used[index] = count
         order = (~keep).byte().argsort(dim=-1, stable=True)[:, : int(count.max())]  # kept tokens first, in order
         slots = int(self.room(count, self.prompt + self.new_tokens).max())
+        batch, heads, _, size = key.shape
+        # Zeros, since a masked slot is multiplied by an attention weight of 0, and 0 · NaN is NaN. The values lie
+        # transposed in memory: `Attention.step` then reads both from end to end, which is most of what a step does.
+        self.key.append(key.new_zeros(batch, heads, slots, size))  # [B, Hkv, S, Dh]
+        self.value.append(value.new_zeros(batch, heads, size, slots).mT)  # [B, Hkv, S, Dh]
         for held, source in ((self.key, key), (self.value, value)):
-            kept = source.gather(2, order[:, None, :, None].expand(-1, source.shape[1], -1, source.shape[3]))
-            # Zeros, since a masked slot is multiplied by an attention weight of 0, and 0 · NaN is NaN.
-            held.append(source.new_zeros(*source.shape[:2], slots, source.shape[3]))  # [B, Hkv, S, Dh]
+            kept = source.gather(2, order[:, None, :, None].expand(-1, heads, -1, size))
             held[index][:, :, : order.shape[1]] = kept
         free = torch.arange(order.shape[1], device=order.device) >= count[:, None]
         position = (order - self.padding[:, None]).masked_fill(free, -1)
@@ -383,15 +386,14 @@ class Attention(nn.Module):
     def step(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """One new token reads the cache: query [B, H, 1, Dh], key and value [B, Hkv, S, Dh] -> [B, 1, D].
 
-        The G query heads of a group take the place of the query length, so no key is repeated in memory.
+        Two products of a matrix and G vectors, the query heads of a group, so no key is repeated in memory.
         """
-        grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3)  # [B, Hkv, G, Dh]
-        if torch.compiler.is_compiling() and mask is not None:  # sums of products, each compiled to one pass
-            score = (key[:, :, None] * (grouped * query.shape[3] ** -0.5)[:, :, :, None]).sum(-1)  # [B, Hkv, G, S]
-            weight = score.masked_fill(~mask, -math.inf).softmax(-1)  # [B, Hkv, G, S]
-            context = (weight[..., None] * value[:, :, None]).sum(3)  # [B, Hkv, G, Dh]
-        else:
-            context = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)  # [B, Hkv, G, Dh]
+        grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3) * query.shape[3] ** -0.5  # [B, Hkv, G, Dh]
+        score = (key @ grouped.mT).mT  # [B, Hkv, G, S]
+        if mask is not None:
+            score = score.masked_fill(~mask, -math.inf)
+        weight = score.softmax(-1, dtype=torch.float32).to(value.dtype)  # [B, Hkv, G, S]
+        context = (value.mT @ weight.mT).mT  # [B, Hkv, G, Dh]
         return self.o_proj(context.flatten(1)[:, None])
 
 
@@ -422,13 +424,19 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None
+        self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, last_only: bool = False
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """A whole prompt: [B, N, D] -> [B, N, D], and the layer's query, key and value."""
+        """A whole prompt: [B, N, D] -> [B, N, D], and the layer's query, key and value.
+
+        last_only: the last token's output alone, [B, 1, D]; of the top layer, a prefill reads no other.
+        """
         query, key, value = self.self_attn.project(self.input_layernorm(hidden), rope)
-        hidden = hidden + self.self_attn.prompt(query, key, value, mask)  # [B, N, D]
-        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))  # [B, N, D]
-        return hidden, (query, key, value)
+        if last_only:
+            mask = None if mask is None else mask[:, :, -1:]
+            hidden = hidden[:, -1:] + self.self_attn.step(query[:, :, -1:], key, value, mask)  # [B, 1, D]
+        else:
+            hidden = hidden + self.self_attn.prompt(query, key, value, mask)  # [B, N, D]
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), (query, key, value)
 
     def step(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, index: int) -> Tensor:
         """One new token: [B, 1, D] -> [B, 1, D]; its key and value enter the cache of layer `index`."""
@@ -578,7 +586,7 @@ class Llava(nn.Module):
         present = cache.present  # [B, N]
         waiting = []  # layers whose share is not known before all have been scored
         for index, layer in enumerate(layers):
-            hidden, (query, key, value) = layer(hidden, rope, mask)
+            hidden, (query, key, value) = layer(hidden, rope, mask, last_only=index + 1 == len(layers))
             if compressor is None:
                 cache.store(index, key, value, present)
             elif compressor.plan is None:
@@ -593,7 +601,7 @@ class Llava(nn.Module):
             for index, count in enumerate(counts):
                 key, value, importance = waiting.pop(0)  # released layer by layer, as the smaller copy is made
                 cache.store(index, key, value, compressor.retain(importance, count, present))
-        logits = self.lm_head(self.language_model.norm(hidden[:, -1:]))[:, 0]  # [B, V]
+        logits = self.lm_head(self.language_model.norm(hidden))[:, 0]  # [B, V]
         require(logits.isfinite().all(), "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
         return logits, cache
 
