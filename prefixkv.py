@@ -40,6 +40,7 @@ def importance(query: Tensor, key: Tensor, present: Tensor, block: int = 64) -> 
     batch, heads, length, size = query.shape
     groups = heads // key.shape[1]
     query = query.unflatten(1, (-1, groups)) * size**-0.5  # [B, Hkv, G, N, Dh]
+    key = key.contiguous()  # else every block's product would copy its keys anew
     asking = (present / heads)[:, None, None, None]  # [B, 1, 1, 1, N]
     unseen, padded = torch.finfo(torch.float32).min, not present.all()
     total = query.new_zeros(batch, length, dtype=torch.float32)  # [B, N]

@@ -297,24 +297,34 @@ class KVCache:
 # ---------------------------------------------------------------- Llama decoder
 
 
-class Linear(nn.Linear):
-    """nn.Linear that keeps every thread busy where there is one token a sample to multiply with.
+def times(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """A matrix [..., R, C] and a few vectors [..., G, C] that it is multiplied with: [..., G, R].
 
-    Reading the weights is then all the work, and a CPU's matrix library leaves it to a single thread. A batch of
-    products, each with a part of the weights, is shared out. Small weights are in the caches, where nothing is gained.
+    Most of a decode step: every weight, key and value passes through here once, each row as it lies in memory.
+    Compiled, it is a sum of products, which melts into one pass with what stands around it.
+    """
+    if torch.compiler.is_compiling():
+        return (matrix[..., None, :, :] * vectors[..., :, None, :]).sum(-1)
+    return (matrix @ vectors.mT).mT
+
+
+class Linear(nn.Linear):
+    """nn.Linear that keeps every thread of a CPU busy where there is one token a sample to multiply with.
+
+    Reading the weights is then all the work, and the matrix library leaves it to a single thread. A batch of products,
+    each with a part of the weights, is shared out. Small weights are in the caches, where nothing is gained.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, in] -> [B, N, out]."""
-        shared = x.is_cpu and x.shape[1] == 1 and self.weight.numel() >= 2**16 and not torch.compiler.is_compiling()
-        parts = torch.get_num_threads() if shared else 1
-        if parts == 1 or self.out_features % parts:
+        compiling = torch.compiler.is_compiling()
+        parts = 1 if compiling else torch.get_num_threads()
+        worth = len(x) == 1 if compiling else self.weight.numel() >= 2**16
+        if not (worth and x.is_cpu and x.shape[1] == 1 and self.out_features % parts == 0):
             return F.linear(x, self.weight, self.bias)
         weight = self.weight.view(parts, -1, self.in_features)  # [parts, rows, width]
-        if len(x) == 1:  # a matrix times a vector is quicker than a vector times a matrix
-            product = torch.bmm(weight, x.mT.expand(parts, -1, -1)).mT  # [parts, 1, rows]
-        else:
-            product = torch.bmm(x[:, 0].expand(parts, -1, -1), weight.mT)  # [parts, B, rows]
+        vectors = x[:, 0].expand(parts, -1, -1)  # [parts, B, width]
+        product = times(weight, vectors) if len(x) == 1 else vectors @ weight.mT  # [parts, B, rows]
         product = product.transpose(0, 1).reshape(len(x), 1, -1)
         return product if self.bias is None else product + self.bias
 
@@ -389,11 +399,11 @@ class Attention(nn.Module):
         Two products of a matrix and G vectors, the query heads of a group, so no key is repeated in memory.
         """
         grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3) * query.shape[3] ** -0.5  # [B, Hkv, G, Dh]
-        score = (key @ grouped.mT).mT  # [B, Hkv, G, S]
+        score = times(key, grouped)  # [B, Hkv, G, S]
         if mask is not None:
             score = score.masked_fill(~mask, -math.inf)
         weight = score.softmax(-1, dtype=torch.float32).to(value.dtype)  # [B, Hkv, G, S]
-        context = (value.mT @ weight.mT).mT  # [B, Hkv, G, Dh]
+        context = times(value.mT, weight)  # [B, Hkv, G, Dh]
         return self.o_proj(context.flatten(1)[:, None])
 
 
@@ -559,7 +569,7 @@ class Llava(nn.Module):
         positions = (present.cumsum(-1) - 1).clamp(min=0)  # [B, N]
         return self.language_model.rope(positions), mask[:, None]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def prefill(
         self,
         input_ids: Tensor,
@@ -605,7 +615,7 @@ class Llava(nn.Module):
         require(logits.isfinite().all(), "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
         return logits, cache
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode_step(self, token_ids: Tensor, cache: KVCache) -> Tensor:
         """One step for every sample: token ids [B] -> logits [B, V] for the next; the cache is updated in place."""
         rope = self.language_model.rope(cache.seen[:, None])  # the token's true position, whatever was evicted
@@ -626,7 +636,7 @@ class Llava(nn.Module):
             hidden = layer.step(hidden, rope, cache, index)  # [B, 1, D]
         return self.lm_head(self.language_model.norm(hidden))[:, 0]  # [B, V]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode(
         self,
         logits: Tensor,
