@@ -239,10 +239,8 @@ class KVCache:
 
     def store(self, index: int, key: Tensor, value: Tensor, keep: Tensor) -> None:
         """Allocates layer `index` and copies into it the prompt's key and value [B, Hkv, N, Dh] where keep [B, N]."""
-        if self.compressor is not None and hasattr(
-            self.compressor, "merge"
-        ):  # dropped tokens may leave something behind in those that stay
-            key, value = self.compressor.merge(key, value, keep, self.present)
+        if merge := getattr(self.compressor, "merge", None):  # dropped tokens may leave something in those that stay
+            key, value = merge(key, value, keep, self.present)
         count = keep.sum(-1)  # [B]
         self.kept[index] = self.used[index] = count
         order = (~keep).byte().argsort(dim=-1, stable=True)[:, : int(count.max())]  # kept tokens first, in order
@@ -274,17 +272,13 @@ class KVCache:
 
     def write(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Puts the new token's key and value [B, Hkv, 1, Dh] in their slots; returns what attention reads."""
-        keys, values, slot = self.key[index], self.value[index], self.slot[index]
+        keys, values, row = self.key[index], self.value[index], torch.arange(len(key), device=key.device)
+        keys[row, :, self.slot[index]], values[row, :, self.slot[index]] = key.squeeze(2), value.squeeze(2)
         if torch.compiler.is_compiling():  # all slots and a mask: shapes that stay the same from step to step
-            row = torch.arange(len(key), device=key.device)
-            keys[row, :, slot], values[row, :, slot] = key.squeeze(2), value.squeeze(2)
-            return keys, values, (self.position[index, :, : keys.shape[2]] >= 0)[:, None, None]
-        slots = slot[:, None, None, None].expand_as(key)  # [B, Hkv, 1, Dh]
-        keys.scatter_(2, slots, key)
-        values.scatter_(2, slots, value)
-        filled, mask = self.longest[index], None
-        if self.shortest[index] < filled:
-            mask = (self.position[index, :, :filled] >= 0)[:, None, None]
+            filled, even = keys.shape[2], False
+        else:
+            filled, even = self.longest[index], self.longest[index] == self.shortest[index]
+        mask = None if even else (self.position[index, :, :filled] >= 0)[:, None, None]
         return keys[:, :, :filled], values[:, :, :filled], mask
 
     @property
@@ -452,8 +446,8 @@ class DecoderLayer(nn.Module):
         """One new token: [B, 1, D] -> [B, 1, D]; its key and value enter the cache of layer `index`."""
         query, key, value = self.self_attn.project(self.input_layernorm(hidden), rope)
         keys, values, mask = cache.write(index, key, value)
-        if cache.compressor is not None and hasattr(cache.compressor, "observe"):
-            cache.compressor.observe(index, query, keys, cache.position[index, :, : keys.shape[2]])
+        if observe := getattr(cache.compressor, "observe", None):
+            observe(index, query, keys, cache.position[index, :, : keys.shape[2]])
         hidden = hidden + self.self_attn.step(query, keys, values, mask)  # [B, 1, D]
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
