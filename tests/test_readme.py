@@ -30,3 +30,10 @@ def test_the_python_example_runs(monkeypatch, capsys):
 def test_every_file_it_names_is_there():
     for name in re.findall(r"^\| `([^`]+)`", README, flags=re.MULTILINE):
         assert (ROOT / name).exists(), name
+
+
+def test_the_reading_order_gives_the_length_of_every_file():
+    rows = re.findall(r"^\| `([^`]+)` \| (\d+) \|", README, flags=re.MULTILINE)
+    assert len(rows) >= 7
+    for name, lines in rows:
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines), name
