@@ -246,10 +246,11 @@ class KVCache:
         order = (~keep).byte().argsort(dim=-1, stable=True)[:, : int(count.max())]  # kept tokens first, in order
         slots = int(self.room(count, self.prompt + self.new_tokens).max())
         batch, heads, _, size = key.shape
-        # Zeros, since a masked slot is multiplied by an attention weight of 0, and 0 · NaN is NaN. The values lie
-        # transposed in memory: `Attention.step` then reads both from end to end, which is most of what a step does.
+        # Zeros, since a masked slot is multiplied by an attention weight of 0, and 0 · NaN is NaN. In float32 the
+        # values lie transposed in memory, so that the products of `Attention.step` read both from end to end.
         self.key.append(key.new_zeros(batch, heads, slots, size))  # [B, Hkv, S, Dh]
-        self.value.append(value.new_zeros(batch, heads, size, slots).mT)  # [B, Hkv, S, Dh]
+        turned = value.new_zeros(batch, heads, size, slots).mT  # [B, Hkv, S, Dh]
+        self.value.append(turned if value.dtype == torch.float32 else turned.contiguous())  # [B, Hkv, S, Dh]
         for held, source in ((self.key, key), (self.value, value)):
             kept = source.gather(2, order[:, None, :, None].expand(-1, heads, -1, size))
             held[index][:, :, : order.shape[1]] = kept
@@ -392,12 +393,14 @@ class Attention(nn.Module):
 
         Two products of a matrix and G vectors, the query heads of a group, so no key is repeated in memory.
         """
-        grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3) * query.shape[3] ** -0.5  # [B, Hkv, G, Dh]
-        score = times(key, grouped)  # [B, Hkv, G, S]
+        grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3)  # [B, Hkv, G, Dh]
+        if key.dtype != torch.float32:  # products would round the scores to 8 or 11 bits; this kernel does not
+            context = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
+            return self.o_proj(context.flatten(1)[:, None])
+        score = times(key, grouped * query.shape[3] ** -0.5)  # [B, Hkv, G, S]
         if mask is not None:
             score = score.masked_fill(~mask, -math.inf)
-        weight = score.softmax(-1, dtype=torch.float32).to(value.dtype)  # [B, Hkv, G, S]
-        context = times(value.mT, weight)  # [B, Hkv, G, Dh]
+        context = times(value.mT, score.softmax(-1))  # [B, Hkv, G, Dh]
         return self.o_proj(context.flatten(1)[:, None])
 
 

@@ -159,4 +159,5 @@ def test_the_parity_table_of_the_installed_version_has_no_difference(tmp_path):
     rows = table([tmp_path]).splitlines()[2:]
     assert len(rows) == 3 and all(f"transformers {__version__}" in row for row in rows)
     (row,) = [row for row in rows if "float32" in row]
-    assert float(row.split("|")[4]) < LOGITS and "64 of 64, 64 of 64" in row
+    assert float(row.split("|")[4]) < LOGITS
+    assert all("64 of 64, 64 of 64" in row for row in rows)  # scores rounded to half precision would show here
