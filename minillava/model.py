@@ -295,7 +295,7 @@ class KVCache:
 def times(matrix: Tensor, vectors: Tensor) -> Tensor:
     """A matrix [..., R, C] and a few vectors [..., G, C] that it is multiplied with: [..., G, R].
 
-    Most of a decode step: every weight, key and value passes through here once, each row as it lies in memory.
+    Reads the matrix once, each row as it lies in memory, which is most of what a decode step takes.
     Compiled, it is a sum of products, which melts into one pass with what stands around it.
     """
     if torch.compiler.is_compiling():
