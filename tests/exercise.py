@@ -119,7 +119,7 @@ def restore(name: str, root: Path = ROOT) -> None:
 
 def check(name: str, root: Path = ROOT) -> int:
     """Runs the exercise's tests; pytest's exit code."""
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *EXERCISES[name].tests], cwd=root).returncode
+    return subprocess.run([sys.executable, "-m", "pytest", *EXERCISES[name].tests], cwd=root).returncode
 
 
 def main(arguments: list[str]) -> int:
