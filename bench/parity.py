@@ -1,7 +1,7 @@
-"""Our numbers beside those of several versions of transformers: `python -m bench.parity`.
+"""Our numbers beside those of several versions of transformers, for every layout: `python -m bench.parity`.
 
-python -m bench.parity make FOLDER      with each version installed in turn: writes random checkpoints in three
-                                        dtypes, and what that version computes with them
+python -m bench.parity make NEW_FOLDER  with each version installed in turn: writes random checkpoints in three
+                                        dtypes and every layout, and what that version computes with them
 python -m bench.parity compare FOLDER…  loads each with our code and prints the table
 """
 
@@ -9,20 +9,59 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 IMAGE_ID, PATCHES = 310, 16
 DTYPES = ("float32", "float16", "bfloat16")
+CLIP = "clip-vit-test"
+
+
+def save_original(model: Any, folder: Path, image_id: int = IMAGE_ID, **config: Any) -> None:
+    """Saves a LlavaForConditionalGeneration as the original LLaVA did, its tower in a CLIP folder of its own within.
+
+    Llama's names, `mm_projector` and a vocabulary that ends before `<image>`; `config` adds to config.json.
+    """
+    from safetensors.torch import save_file
+
+    llava: dict[str, Tensor] = {}
+    clip = {"logit_scale": torch.ones([]), "text_model.embeddings.position_ids": torch.arange(3)}
+    for name, tensor in model.state_dict().items():
+        name = re.sub(r"^model\.(?=language_model|vision_tower|multi_modal_projector)", "", name)
+        tensor = tensor.clone().contiguous()
+        if name.startswith("vision_tower."):
+            clip[re.sub(r"^vision_tower\.(vision_model\.)?", "vision_model.", name)] = tensor
+            continue
+        name = re.sub(r"^multi_modal_projector\.linear_1", "model.mm_projector.0", name)
+        name = re.sub(r"^multi_modal_projector\.linear_2", "model.mm_projector.2", name)
+        name = re.sub(r"^language_model\.(?=lm_head|model\.)", "", name)
+        name = re.sub(r"^language_model\.", "model.", name)
+        llava[name] = tensor[:image_id].clone() if name in ("model.embed_tokens.weight", "lm_head.weight") else tensor
+    (folder / CLIP).mkdir(parents=True, exist_ok=True)
+    save_file(llava, folder / "model.safetensors")
+    save_file(clip, folder / CLIP / "model.safetensors")
+    text, vision = model.config.text_config, model.config.vision_config
+    llama = {name: getattr(text, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers",
+             "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({
+        **llama, "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "vocab_size": image_id,
+        "mm_vision_tower": f"somebody/{CLIP}", "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch", "mm_hidden_size": vision.hidden_size, "image_aspect_ratio": "pad",
+        "mm_use_im_start_end": False, "tie_word_embeddings": False, "pad_token_id": 0, **config,
+    }))  # fmt: skip
+    (folder / CLIP / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision.to_dict()}))
 
 
 def make(folder: Path) -> None:
-    """Random checkpoints in every dtype, with and without grouped queries, saved by the installed version."""
+    """Random checkpoints in every dtype and layout, with and without grouped queries, by the installed version."""
     import transformers
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     for dtype in DTYPES:
@@ -41,10 +80,17 @@ def make(folder: Path) -> None:
                     wide = parameter.dim() > 1
                     noise = torch.randn(parameter.shape)
                     parameter.copy_(noise * 1.2 * parameter[0].numel() ** -0.5 if wide else parameter + noise * 0.1)
-            out = folder / f"{transformers.__version__} {dtype} {kv_heads}"
-            model.to(getattr(torch, dtype)).save_pretrained(out)
+                model.get_output_embeddings().weight[IMAGE_ID:] = 0  # ids that the original layout does not have
+            saved = folder / f"{dtype} {kv_heads} saved"
+            model.to(getattr(torch, dtype)).save_pretrained(saved)
             # Loaded again, since `.to` has rounded RoPE's frequencies as well.
-            model = LlavaForConditionalGeneration.from_pretrained(out, torch_dtype=getattr(torch, dtype)).eval()
+            model = LlavaForConditionalGeneration.from_pretrained(saved, torch_dtype=getattr(torch, dtype)).eval()
+            layouts = {"as saved": saved, "original LLaVA": folder / f"{dtype} {kv_heads} original"}
+            save_original(model, layouts["original LLaVA"])
+            if model.state_dict().keys() != load_file(saved / "model.safetensors").keys():
+                out = layouts["as in memory"] = folder / f"{dtype} {kv_heads} memory"
+                model.config.save_pretrained(out)
+                save_file({name: t.clone() for name, t in model.state_dict().items()}, out / "model.safetensors")
             ids = torch.randint(3, 300, (1, 40))
             ids[:, 5 : 5 + PATCHES] = IMAGE_ID
             pixels = torch.randn(1, 3, 28, 28).to(getattr(torch, dtype))
@@ -52,37 +98,39 @@ def make(folder: Path) -> None:
             with torch.no_grad():
                 logits = model(**inputs).logits
                 made = model.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=-1)[:, -64:]
-            save_file({"ids": ids, "pixels": pixels, "logits": logits.contiguous(), "tokens": made.contiguous()},
-                      out / "expected.st")  # fmt: skip
-            (out / "version.json").write_text(json.dumps([transformers.__version__, dtype, kv_heads]))
+            for layout, out in layouts.items():
+                save_file({"ids": ids, "pixels": pixels, "logits": logits.contiguous(), "tokens": made.contiguous()},
+                          out / "expected.st")  # fmt: skip
+                (out / "version.json").write_text(json.dumps([transformers.__version__, layout, dtype]))
 
 
 def compare(folders: list[Path]) -> str:
-    """Markdown: the largest difference of a logit and the greedy tokens that are equal, by version and dtype."""
+    """Markdown: the largest difference of a logit and the greedy tokens that are equal, by version, layout, dtype."""
     from safetensors.torch import load_file
 
     from weights import load_model
 
-    rows: dict[tuple[str, str], list[tuple[float, float, int]]] = {}
-    for folder in folders:
-        for path in sorted(folder.glob("*/version.json")):
-            version, dtype, _ = json.loads(path.read_text())
-            model, expected = load_model(path.parent, dtype=None), load_file(path.parent / "expected.st")
-            with torch.no_grad():
-                logits = model(expected["ids"], expected["pixels"])
-            tokens = model.generate(expected["ids"], expected["pixels"], max_new_tokens=64, eos_token_id=()).token_ids
-            apart = float((logits.double() - expected["logits"].double()).abs().max())
-            equal = int((tokens == expected["tokens"]).long().cumprod(1).sum())
-            rows.setdefault((version, dtype), []).append((apart, float(expected["logits"].abs().max()), equal))
-    lines = [
-        "| written by | dtype | largest logit | largest difference | greedy tokens equal |",
-        "|---|---|---|---|---|",
-    ]
-    for (version, dtype), found in sorted(rows.items()):
-        largest, size = max(row[0] for row in found), max(row[1] for row in found)
-        same = ", ".join(f"{row[2]} of 64" for row in found)
-        lines.append(f"| transformers {version} | {dtype} | {size:.1f} | {largest:.1g} | {same} |")
-    return "\n".join(lines)
+    cells: dict[tuple[str, str], dict[str, list[tuple[float, int]]]] = {}
+    largest = 0.0
+    for path in sorted(path for folder in folders for path in folder.glob("*/version.json")):
+        version, layout, dtype = json.loads(path.read_text())
+        model, expected = load_model(path.parent, dtype=None), load_file(path.parent / "expected.st")
+        with torch.no_grad():
+            logits = model(expected["ids"], expected["pixels"])
+        tokens = model.generate(expected["ids"], expected["pixels"], max_new_tokens=64, eos_token_id=()).token_ids
+        apart = (logits.double() - expected["logits"].double())[..., :IMAGE_ID].abs().max()
+        equal = int((tokens == expected["tokens"]).long().cumprod(1).sum())
+        cells.setdefault((version, layout), {}).setdefault(dtype, []).append((float(apart), equal))
+        largest = max(largest, float(expected["logits"].abs().max()))
+
+    def cell(found: Mapping[str, list[tuple[float, int]]], dtype: str) -> str:
+        runs = found.get(dtype)
+        return f"{max(run[0] for run in runs):.1g}, {min(run[1] for run in runs)} of 64" if runs else ""
+
+    lines = [f"| written by transformers | layout | {' | '.join(DTYPES)} |", "|---" * (2 + len(DTYPES)) + "|"]
+    for (version, layout), found in sorted(cells.items()):
+        lines.append(f"| {version} | {layout} | {' | '.join(cell(found, dtype) for dtype in DTYPES)} |")
+    return "\n".join([*lines, "", f"The largest logit is {largest:.1f}."])
 
 
 def main() -> int:
@@ -91,6 +139,8 @@ def main() -> int:
     parser.add_argument("folders", type=Path, nargs="+")
     args = parser.parse_args()
     if args.action == "make":
+        if args.folders[0].exists():
+            parser.error(f"{args.folders[0]} exists; expected the name of a new folder.")
         make(args.folders[0])
     else:
         print(compare(args.folders))

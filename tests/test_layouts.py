@@ -13,35 +13,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import weights
+from bench.parity import CLIP, save_original
 from minillava.model import LlavaError
 
 # The same float32 operations on both sides; see test_parity.
 LOGITS = 1e-5
-CLIP = "clip-vit-test"
 
 
 def original(folder, model, kind="safetensors", where="inside", **config):
-    """Saves a reference model as the original LLaVA did: Llama's names, `mm_projector`, the tower in its own CLIP."""
-    state = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
-    ours, tower = {}, {"logit_scale": torch.ones([]), "text_model.embeddings.position_ids": torch.arange(3)}
-    for name, tensor in state.items():
-        if "vision_tower" in name:
-            end = name.split("vision_tower.")[1].removeprefix("vision_model.")
-            tower[f"vision_model.{end}"] = tensor
-        elif "multi_modal_projector" in name:
-            ours[name.replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
-                     .replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")] = tensor  # fmt: skip
-        else:
-            ours[name.replace("model.language_model.", "model.")] = tensor
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        ours[name] = ours[name][:IMAGE_ID].clone()  # the original's vocabulary ends before <image>
-    folder.mkdir(parents=True, exist_ok=True)
-    clip = (folder if where == "inside" else folder.parent) / CLIP
-    clip.mkdir(exist_ok=True)
-    if kind == "safetensors":
-        save_file(ours, folder / "model.safetensors")
-        save_file(tower, clip / "model.safetensors")
-    else:
+    """Saves a reference model as the original LLaVA did: its CLIP in its own folder, weights perhaps in pickles."""
+    save_original(model, folder, **config)
+    clip = folder / CLIP
+    if kind == "bin":
+        ours, tower = (load_file(path / "model.safetensors") for path in (folder, clip))
         names = sorted(ours)
         parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
         for file, held in parts.items():
@@ -49,19 +33,13 @@ def original(folder, model, kind="safetensors", where="inside", **config):
         index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
         torch.save(tower, clip / "pytorch_model.bin")
-    text, vision = model.config.text_config, model.config.vision_config
-    llama = {name: getattr(text, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers",
-             "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps({
-        **llama, "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "vocab_size": IMAGE_ID,
-        "mm_vision_tower": f"somebody/{CLIP}", "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch", "mm_hidden_size": vision.hidden_size, "image_aspect_ratio": "pad",
-        "mm_use_im_start_end": False, "tie_word_embeddings": False, "pad_token_id": 0, **config,
-    }))  # fmt: skip
-    (clip / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision.to_dict()}))
-    write_processor(folder, vision.image_size)
+        for path in (folder, clip):
+            (path / "model.safetensors").unlink()
+    write_processor(folder, model.config.vision_config.image_size)
     (folder / "preprocessor_config.json").rename(clip / "preprocessor_config.json")
     (folder / "tokenizer_config.json").write_text("{}")
+    if where == "beside":
+        clip.rename(folder.parent / CLIP)
     return folder
 
 
