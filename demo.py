@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch works without; so does the demo
@@ -253,6 +254,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--explore and --plot show what budgets keep; leave out --plan and --chat")
     if args.chat and args.json:
         parser.error("--chat talks in the terminal and --json writes one object; choose one of them")
+    for path in filter(None, (args.explore, args.plot, args.save_plan)):  # before the model has worked in vain
+        if Path(path).is_dir() or not Path(path).parent.is_dir():
+            parser.error(f"{path} cannot be written; expected the name of a file in a folder that exists")
+    if args.plot and find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install -c constraints.txt -e '.[bench]'")
     return args
 
 
@@ -278,13 +284,15 @@ def describe(args: argparse.Namespace) -> None:
         runs.append(answer(model, processor, prompt, images, compressor, args, None if args.json else title))
         if not args.json:
             print()
+    if not args.json:
+        print(table(runs))
     if args.save_plan:
         run = runs[1]
         kept, prompt_tokens = torch.tensor([run.kept_per_layer]), torch.tensor([run.prompt_tokens])
         try:
             Plan.estimate(run.budget, kept, prompt_tokens, args.model).save(args.save_plan)
         except OSError as error:
-            raise LlavaError(f"The plan cannot be written to {args.save_plan} ({error.strerror}).") from None
+            raise LlavaError(f"{args.save_plan} cannot be written ({error.strerror}); choose another place.") from None
     if args.explore or args.plot:
         budgets = [run.budget for run in runs[1:]]
         data = explore.collect(model, processor, prompt, images, budgets, args.max_new_tokens, args.model)
@@ -294,8 +302,6 @@ def describe(args: argparse.Namespace) -> None:
             explore.plot(data, args.plot)
     if args.json:
         print(json.dumps({"model": args.model, "images": paths, "prompt": prompt, "runs": [asdict(r) for r in runs]}))
-    else:
-        print(table(runs))
 
 
 def write_text(path: str, text: str) -> None:
@@ -305,8 +311,9 @@ def write_text(path: str, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise LlavaError(f"{path} cannot be written ({error.strerror}); choose another place.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

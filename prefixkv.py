@@ -134,8 +134,11 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, whole or not at all."""
         temporary = Path(f"{path}.part")
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

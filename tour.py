@@ -4,7 +4,10 @@ Every cell does by hand what the code does, prints what is worth seeing, and ass
 """
 
 # %% 1. Load a checkpoint: 2.7 million trained parameters, in the layout of a Hub repository
+import warnings
 from pathlib import Path
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch works without; so does the tour
 
 import torch
 import torch.nn.functional as F

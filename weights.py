@@ -15,11 +15,14 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch works without; so does this
 
 import torch
 from safetensors import SafetensorError, safe_open

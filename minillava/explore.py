@@ -147,10 +147,8 @@ def kept(data: dict[str, Any], layer: int, budget: int) -> list[bool]:
 
 def plot(data: dict[str, Any], path: str | Path) -> None:
     """The same as a still picture: patches kept in selected layers, curves, kept shares. Needs matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise LlavaError("--plot needs matplotlib: pip install -e '.[bench]'.") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -185,9 +183,14 @@ def plot(data: dict[str, Any], path: str | Path) -> None:
     right.bar(range(layers), [count / length for count in data["counts"][budget]], color=colours)
     right.axhline(share, color="black", linestyle=":", linewidth=1)
     right.set(xlabel="layer", ylabel="share of the prompt kept")
+    temporary = Path(f"{path}.part")
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(temporary, dpi=120, format=Path(path).suffix[1:] or "png")
+        temporary.replace(path)
     except (OSError, ValueError) as error:
-        raise LlavaError(f"The picture cannot be written to {path} ({error}).") from None
+        raise LlavaError(
+            f"{path} cannot be written ({error}); choose another place, or a name that ends in .png."
+        ) from None
     finally:
+        temporary.unlink(missing_ok=True)
         plt.close(figure)

@@ -6,9 +6,11 @@ import base64
 import html
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,10 +111,37 @@ def test_the_demo_writes_page_and_picture(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.png"]
 
 
-@pytest.mark.parametrize("option", ["--explore", "--plot"])
-def test_a_place_that_cannot_be_written_ends_with_2(tmp_path, capsys, option):
-    assert demo.main(["--max-new-tokens", "2", option, str(tmp_path / "no" / "a.png")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+@pytest.mark.parametrize("place", ["no/a.png", "."])
+@pytest.mark.parametrize("option", ["--explore", "--plot", "--save-plan"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_done(tmp_path, capsys, option, place):
+    with pytest.raises(SystemExit) as stop:
+        demo.main([option, str(tmp_path / place)])
+    shown = capsys.readouterr()
+    assert stop.value.code == 2 and "cannot be written" in shown.err and not shown.out
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize("option", ["--explore", "--plot", "--save-plan"])
+def test_a_write_that_fails_ends_with_2_and_leaves_nothing(tmp_path, capsys, option):
+    (tmp_path / "a.png.part").symlink_to("/dev/full")  # no space is left there
+    assert demo.main(["--max-new-tokens", "2", option, str(tmp_path / "a.png")]) == 2
+    shown = capsys.readouterr()
+    assert "cannot be written" in shown.err and "same words" in shown.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_of_an_unknown_kind_is_refused(tmp_path, capsys):
+    assert demo.main(["--max-new-tokens", "2", "--plot", str(tmp_path / "a.xyz")]) == 2
+    assert "a name that ends in .png" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_done(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stop:
+        demo.main(["--plot", str(tmp_path / "a.png")])
+    shown = capsys.readouterr()
+    assert stop.value.code == 2 and "--plot needs matplotlib" in shown.err and not shown.out
 
 
 def test_exploring_a_plan_is_refused(capsys):

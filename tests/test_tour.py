@@ -50,3 +50,11 @@ def test_a_wrong_formula_makes_the_tour_fail(tmp_path, right, wrong):
     assert TOUR.count(right) == 1
     done = run(tmp_path, TOUR.replace(right, wrong))
     assert "AssertionError" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["tour.py", "demo.py --max-new-tokens 1", "-m weights inspect minillava/tiny"])
+def test_without_numpy_nothing_is_said_about_it(tmp_path, command):
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('No module named numpy')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
