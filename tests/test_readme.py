@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
+import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,3 +40,21 @@ def test_the_reading_order_gives_the_length_of_every_file():
     assert len(rows) >= 7
     for name, lines in rows:
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines), name
+
+
+def commands() -> dict[str, set[str]]:
+    """Programs that the documents tell people to run, and the options that they are given there."""
+    found: dict[str, set[str]] = {}
+    for name in ("README.md", "CONTRIBUTING.md", "COURSEWORK.md", "minillava/tiny/README.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for program, rest in re.findall(r"\bpython (-m [\w.]+|\w+\.py)([^`\n]*)", text):
+            found.setdefault(program.removesuffix("."), set()).update(re.findall(r"--[a-z][\w-]*", rest))
+    return found
+
+
+@pytest.mark.parametrize("program, options", commands().items())
+def test_every_command_it_names_exists_with_the_options_it_gives(program, options):
+    done = subprocess.run([sys.executable, *program.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert not re.search("No module named|can't open", done.stderr)
+    missing = {option for option in options if not re.search(rf"(?<![\w-]){option}(?![\w-])", done.stdout)}
+    assert not missing
