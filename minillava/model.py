@@ -292,15 +292,28 @@ class KVCache:
 # ---------------------------------------------------------------- Llama decoder
 
 
+@torch.library.custom_op("minillava::whole_product", mutates_args=())
+def whole_product(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """matrix @ vectors.mT, which a compiler leaves whole: for one vector it would write loops that are slower."""
+    return matrix @ vectors.mT
+
+
+@whole_product.register_fake
+def _(matrix: Tensor, vectors: Tensor) -> Tensor:
+    return matrix.new_empty(*matrix.shape[:-1], vectors.shape[-2])
+
+
 def times(matrix: Tensor, vectors: Tensor) -> Tensor:
     """A matrix [..., R, C] and a few vectors [..., G, C] that it is multiplied with: [..., G, R].
 
     Reads the matrix once, each row as it lies in memory, which is most of what a decode step takes.
-    Compiled, it is a sum of products, which melts into one pass with what stands around it.
+    Compiled for one prompt, it is a sum of products, which melts into one pass with what stands around it.
     """
-    if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        return (matrix @ vectors.mT).mT
+    if len(matrix) == 1:
         return (matrix[..., None, :, :] * vectors[..., :, None, :]).sum(-1)
-    return (matrix @ vectors.mT).mT
+    return whole_product(matrix, vectors).mT
 
 
 class Linear(nn.Linear):
@@ -312,15 +325,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, in] -> [B, N, out]."""
-        compiling = torch.compiler.is_compiling()
-        parts = 1 if compiling else torch.get_num_threads()
-        worth = len(x) == 1 if compiling else self.weight.numel() >= 2**16
-        if not (worth and x.is_cpu and x.shape[1] == 1 and self.out_features % parts == 0):
+        melts = torch.compiler.is_compiling() and len(x) == 1
+        if not (x.is_cpu and x.shape[1] == 1 and (melts or self.weight.numel() >= 2**16)):
             return F.linear(x, self.weight, self.bias)
+        parts = 1 if melts else math.gcd(self.out_features, 16)
         weight = self.weight.view(parts, -1, self.in_features)  # [parts, rows, width]
         vectors = x[:, 0].expand(parts, -1, -1)  # [parts, B, width]
-        product = times(weight, vectors) if len(x) == 1 else vectors @ weight.mT  # [parts, B, rows]
-        product = product.transpose(0, 1).reshape(len(x), 1, -1)
+        product = times(weight, vectors) if len(x) <= 4 else vectors @ weight.mT  # [parts, B, rows]
+        product = product.transpose(0, 1).reshape(len(x), 1, -1).contiguous()
         return product if self.bias is None else product + self.bias
 
 

@@ -59,14 +59,29 @@ def test_compiled_steps_give_the_same_tokens_without_leaving_the_graph(small):
     compiled, _ = load(folder)
     compiled.compile_steps()
     torch._dynamo.reset()
-    batch = inputs(processor, "a cat", "describe it in detail")
-    for compressor in (None, PrefixKV(0.5)):
-        options = {"max_new_tokens": 24, "eos_token_id": (), "compressor": compressor}
-        assert torch.equal(
-            compiled.generate(**batch, **options).token_ids, model.generate(**batch, **options).token_ids
-        )
+    for prompts in (["two red"], ["a cat", "describe it in detail"]):
+        batch = inputs(processor, *prompts)
+        for compressor in (None, PrefixKV(0.5)):
+            options = {"max_new_tokens": 24, "eos_token_id": (), "compressor": compressor}
+            expected = model.generate(**batch, **options).token_ids
+            assert torch.equal(compiled.generate(**batch, **options).token_ids, expected)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("prompts", [["two red"], ["a cat", "describe it in detail"]])
+def test_the_top_layers_last_token_alone_is_that_of_the_whole_layer(small, prompts):
+    _, _, model, processor = small
+    batch = inputs(processor, *prompts)
+    layer = model.language_model.layers[-1]
+    hidden = torch.randn(*batch["input_ids"].shape, model.config.text.hidden_size)
+    rope, mask = model.positions(batch["input_ids"], batch.get("attention_mask"))
+    with torch.no_grad():
+        whole, (query, key, value) = layer(hidden, rope, mask)
+        last, parts = layer(hidden, rope, mask, last_only=True)
+    # Attention's two kernels add in another order: last places of numbers up to 5.
+    torch.testing.assert_close(last, whole[:, -1:], atol=5e-6, rtol=0)
+    assert all(torch.equal(*pair) for pair in zip(parts, (query, key, value)))
 
 
 def test_one_eos_may_be_given_as_a_number(small):
@@ -168,11 +183,15 @@ def test_training_through_forward_reaches_every_parameter_and_fits_a_batch(small
     assert losses[-1] < 0.1 * losses[0]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("batch, tokens", [(1, 1), (2, 1), (8, 1), (33, 1), (1, 3), (4, 2)])
+@pytest.mark.parametrize("batch, tokens", [(1, 1), (2, 1), (4, 1), (5, 1), (33, 1), (1, 3), (4, 2)])
 @pytest.mark.parametrize("width, out", [(300, 512), (300, 511), (8, 16)])
-def test_a_product_shared_out_between_threads_is_the_product(batch, tokens, width, out, bias):
+def test_a_product_shared_out_between_threads_is_the_product(batch, tokens, width, out, bias, compiled):
     layer = Linear(width, out, bias=bias)
     x = torch.randn(batch, tokens, width)
+    with mock.patch("torch.compiler.is_compiling", lambda: compiled):
+        found = layer(x)
     # sums of 300 products of about 0.06, in another order: a few units in the last place of the largest
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), atol=2e-6, rtol=0)
+    torch.testing.assert_close(found, F.linear(x, layer.weight, layer.bias), atol=2e-6, rtol=0)
+    assert found.is_contiguous()  # what follows reads it row by row
