@@ -239,7 +239,7 @@ def test_with_a_plan_the_whole_prompt_is_held_for_one_layer_at_a_time(small, mon
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keys_and_values_lie_as_the_step_reads_them(dtype):
-    """Float32: products read rows of keys and columns of values; half precision: the fused kernel reads rows of both."""
+    """In float32, products read rows of keys and columns of values; the kernel of half precision reads rows of both."""
     cache = KVCache(torch.ones(2, 9, dtype=torch.long), 1, 4, None)
     key, value = torch.randn(2, 2, HEADS, 9, SIZE).to(dtype)
     cache.store(0, key, value, cache.present)
