@@ -310,7 +310,8 @@ def times(matrix: Tensor, vectors: Tensor) -> Tensor:
     Compiled for one prompt, it is a sum of products, which melts into one pass with what stands around it.
     """
     if not torch.compiler.is_compiling():
-        return (matrix @ vectors.mT).mT
+        apart = matrix.stride(-2) - matrix.shape[-1] > 64  # slots still free stand between the rows of the values
+        return vectors @ matrix.mT if apart else (matrix @ vectors.mT).mT
     if len(matrix) == 1:
         return (matrix[..., None, :, :] * vectors[..., :, None, :]).sum(-1)
     return whole_product(matrix, vectors).mT

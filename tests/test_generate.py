@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillava.model import Linear, LlavaError, sample
+from minillava.model import Linear, LlavaError, sample, times
 from prefixkv import PrefixKV
 from weights import load
 
@@ -195,3 +195,14 @@ def test_a_product_shared_out_between_threads_is_the_product(batch, tokens, widt
     # sums of 300 products of about 0.06, in another order: a few units in the last place of the largest
     torch.testing.assert_close(found, F.linear(x, layer.weight, layer.bias), atol=2e-6, rtol=0)
     assert found.is_contiguous()  # what follows reads it row by row
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 90), st.sampled_from([0, 1, 64, 65, 200]), st.booleans())
+def test_a_matrix_times_vectors_is_that_however_its_rows_lie(batch, count, columns, gap, compiled):
+    matrix = torch.randn(batch, 2, 5, columns + gap)[..., :columns]
+    vectors = torch.randn(batch, 2, count, columns)
+    with mock.patch("torch.compiler.is_compiling", lambda: compiled):
+        found = times(matrix, vectors)
+    expected = torch.einsum("bhrc,bhgc->bhgr", matrix.double(), vectors.double()).float()
+    # up to 90 products of numbers up to 4, added in float32: some last places of sums of about 30
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
