@@ -291,7 +291,6 @@ def median(results: list[Result]) -> Result:
 def table(results: list[Result], speed: float, preset: Preset) -> str:
     """Markdown: what each contender took, against the full cache and against t_min."""
     by_name = {result.contender: result for result in results}
-    full = by_name.get("full")
     lines = [
         f"Batch {preset.batch}, {preset.prompt} prompt + {preset.new} new tokens, {preset.dtype} on "
         f"{device_name(preset.device)}; memory read at {speed / 1e9:.1f} GB/s.",
@@ -302,6 +301,7 @@ def table(results: list[Result], speed: float, preset: Preset) -> str:
     for r in results:
         least = 1000 * (r.weight_bytes + r.kv_bytes) / speed
         gain = allowed = ""
+        full = by_name.get("full compiled" if r.contender.endswith("compiled") else "full")
         if full and not r.contender.startswith("transformers"):
             gain = f"{full.step_milliseconds / r.step_milliseconds:.2f}"
             allowed = f"{(full.weight_bytes + full.kv_bytes) / (r.weight_bytes + r.kv_bytes):.2f}"

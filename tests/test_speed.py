@@ -47,6 +47,13 @@ def test_the_table_has_gain_and_limit_of_what_was_measured():
     assert ours[10].strip() == "2.00" and ours[11].strip() == "2.50"  # (1 + 3) / (1 + 0.6)
 
 
+def test_what_is_compiled_gains_over_what_is_compiled():
+    measured = [result("full", 40.0, 3_000_000), result("full compiled", 30.0, 3_000_000)]
+    lines = table([*measured, result("PrefixKV 20% compiled", 20.0, 600_000)], 1e8, PRESETS["cpu"])
+    gains = [line.split("|")[10].strip() for line in lines.splitlines()[-3:]]
+    assert gains == ["1.00", "1.00", "1.50"]
+
+
 def test_medians_are_taken_figure_by_figure():
     found = median([result("full", step, 10) for step in (3.0, 1.0, 2.0)])
     assert found.step_milliseconds == 2.0 and found.contender == "full"
