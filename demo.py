@@ -6,6 +6,7 @@ import argparse
 import difflib
 import io
 import json
+import os
 import sys
 import time
 import warnings
@@ -22,7 +23,7 @@ from minillava import explore
 from minillava.model import Llava, LlavaError
 from minillava.processor import Processor, open_image
 from prefixkv import Plan, PrefixKV
-from weights import load
+from weights import load, write_file
 
 TINY = Path(__file__).resolve().parent / "minillava" / "tiny"
 WIDTH = 80
@@ -255,8 +256,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.chat and args.json:
         parser.error("--chat talks in the terminal and --json writes one object; choose one of them")
     for path in filter(None, (args.explore, args.plot, args.save_plan)):  # before the model has worked in vain
-        if Path(path).is_dir() or not Path(path).parent.is_dir():
-            parser.error(f"{path} cannot be written; expected the name of a file in a folder that exists")
+        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+            parser.error(f"{path:.200} cannot be written; expected the name of a file in a folder that exists")
     if args.plot and find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install -c constraints.txt -e '.[bench]'")
     return args
@@ -292,28 +293,18 @@ def describe(args: argparse.Namespace) -> None:
         try:
             Plan.estimate(run.budget, kept, prompt_tokens, args.model).save(args.save_plan)
         except OSError as error:
-            raise LlavaError(f"{args.save_plan} cannot be written ({error.strerror}); choose another place.") from None
+            raise LlavaError(
+                f"{args.save_plan:.200} cannot be written ({error.strerror}); choose another place."
+            ) from None
     if args.explore or args.plot:
         budgets = [run.budget for run in runs[1:]]
         data = explore.collect(model, processor, prompt, images, budgets, args.max_new_tokens, args.model)
         if args.explore:
-            write_text(args.explore, explore.page(data))
+            write_file(args.explore, explore.page(data).encode())
         if args.plot:
-            explore.plot(data, args.plot)
+            write_file(args.plot, explore.plot(data, Path(args.plot).suffix))
     if args.json:
         print(json.dumps({"model": args.model, "images": paths, "prompt": prompt, "runs": [asdict(r) for r in runs]}))
-
-
-def write_text(path: str, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    temporary = Path(f"{path}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise LlavaError(f"{path} cannot be written ({error.strerror}); choose another place.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

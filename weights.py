@@ -520,11 +520,22 @@ def config_dict(config: LlavaConfig, dtype: str) -> dict[str, object]:
     }
 
 
+def write_file(path: str | Path, content: bytes) -> None:
+    """Writes a file, whole or not at all; raises LlavaError where that cannot be done."""
+    temporary = Path(f"{path}.part")
+    try:
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise LlavaError(f"{path!s:.200} cannot be written ({error.strerror}); choose another place.") from None
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes JSON, whole or not at all."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 # ---------------------------------------------------------------- commands

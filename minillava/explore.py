@@ -145,8 +145,8 @@ def kept(data: dict[str, Any], layer: int, budget: int) -> list[bool]:
     return [position in chosen for position in data["patches"]]
 
 
-def plot(data: dict[str, Any], path: str | Path) -> None:
-    """The same as a still picture: patches kept in selected layers, curves, kept shares. Needs matplotlib."""
+def plot(data: dict[str, Any], suffix: str = ".png") -> bytes:
+    """The same as a still picture, a file of the kind of `suffix`: patches, curves, kept shares. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -183,14 +183,11 @@ def plot(data: dict[str, Any], path: str | Path) -> None:
     right.bar(range(layers), [count / length for count in data["counts"][budget]], color=colours)
     right.axhline(share, color="black", linestyle=":", linewidth=1)
     right.set(xlabel="layer", ylabel="share of the prompt kept")
-    temporary = Path(f"{path}.part")
+    picture = io.BytesIO()
     try:
-        figure.savefig(temporary, dpi=120, format=Path(path).suffix[1:] or "png")
-        temporary.replace(path)
-    except (OSError, ValueError) as error:
-        raise LlavaError(
-            f"{path} cannot be written ({error}); choose another place, or a name that ends in .png."
-        ) from None
+        figure.savefig(picture, dpi=120, format=suffix[1:] or "png")
+    except ValueError as error:
+        raise LlavaError(f"A picture cannot be drawn as {suffix} ({error}); choose a name that ends in .png.") from None
     finally:
-        temporary.unlink(missing_ok=True)
         plt.close(figure)
+    return picture.getvalue()

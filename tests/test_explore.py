@@ -111,6 +111,14 @@ def test_the_demo_writes_page_and_picture(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.png"]
 
 
+@pytest.mark.parametrize("option", ["--explore", "--plot", "--save-plan"])
+def test_a_name_too_long_for_a_file_ends_with_2(tmp_path, capsys, option):
+    for length in (252, 5000):  # the second is too long to be asked about, the first for the name it is written under
+        assert demo.main(["--max-new-tokens", "2", option, str(tmp_path / ("x" * length + ".png")[-length:])]) == 2
+        assert "cannot be written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("place", ["no/a.png", "."])
 @pytest.mark.parametrize("option", ["--explore", "--plot", "--save-plan"])
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_done(tmp_path, capsys, option, place):
@@ -132,7 +140,7 @@ def test_a_write_that_fails_ends_with_2_and_leaves_nothing(tmp_path, capsys, opt
 
 def test_a_picture_of_an_unknown_kind_is_refused(tmp_path, capsys):
     assert demo.main(["--max-new-tokens", "2", "--plot", str(tmp_path / "a.xyz")]) == 2
-    assert "a name that ends in .png" in capsys.readouterr().err
+    assert "choose a name that ends in .png" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
