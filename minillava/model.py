@@ -321,19 +321,21 @@ class Linear(nn.Linear):
     """nn.Linear that keeps every thread of a CPU busy where there is one token a sample to multiply with.
 
     Reading the weights is then all the work, and the matrix library leaves it to a single thread. A batch of products,
-    each with a part of the weights, is shared out. Small weights are in the caches, where nothing is gained.
+    each with one of up to 16 parts of the weights, is shared out; with up to 4 tokens, `times` is the faster product.
+    Small weights are in the caches, where nothing is gained.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, in] -> [B, N, out]."""
-        melts = torch.compiler.is_compiling() and len(x) == 1
+        melts = torch.compiler.is_compiling() and len(x) == 1  # into what stands around it, see `times`
         if not (x.is_cpu and x.shape[1] == 1 and (melts or self.weight.numel() >= 2**16)):
             return F.linear(x, self.weight, self.bias)
         parts = 1 if melts else math.gcd(self.out_features, 16)
         weight = self.weight.view(parts, -1, self.in_features)  # [parts, rows, width]
         vectors = x[:, 0].expand(parts, -1, -1)  # [parts, B, width]
         product = times(weight, vectors) if len(x) <= 4 else vectors @ weight.mT  # [parts, B, rows]
-        product = product.transpose(0, 1).reshape(len(x), 1, -1).contiguous()
+        # Contiguous: after `times` a token's numbers stand B apart in memory, and every product that follows is slower.
+        product = product.transpose(0, 1).reshape(len(x), 1, -1).contiguous()  # [B, 1, out]
         return product if self.bias is None else product + self.bias
 
 

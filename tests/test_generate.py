@@ -74,12 +74,13 @@ def test_the_top_layers_last_token_alone_is_that_of_the_whole_layer(small, promp
     _, _, model, processor = small
     batch = inputs(processor, *prompts)
     layer = model.language_model.layers[-1]
+    torch.manual_seed(0)
     hidden = torch.randn(*batch["input_ids"].shape, model.config.text.hidden_size)
     rope, mask = model.positions(batch["input_ids"], batch.get("attention_mask"))
     with torch.no_grad():
         whole, (query, key, value) = layer(hidden, rope, mask)
         last, parts = layer(hidden, rope, mask, last_only=True)
-    # Attention's two kernels add in another order: last places of numbers up to 5.
+    # Attention's two kernels add in another order: last places of numbers up to 9.
     torch.testing.assert_close(last, whole[:, -1:], atol=5e-6, rtol=0)
     assert all(torch.equal(*pair) for pair in zip(parts, (query, key, value)))
 
@@ -199,10 +200,11 @@ def test_a_product_shared_out_between_threads_is_the_product(batch, tokens, widt
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 90), st.sampled_from([0, 1, 64, 65, 200]), st.booleans())
 def test_a_matrix_times_vectors_is_that_however_its_rows_lie(batch, count, columns, gap, compiled):
+    torch.manual_seed(0)
     matrix = torch.randn(batch, 2, 5, columns + gap)[..., :columns]
     vectors = torch.randn(batch, 2, count, columns)
     with mock.patch("torch.compiler.is_compiling", lambda: compiled):
         found = times(matrix, vectors)
     expected = torch.einsum("bhrc,bhgc->bhgr", matrix.double(), vectors.double()).float()
     # up to 90 products of numbers up to 4, added in float32: some last places of sums of about 30
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
