@@ -269,7 +269,8 @@ class KVCache:
         self.used = torch.minimum(self.used + 1, room)  # [L, B]
         self.position.scatter_(2, self.slot[..., None], self.seen.expand_as(self.slot)[..., None])
         self.seen = self.seen + 1
-        self.longest, self.shortest = self.used.amax(1).tolist(), self.used.amin(1).tolist()
+        if not torch.compiler.is_compiling():  # numbers on the host would split what is compiled
+            self.longest, self.shortest = self.used.amax(1).tolist(), self.used.amin(1).tolist()
 
     def write(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Puts the new token's key and value [B, Hkv, 1, Dh] in their slots; returns what attention reads."""
@@ -292,29 +293,16 @@ class KVCache:
 # ---------------------------------------------------------------- Llama decoder
 
 
-@torch.library.custom_op("minillava::whole_product", mutates_args=())
-def whole_product(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """matrix @ vectors.mT, which a compiler leaves whole: for one vector it would write loops that are slower."""
-    return matrix @ vectors.mT
-
-
-@whole_product.register_fake
-def _(matrix: Tensor, vectors: Tensor) -> Tensor:
-    return matrix.new_empty(*matrix.shape[:-1], vectors.shape[-2])
-
-
 def times(matrix: Tensor, vectors: Tensor) -> Tensor:
     """A matrix [..., R, C] and a few vectors [..., G, C] that it is multiplied with: [..., G, R].
 
-    Reads the matrix once, each row as it lies in memory, which is most of what a decode step takes.
-    Compiled for one prompt, it is a sum of products, which melts into one pass with what stands around it.
+    Reads the matrix once, each row as it lies in memory, which is most of what a decode step takes. Compiled, the
+    sums of products of all vectors become one loop over it, which may melt into what stands around it.
     """
     if not torch.compiler.is_compiling():
         apart = matrix.stride(-2) - matrix.shape[-1] > 64  # slots still free stand between the rows of the values
         return vectors @ matrix.mT if apart else (matrix @ vectors.mT).mT
-    if len(matrix) == 1:
-        return (matrix[..., None, :, :] * vectors[..., :, None, :]).sum(-1)
-    return whole_product(matrix, vectors).mT
+    return torch.stack([(matrix * vector[..., None, :]).sum(-1) for vector in vectors.unbind(-2)], dim=-2)
 
 
 class Linear(nn.Linear):
@@ -327,13 +315,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, in] -> [B, N, out]."""
-        melts = torch.compiler.is_compiling() and len(x) == 1  # into what stands around it, see `times`
+        melts = torch.compiler.is_compiling() and len(x) <= 8  # one loop, see `times`; more sums fill the registers
         if not (x.is_cpu and x.shape[1] == 1 and (melts or self.weight.numel() >= 2**16)):
             return F.linear(x, self.weight, self.bias)
         parts = 1 if melts else math.gcd(self.out_features, 16)
         weight = self.weight.view(parts, -1, self.in_features)  # [parts, rows, width]
         vectors = x[:, 0].expand(parts, -1, -1)  # [parts, B, width]
-        product = times(weight, vectors) if len(x) <= 4 else vectors @ weight.mT  # [parts, B, rows]
+        product = times(weight, vectors) if melts or len(x) <= 4 else vectors @ weight.mT  # [parts, B, rows]
         # Contiguous: after `times` a token's numbers stand B apart in memory, and every product that follows is slower.
         product = product.transpose(0, 1).reshape(len(x), 1, -1).contiguous()  # [B, 1, out]
         return product if self.bias is None else product + self.bias
@@ -630,20 +618,22 @@ class Llava(nn.Module):
     @torch.inference_mode()
     def decode_step(self, token_ids: Tensor, cache: KVCache) -> Tensor:
         """One step for every sample: token ids [B] -> logits [B, V] for the next; the cache is updated in place."""
+        return self.step(token_ids, cache)
+
+    def compile_steps(self) -> None:
+        """Makes the kernels of later decode steps few, so that less of a step is launching them and passing data on.
+
+        The first steps then take a minute or two, and on a CPU a C++ compiler is needed.
+        """
+        # Threshold 0: what several products read is computed once, before them, and not again for every row.
+        options: dict[str, Any] = {"realize_reads_threshold": 0}
+        self.step = torch.compile(self.step, dynamic=True, options=options)  # type: ignore[method-assign]
+
+    def step(self, token_ids: Tensor, cache: KVCache) -> Tensor:
+        """What `decode_step` runs, compiled or not."""
         rope = self.language_model.rope(cache.seen[:, None])  # the token's true position, whatever was evicted
         cache.advance()
         hidden = self.language_model.embed_tokens(token_ids[:, None])  # [B, 1, D]
-        return self.step_layers(hidden, rope, cache)
-
-    def compile_steps(self) -> None:
-        """Makes the kernels of later decode steps few: they run faster where launching kernels takes most of a step.
-
-        The first steps then take up to a minute, and on a CPU a C++ compiler is needed.
-        """
-        self.step_layers = torch.compile(self.step_layers, dynamic=True)  # type: ignore[method-assign]
-
-    def step_layers(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
-        """The new token's embedding [B, 1, D] through all layers: logits [B, V]."""
         for index, layer in enumerate(self.language_model.layers):
             hidden = layer.step(hidden, rope, cache, index)  # [B, 1, D]
         return self.lm_head(self.language_model.norm(hidden))[:, 0]  # [B, V]
