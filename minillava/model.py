@@ -228,7 +228,8 @@ class KVCache:
         self.value: list[Tensor] = []
         self.kept = self.prompt.repeat(num_layers, 1)  # [L, B]
         self.used = self.kept.clone()  # [L, B]
-        # The position of the token in each slot, -1 in a free one; as wide as the widest layer.
+        # The position of the token in each slot, -1 in a free one. One slot wider than the widest layer: if they were
+        # equally wide, a compiled step would hold only for caches in which the same layer is the widest.
         self.position = self.seen.new_full((num_layers, len(self.seen), 0), -1)
 
     def room(self, kept: Tensor, seen: Tensor) -> Tensor:
@@ -256,8 +257,8 @@ class KVCache:
             held[index][:, :, : order.shape[1]] = kept
         free = torch.arange(order.shape[1], device=order.device) >= count[:, None]
         position = (order - self.padding[:, None]).masked_fill(free, -1)
-        if slots > self.position.shape[2]:
-            self.position = F.pad(self.position, (0, slots - self.position.shape[2]), value=-1)
+        if slots >= self.position.shape[2]:
+            self.position = F.pad(self.position, (0, slots + 1 - self.position.shape[2]), value=-1)
         self.position[index, :, : order.shape[1]] = position
 
     def advance(self) -> None:
@@ -615,6 +616,15 @@ class Llava(nn.Module):
         require(logits.isfinite().all(), "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
         return logits, cache
 
+    def step(self, token_ids: Tensor, cache: KVCache) -> Tensor:
+        """`decode_step` inside inference mode, where it can be compiled: [B] -> [B, V]."""
+        rope = self.language_model.rope(cache.seen[:, None])  # the token's true position, whatever was evicted
+        cache.advance()
+        hidden = self.language_model.embed_tokens(token_ids[:, None])  # [B, 1, D]
+        for index, layer in enumerate(self.language_model.layers):
+            hidden = layer.step(hidden, rope, cache, index)  # [B, 1, D]
+        return self.lm_head(self.language_model.norm(hidden))[:, 0]  # [B, V]
+
     @torch.inference_mode()
     def decode_step(self, token_ids: Tensor, cache: KVCache) -> Tensor:
         """One step for every sample: token ids [B] -> logits [B, V] for the next; the cache is updated in place."""
@@ -623,20 +633,12 @@ class Llava(nn.Module):
     def compile_steps(self) -> None:
         """Makes the kernels of later decode steps few, so that less of a step is launching them and passing data on.
 
-        The first steps then take a minute or two, and on a CPU a C++ compiler is needed.
+        The first steps then take a minute or two, with a compressor and without it, and for every batch of up to eight
+        anew. On a CPU a C++ compiler is needed.
         """
         # Threshold 0: what several products read is computed once, before them, and not again for every row.
         options: dict[str, Any] = {"realize_reads_threshold": 0}
         self.step = torch.compile(self.step, dynamic=True, options=options)  # type: ignore[method-assign]
-
-    def step(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """What `decode_step` runs, compiled or not."""
-        rope = self.language_model.rope(cache.seen[:, None])  # the token's true position, whatever was evicted
-        cache.advance()
-        hidden = self.language_model.embed_tokens(token_ids[:, None])  # [B, 1, D]
-        for index, layer in enumerate(self.language_model.layers):
-            hidden = layer.step(hidden, rope, cache, index)  # [B, 1, D]
-        return self.lm_head(self.language_model.norm(hidden))[:, 0]  # [B, V]
 
     @torch.inference_mode()
     def decode(
