@@ -1,4 +1,4 @@
-"""Describes an image with a LLaVA checkpoint, full cache beside PrefixKV: `python demo.py`."""
+"""Describes an image with a LLaVA checkpoint, full cache beside compressed ones: `python demo.py`."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ import json
 import os
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch works without; so does the demo
+from minillava import TINY  # isort: skip  before torch, of whose import it silences a warning
 
 import torch
 from PIL import Image
 
 from minillava import explore
+from minillava.compressors import METHODS
 from minillava.model import Llava, LlavaError
 from minillava.processor import Processor, open_image
 from prefixkv import Plan, PrefixKV
 from weights import load, write_file
 
-TINY = Path(__file__).resolve().parent / "minillava" / "tiny"
 WIDTH = 80
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -34,13 +33,14 @@ BARS = " ▁▂▃▄▅▆▇█"
 class Run:
     """One answer and what it cost; the fields of `--json`."""
 
-    method: str  # "full" or "prefixkv"
+    method: str  # "full", or one of METHODS
     budget: float
     text: str
     token_ids: list[int]
     prompt_tokens: int
     kept_per_layer: list[int]  # after prefill
     kv_bytes: int  # held at the end
+    kv_bytes_allocated: int  # of all slots: what the longest answer that was allowed would have taken
     kv_bytes_full: int  # what the full cache would hold at the end
     prefill_seconds: float
     decode_seconds: float
@@ -81,6 +81,7 @@ def answer(
     processor: Processor,
     prompt: str,
     images: list[Image.Image],
+    method: str,
     compressor: PrefixKV | None,
     args: argparse.Namespace,
     title: str | None = "",
@@ -109,17 +110,17 @@ def answer(
     if show:
         typewriter.update(text, final=True)
         typewriter.end()
-    seen = int(cache.seen[0])
     token_bytes = sum(2 * key.shape[1] * key.shape[3] * key.element_size() for key in cache.key)
     return Run(
-        method="full" if compressor is None else "prefixkv",
+        method=method,
         budget=1.0 if compressor is None else compressor.budget,
         text=text,
         token_ids=ids,
-        prompt_tokens=int(cache.prompt[0]),
+        prompt_tokens=int(cache.prompt_lengths[0]),
         kept_per_layer=kept,
-        kv_bytes=cache.bytes,
-        kv_bytes_full=seen * token_bytes,
+        kv_bytes=cache.held_bytes,
+        kv_bytes_allocated=cache.allocated_bytes,
+        kv_bytes_full=int(cache.lengths[0]) * token_bytes,
         prefill_seconds=prefilled - start,
         decode_seconds=ended - prefilled,
         tokens_per_second=(len(ids) - 1) / max(ended - prefilled, 1e-9),  # the first comes with the prefill
@@ -152,37 +153,35 @@ def human(count: int) -> str:
 
 def table(runs: list[Run]) -> str:
     """The closing table, at most 80 columns wide; the bars of a deep model stand under it."""
-    rows = [["budget", "prompt", "kept in all layers", "per layer", "KV held", "tokens/s", "same words"]]
-    for run in runs:
-        total = run.prompt_tokens * len(run.kept_per_layer)
-        rows.append(
-            [
-                "full" if run.method == "full" else f"{100 * run.budget:.3g}%",
-                str(run.prompt_tokens),
-                f"{sum(run.kept_per_layer)} of {total}",
-                bars(run),
-                human(run.kv_bytes),
-                f"{run.tokens_per_second:.0f}",
-                f"{agreement(run, runs[0]):.0%}",
-            ]
-        )
-    lines = []
-    if len(runs[0].kept_per_layer) > 12:
-        lines = ["", "per layer, first layer on the left:", *[f"{row[0]:>6}  {row.pop(3)}" for row in rows][1:]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join([*("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows), *lines])
+    names = ["full cache" if run.method == "full" else f"{run.method} {100 * run.budget:.3g}%" for run in runs]
+    rows = [["", "kept", "per layer", "KV held", "allocated", "tokens/s", "same words"]]
+    for name, run in zip(names, runs):
+        kept, total = sum(run.kept_per_layer), run.prompt_tokens * len(run.kept_per_layer)
+        rows.append([name, f"{kept} of {total}", bars(run), human(run.kv_bytes), human(run.kv_bytes_allocated),
+                     f"{run.tokens_per_second:.0f}", f"{agreement(run, runs[0]):.0%}"])  # fmt: skip
+
+    def lines() -> list[str]:
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+
+    if max(map(len, lines())) <= WIDTH:
+        return "\n".join(lines())
+    under = ["", "per layer, first layer on the left:", *[f"{row[0]:14} {row.pop(2)}" for row in rows][1:]]
+    return "\n".join([*lines(), *under])
 
 
-def compressors(args: argparse.Namespace) -> list[PrefixKV | None]:
-    """What to run beside the full cache: the plan, or every budget."""
+def compressors(args: argparse.Namespace) -> list[tuple[str, PrefixKV]]:
+    """What to run beside the full cache, with its method: the plan, or every method at every budget."""
     if args.plan:
-        return [None, PrefixKV(plan=Plan.load(args.plan))]
-    return [None, *(PrefixKV(budget) for budget in args.budget or [0.5, 0.2])]
+        return [("prefixkv", PrefixKV(plan=Plan.load(args.plan)))]
+    budgets = args.budget or [0.5, 0.2]
+    return [(name, METHODS[name](budget)) for name in args.method or ["prefixkv"] for budget in budgets]
 
 
 def chat(model: Llava, processor: Processor, images: list[Image.Image], args: argparse.Namespace) -> None:
     """Several turns in the terminal; every turn reads the whole conversation again."""
-    compressor = compressors(args)[1] if args.budget or args.plan else None
+    compressed = args.method or args.budget or args.plan
+    method, compressor = compressors(args)[0] if compressed else ("full", None)
     turns: list[tuple[str, str | None]] = []
     print("Ask about the image; an empty line ends the conversation.")
     while True:
@@ -195,7 +194,7 @@ def chat(model: Llava, processor: Processor, images: list[Image.Image], args: ar
             return
         turns.append((question, None))
         try:
-            run = answer(model, processor, processor.chat(turns, len(images)), images, compressor, args)
+            run = answer(model, processor, processor.chat(turns, len(images)), images, method, compressor, args)
         except LlavaError as error:
             print(f"{error}", file=sys.stderr)
             turns.pop()
@@ -207,7 +206,7 @@ def share(text: str) -> float:
     """A budget from the command line."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        return PrefixKV(value).budget  # refuses what is no share
+        return PrefixKV(value).budget  # raises for what is no share
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no budget; expected a share above 0 and at most 1, or 20%"
@@ -217,7 +216,7 @@ def share(text: str) -> float:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="demo.py", description="Describes images with a LLaVA checkpoint, full cache beside PrefixKV."
+        prog="demo.py", description="Describes images with a LLaVA checkpoint, full cache beside compressed ones."
     )
     parser.add_argument(
         "--model", default=str(TINY), help="folder of a checkpoint, or Hub id (default: the embedded one)"
@@ -227,6 +226,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", action="append", type=share, help="share of the cache to keep; repeatable (50%%, 20%%)"
     )
+    parser.add_argument(
+        "--method", action="append", choices=METHODS, metavar="NAME",
+        help=f"what compresses the cache; repeatable (prefixkv): {', '.join(METHODS)}",
+    )  # fmt: skip
     parser.add_argument(
         "--plan", metavar="FILE", help="keep what a plan says in place of a budget (also published ones)"
     )
@@ -241,7 +244,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument(
-        "--chat", action="store_true", help="several turns in the terminal, at the first --budget if given"
+        "--chat", action="store_true", help="several turns in the terminal, with one --method and --budget if given"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     args = parser.parse_args(arguments)
@@ -249,12 +252,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--max-new-tokens is {args.max_new_tokens}; expected 1 or more")
     if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("sampling needs --temperature 0 or more, --top-k 0 or more, and --top-p above 0 and at most 1")
-    if args.plan and (args.budget or args.save_plan):
-        parser.error("--plan takes the place of --budget and --save-plan; give one of them")
-    if (args.explore or args.plot) and (args.plan or args.chat):
-        parser.error("--explore and --plot show what budgets keep; leave out --plan and --chat")
-    if args.chat and args.json:
-        parser.error("--chat talks in the terminal and --json writes one object; choose one of them")
+    if args.plan and (args.budget or args.method or args.save_plan):
+        parser.error("--plan takes the place of --method, --budget and --save-plan; give one of them")
+    if (args.explore or args.plot) and (args.plan or args.method or args.chat):
+        parser.error("--explore and --plot show what PrefixKV's budgets keep; leave out --plan, --method and --chat")
+    for option in ("--json", "--prompt", "--save-plan"):
+        if args.chat and vars(args)[option[2:].replace("-", "_")]:
+            parser.error(f"--chat reads questions from the terminal and writes answers alone; leave out {option}")
+    if args.chat and max(len(args.budget or []), len(args.method or [])) > 1:
+        parser.error("--chat has one cache; give one --budget and one --method at most")
     for path in filter(None, (args.explore, args.plot, args.save_plan)):  # before the model has worked in vain
         if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
             parser.error(f"{path:.200} cannot be written; expected the name of a file in a folder that exists")
@@ -271,7 +277,7 @@ def describe(args: argparse.Namespace) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise LlavaError(f"The device {args.device!r} cannot be used ({reason}); try --device cpu.") from None
-    methods = compressors(args)
+    compressed = compressors(args)
     paths = args.image or [str(TINY / "examples" / "scene_1.png")]
     images = [open_image(path) for path in paths]
     model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype))
@@ -280,9 +286,10 @@ def describe(args: argparse.Namespace) -> None:
     question = args.prompt or "Describe the image in detail."
     prompt = question if "<image>" in question else processor.chat([(question, None)], len(images))
     runs: list[Run] = []
-    for compressor in methods:
-        title = "full cache" if compressor is None else f"PrefixKV, {100 * compressor.budget:g}% of the cache"
-        runs.append(answer(model, processor, prompt, images, compressor, args, None if args.json else title))
+    for method, compressor in [("full", None), *compressed]:
+        name = "PrefixKV" if method == "prefixkv" else method
+        title = "full cache" if compressor is None else f"{name}, {100 * compressor.budget:g}% of the cache"
+        runs.append(answer(model, processor, prompt, images, method, compressor, args, None if args.json else title))
         if not args.json:
             print()
     if not args.json:
@@ -290,12 +297,8 @@ def describe(args: argparse.Namespace) -> None:
     if args.save_plan:
         run = runs[1]
         kept, prompt_tokens = torch.tensor([run.kept_per_layer]), torch.tensor([run.prompt_tokens])
-        try:
-            Plan.estimate(run.budget, kept, prompt_tokens, args.model).save(args.save_plan)
-        except OSError as error:
-            raise LlavaError(
-                f"{args.save_plan:.200} cannot be written ({error.strerror}); choose another place."
-            ) from None
+        plan = Plan.estimate(run.budget, kept, prompt_tokens, args.model)
+        write_file(args.save_plan, plan.to_json().encode())
     if args.explore or args.plot:
         budgets = [run.budget for run in runs[1:]]
         data = explore.collect(model, processor, prompt, images, budgets, args.max_new_tokens, args.model)

@@ -4,21 +4,17 @@ Every cell does by hand what the code does, prints what is worth seeing, and ass
 """
 
 # %% 1. Load a checkpoint: 2.7 million trained parameters, in the layout of a Hub repository
-import warnings
-from pathlib import Path
-
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch works without; so does the tour
+from minillava import TINY  # isort: skip  before torch, of whose import it silences a warning
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from minillava.model import merge_heads, rotate, split_heads
+from minillava.model import apply_rope, manual_attention, merge_heads, split_heads
 from prefixkv import PrefixKV, importance, priority, retain, search
 from weights import load
 
 torch.set_grad_enabled(False)
-TINY = Path(__file__).resolve().parent / "minillava" / "tiny"
 model, processor = load(TINY)
 config = model.config
 print(
@@ -82,8 +78,8 @@ assert torch.allclose(embeddings, model.embed(ids, pixels), atol=1e-5)
 block, heads = model.language_model.layers[0], config.text.num_attention_heads
 cos, sin = model.language_model.rope(torch.arange(length)[None])
 attention, x = block.self_attn, block.input_layernorm(embeddings)
-query = rotate(split_heads(attention.q_proj(x), heads), cos, sin)  # [1, H, N, Dh]
-key = rotate(split_heads(attention.k_proj(x), config.text.kv_heads), cos, sin)  # [1, Hkv, N, Dh]
+query = apply_rope(split_heads(attention.q_proj(x), heads), cos, sin)  # [1, H, N, Dh]
+key = apply_rope(split_heads(attention.k_proj(x), config.text.kv_heads), cos, sin)  # [1, Hkv, N, Dh]
 value = split_heads(attention.v_proj(x), config.text.kv_heads)
 shared = heads // config.text.kv_heads  # query heads that read one key
 scores = query @ key.repeat_interleave(shared, 1).mT / query.shape[-1] ** 0.5
@@ -93,7 +89,8 @@ out = embeddings + attention.o_proj(merge_heads(weights @ value.repeat_interleav
 x = block.post_attention_layernorm(out)
 out = out + block.mlp.down_proj(F.silu(block.mlp.gate_proj(x)) * block.mlp.up_proj(x))
 print(f"{heads} query heads share {config.text.kv_heads} key-value heads")
-assert torch.allclose(out, block(embeddings, (cos, sin), None)[0], atol=1e-5)
+assert torch.allclose(out, block(embeddings, (cos, sin)), atol=1e-5)
+assert torch.allclose(weights, manual_attention(query, key, value, None)[1], atol=1e-5)
 
 # %% 9. Importance: how much attention each key receives, all queries together (PrefixKV, section 3)
 present = torch.ones(1, length, dtype=torch.bool)
@@ -106,14 +103,15 @@ assert torch.allclose(by_hand, importance(query, key, present, block=16), atol=1
 # %% 10. The same for every layer, and what a prefix of the most important keys holds
 hidden, table = model.embed(ids, pixels), []
 for block in model.language_model.layers:
-    hidden, (query, key, _) = block(hidden, (cos, sin), None)
+    query, key, _ = block.self_attn.project(block.input_layernorm(hidden), (cos, sin))
     table.append(importance(query, key, present)[0])
+    hidden = block(hidden, (cos, sin))
 table = torch.stack(table)  # [L, N]
-prefixes = priority(table)  # [L, N]: P(1) .. P(N)
-for number, row in enumerate(prefixes):
-    half = int((row < 0.5).sum()) + 1
+curve = priority(table)  # [L, N + 1]: P(0), P(1) .. P(N)
+for number, row in enumerate(curve):
+    half = int((row < 0.5).sum())  # P(0) .. P(half - 1) are below a half, P(half) is not
     print(f"layer {number}: half of the importance is in {half:3} keys  {'#' * (half // 2)}")
-assert torch.allclose(prefixes[:, -1], torch.ones(len(table), dtype=torch.float64))
+assert torch.allclose(curve[:, -1], torch.ones(len(table), dtype=torch.float64))
 
 # %% 11. The search, step by step: one threshold p for all layers, halving the bracket
 budget, protected = 0.2, 2
@@ -122,7 +120,7 @@ total = round(budget * len(table) * length)
 
 def sizes(p: float) -> torch.Tensor:
     """Each layer's shortest prefix that holds a share p of its importance, and the protected tokens on top."""
-    return ((prefixes < p).sum(-1) + 1 + protected).clamp(max=length)
+    return ((curve < p).sum(-1) + protected).clamp(max=length)
 
 
 low, high = 0.0, 1.0
@@ -132,7 +130,7 @@ for step in range(20):
     if step < 6:
         print(f"p in [{low:.4f}, {high:.4f}]: {p:.4f} keeps {kept} of {total}")
     low, high = (p, high) if kept <= total else (low, p)
-threshold, counts = search(prefixes, total, protected)
+threshold, counts = search(curve, total, protected)
 print(f"p = {threshold:.4f}; kept by layer {counts.tolist()}, {int(counts.sum())} in all")
 assert int(counts.sum()) == total and abs(threshold - low) < 1e-5
 
@@ -159,7 +157,7 @@ for step in range(3):
     slot = int(cache.slot[0, 0])
     old = int(before[slot])
     where = "a free slot" if old < 0 else f"the slot of token {old}"
-    print(f"{processor.decode(token)!r:>10} is token {int(cache.seen) - 1}: layer 0 puts it in slot {slot}, {where}")
+    print(f"{processor.decode(token)!r:>10} is token {int(cache.lengths) - 1}: layer 0 puts it in slot {slot}, {where}")
     changed = (cache.position[0, 0] != before).nonzero()[:, 0].tolist()
     assert changed == [slot] and int(cache.position[0, 0, slot]) == length + step
 

@@ -15,20 +15,20 @@ import os
 import re
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch works without; so does this
+import minillava  # isort: skip  # noqa: F401  before torch, of whose import it silences a warning
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minillava.fast import speed_up
 from minillava.model import ACTIVATIONS, Llava, LlavaConfig, LlavaError, TextConfig, VisionConfig, require
 from minillava.processor import ImageProcessor, Processor, read_json
 
@@ -456,11 +456,16 @@ def empty_model(config: LlavaConfig) -> Llava:
         return Llava(config)
 
 
-def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32) -> Llava:
+def load_model(
+    folder: Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    fast: bool | None = None,
+) -> Llava:
     """The model of a checkpoint's folder, in evaluation mode; no tokenizer is needed. Parameters as in `load`."""
-    model = empty_model(read_config(folder))
-    load_weights(model, folder, torch.device(device), dtype)
-    return model.eval()
+    model, device = empty_model(read_config(folder)).eval(), torch.device(device)
+    load_weights(model, folder, device, dtype)
+    return speed_up(model) if fast or (fast is None and device.type == "cpu") else model
 
 
 def load(
@@ -468,14 +473,16 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
     revision: str | None = None,
+    fast: bool | None = None,
 ) -> tuple[Llava, Processor]:
     """The model in evaluation mode, and its processor, from a folder or a Hub id.
 
-    dtype None keeps the checkpoint's own; float32 is the default because half precision is slow on most CPUs.
-    Raises LlavaError for anything that cannot be loaded.
+    dtype: None keeps the checkpoint's own; float32 is the default because half precision is slow on most CPUs.
+    fast: whether `fast.speed_up` changes the model's modules; None does so on a CPU. False is for stepping through
+    the code of model.py. Raises LlavaError for anything that cannot be loaded.
     """
     folder = find(path_or_id, revision)
-    return load_model(folder, device, dtype), load_processor(folder)
+    return load_model(folder, device, dtype, fast), load_processor(folder)
 
 
 def load_processor(folder: Path) -> Processor:
@@ -510,6 +517,7 @@ def config_dict(config: LlavaConfig, dtype: str) -> dict[str, object]:
         "image_token_index": config.image_token_id,
         "projector_hidden_act": config.projector_hidden_act,
         "multimodal_projector_bias": config.multimodal_projector_bias,
+        "mm_projector_type": config.mm_projector_type,
         "vision_feature_layer": config.vision_feature_layer,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "tie_word_embeddings": config.text.tie_word_embeddings,

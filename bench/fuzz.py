@@ -89,7 +89,7 @@ def make_seeds(folder: Path) -> None:
     picture = Image.effect_noise((12, 9), 80).convert("RGB")
     for kind in ("png", "jpg", "gif", "bmp", "webp", "tiff"):
         picture.save(folder / f"picture.{kind}")
-    Plan(0.5, [0.25, 0.75], "model", 3).save(folder / "plan.json")
+    (folder / "plan.json").write_text(Plan(0.5, [0.25, 0.75], "model", 3).to_json())
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
     entries = [
         {"image": "picture.png", "conversations": talk},

@@ -28,14 +28,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.baselines import H2O, Elastic, Local, PyramidKV, Random, SnapKV, Uniform
+from minillava import TINY
+from minillava.compressors import METHODS as COMPRESSORS
+from minillava.compressors import Random, Recorder
 from minillava.model import Llava, LlavaError
 from minillava.processor import Processor, open_image
 from prefixkv import Plan, PrefixKV, priority
 from train.scenes import DESCRIBE, describe, draw, make_scene
-from weights import find, load, write_json
+from weights import find, load, write_file, write_json
 
-TINY = Path(__file__).resolve().parent.parent / "minillava" / "tiny"
 METHODS = ("full", "random", "local", "h2o", "snapkv", "pyramidkv", "elastic", "uniform", "prefixkv", "plan")
 BUDGETS = tuple(tenth / 10 for tenth in range(1, 10))
 # The published evaluation of LLaVA-1.5 puts Vicuna's instruction before the first turn.
@@ -146,15 +147,13 @@ def rouge_l(text: str, reference: str) -> float:
 
 def compressor_for(method: str, budget: float, seed: int, plans: dict[float, Plan]) -> PrefixKV | None:
     """The compressor that a row and column of the table stand for."""
-    classes = {"local": Local, "h2o": H2O, "snapkv": SnapKV, "pyramidkv": PyramidKV, "elastic": Elastic,
-               "uniform": Uniform, "prefixkv": PrefixKV}  # fmt: skip
     if method == "full":
         return None
     if method == "random":
         return Random(budget, seed)
     if method == "plan":
         return PrefixKV(plan=plans[budget])
-    return classes[method](budget)
+    return COMPRESSORS[method](budget)
 
 
 def runs_of(methods: Iterable[str], budgets: Iterable[float]) -> list[tuple[str, float]]:
@@ -196,24 +195,16 @@ def measure(
 # ---------------------------------------------------------------- plans and layers
 
 
-class Watcher(PrefixKV):
-    """PrefixKV that remembers the importance it was given: [L, B, N]."""
-
-    def allocate(self, importance: Tensor, present: Tensor) -> Tensor:
-        self.importance, self.present = importance, present
-        return super().allocate(importance, present)
-
-
-def curves(watcher: Watcher, points: int = 101) -> Tensor:
+def curves(recorder: Recorder, points: int = 101) -> Tensor:
     """Mean Lorenz curves [L, points]: the share of importance in the most important share 0 .. 1 of the keys."""
     at = torch.linspace(0, 1, points, dtype=torch.float64)
-    total = torch.zeros(len(watcher.importance), points, dtype=torch.float64)
-    for sample, mask in zip(watcher.importance.cpu().unbind(1), watcher.present.cpu()):
-        prefix = torch.nn.functional.pad(priority(sample[:, mask]), (1, 0))  # [L, N + 1]
+    total = torch.zeros(len(recorder.scores), points, dtype=torch.float64)
+    for sample, mask in zip(recorder.scores.cpu().unbind(1), recorder.present.cpu()):
+        prefix = priority(sample[:, mask])  # [L, N + 1]
         where = at * (prefix.shape[1] - 1)
         low = where.floor().long().clamp(max=prefix.shape[1] - 2)
         total += prefix[:, low] + (where - low) * (prefix[:, low + 1] - prefix[:, low])
-    return total / watcher.importance.shape[1]
+    return total / recorder.scores.shape[1]
 
 
 def gini(curve: Tensor) -> Tensor:
@@ -230,10 +221,10 @@ def estimate(
     for start in range(0, len(samples), batch_size):
         inputs = encode(model, processor, samples[start : start + batch_size])
         prompts.append(inputs["attention_mask"].sum(-1).cpu())
-        watcher = Watcher(1.0)
-        model.prefill(**inputs, max_new_tokens=1, compressor=watcher)
+        recorder = Recorder()
+        model.prefill(**inputs, max_new_tokens=1, compressor=recorder)
         for budget, rows in kept.items():
-            rows.append(PrefixKV(budget).allocate(watcher.importance, watcher.present).T.cpu())
+            rows.append(PrefixKV(budget).allocate(recorder.scores, recorder.present).T.cpu())
     prompt = torch.cat(prompts)
     counts = {budget: torch.cat(rows) for budget, rows in kept.items()}
     plans = {budget: Plan.estimate(budget, count, prompt, name) for budget, count in counts.items()}
@@ -397,9 +388,7 @@ def read_results(folder: Path) -> list[Record]:
                 if any(lines[number:]):
                     raise LlavaError(f"{path}, line {number}, is damaged; delete the line, or the file.") from None
                 print(f"{path}: the last line is damaged and is measured again.", file=sys.stderr)
-                temporary = path.with_suffix(".part")
-                temporary.write_text("".join(f"{kept}\n" for kept in lines[: number - 1]), encoding="utf-8")
-                temporary.replace(path)
+                write_file(path, "".join(f"{kept}\n" for kept in lines[: number - 1]).encode())
         records += whole
     return records
 
@@ -464,7 +453,7 @@ def evaluate(args: argparse.Namespace) -> int:
         plans, shares = estimate(model, processor, samples, args.budgets, str(args.model), args.batch_size)
         args.estimate_plan.mkdir(parents=True, exist_ok=True)
         for budget, plan in plans.items():
-            plan.save(args.estimate_plan / f"{budget:g}.json")
+            write_file(args.estimate_plan / f"{budget:g}.json", plan.to_json().encode())
         print(f"Plans of {len(samples)} samples in {args.estimate_plan}. How far the samples agree, in shares kept:\n")
         print(agreement(shares))
         return 1 if bad else 0
@@ -503,14 +492,12 @@ def evaluate(args: argparse.Namespace) -> int:
     everything = {(r["sample"], r["method"], r["budget"]): r for part in gather(made) for r in part} | done
     records = [everything[key] for key in sorted(wanted)]
     if rank == 0:
-        watcher = Watcher(1.0)
+        recorder = Recorder()
         inputs = encode(model, processor, samples[: args.batch_size])
-        model.prefill(**inputs, max_new_tokens=1, compressor=watcher)
-        curve = curves(watcher)
+        model.prefill(**inputs, max_new_tokens=1, compressor=recorder)
+        curve = curves(recorder)
         text = tables(records) + "\n" + layer_table(curve, records)
-        temporary = args.out / "table.part"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(args.out / "table.md")
+        write_file(args.out / "table.md", text.encode())
         plot(records, curve, args.out)
         print(text)
     if dist.is_initialized():

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillava import TINY
+from minillava.fast import compile_steps
 from minillava.model import Llava, LlavaConfig, LlavaError, TextConfig, VisionConfig
 from prefixkv import Plan, PrefixKV
 from weights import config_dict, load_model, read_config, save_weights, write_json
 
-TINY = Path(__file__).resolve().parent.parent / "minillava" / "tiny"
 BUDGETS = (0.2, 0.4, 0.6, 0.8)
 CONTENDERS = (
     "transformers DynamicCache",
@@ -158,7 +159,7 @@ def ours(model: Llava, contender: str, inputs: dict[str, Tensor], new: int) -> R
     """Our prefill, and what one decode step is."""
     compressor = compressor_of(contender, model.config.text.num_hidden_layers)
     logits, cache = model.prefill(**inputs, max_new_tokens=new, compressor=compressor)
-    return logits, lambda token: model.decode_step(token, cache), lambda: cache.bytes
+    return logits, lambda token: model.decode_step(token, cache), lambda: cache.held_bytes
 
 
 def theirs(model: Any, contender: str, inputs: dict[str, Tensor], new: int) -> Run:
@@ -211,7 +212,7 @@ def measure(contender: str, folder: str, preset: Preset) -> Result:
         if contender.startswith("transformers"):
             model.model.language_model.forward = torch.compile(model.model.language_model.forward, dynamic=True)
         else:
-            model.compile_steps()
+            compile_steps(model)
     else:
         warm = {name: tensor[:1] for name, tensor in inputs.items()}
         for name in ("input_ids", "attention_mask"):

@@ -13,8 +13,9 @@ import sys
 import torch
 from torch import Tensor
 
-from bench.baselines import Uniform
-from bench.quality import TINY, encode, likelihood, perplexity, scenes
+from bench.quality import encode, likelihood, perplexity, scenes
+from minillava import TINY
+from minillava.compressors import Uniform
 from prefixkv import PrefixKV, importance
 from weights import load
 

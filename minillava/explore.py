@@ -18,21 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from minillava.compressors import Recorder
 from minillava.model import Generation, Llava, LlavaError
 from minillava.processor import IMAGE_TOKEN, Processor
 from prefixkv import PrefixKV, priority, search
 
 SHARES = tuple(step / 20 for step in range(1, 21))  # stops of the budget's slider
 POINTS = 101  # of every curve
-
-
-class Watcher(PrefixKV):
-    """PrefixKV at a budget of 1 that remembers the importance it was given: [L, N] of the first sample."""
-
-    def allocate(self, importance: Tensor, present: Tensor) -> Tensor:
-        """Counts [L, B] from importance [L, B, N], which it remembers."""
-        self.importance = importance[:, 0]
-        return super().allocate(importance, present)
 
 
 def seen_image(pixels: Tensor, processor: Processor, patch: int) -> Image.Image:
@@ -74,13 +66,13 @@ def collect(
         raise LlavaError("There is nothing to explore without an image; give one, and <image> in the prompt.")
     device = model.lm_head.weight.device
     inputs = {key: tensor.to(device) for key, tensor in processor(prompt, images).items()}
-    watcher = Watcher(1.0)
-    model.prefill(**inputs, max_new_tokens=1, compressor=watcher)
-    scores = watcher.importance.cpu()  # [L, N]
+    recorder = Recorder()
+    model.prefill(**inputs, max_new_tokens=1, compressor=recorder)
+    scores = recorder.scores[:, 0].cpu()  # [L, N]
     layers, length = scores.shape
-    prefixes = priority(scores)
+    prefixes = priority(scores)  # [L, N + 1]
     stops = sorted({*SHARES, *budgets})
-    protected = min(length, watcher.start + 1)
+    protected = min(length, recorder.start + 1)
     found = [search(prefixes, max(round(s * layers * length), layers * protected), protected) for s in stops]
     ids = inputs["input_ids"][0].tolist()
     patches = [position for position, id in enumerate(ids) if id == model.config.image_token_id]
@@ -101,7 +93,7 @@ def collect(
         left, right = words(full, short)
         runs.append({"budget": budget, "left": left, "right": right, "bytes": compressed.cache_bytes})
     at = torch.linspace(0, length, POINTS).round().long()
-    curves = torch.nn.functional.pad(prefixes, (1, 0))[:, at]
+    curves = prefixes[:, at]
     return {
         "model": Path(name).name or name,
         "prompt": prompt,

@@ -24,8 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefixkv import PrefixKV
-
 
 class LlavaError(ValueError):
     """Input that cannot be used, told in one sentence: what was found, what was expected, what to do."""
@@ -203,129 +201,7 @@ class Projector(nn.Module):
         return hidden if self.linear_2 is None else self.linear_2(self.activation(hidden))
 
 
-# ---------------------------------------------------------------- KV cache
-
-
-class KVCache:
-    """Keys and values of every layer, in slots that are allocated once and overwritten in place.
-
-    Keys are cached after RoPE, so attention does not care in which order the slots lie: a token that
-    the compressor gives up is overwritten by the newest, and nothing is ever moved or concatenated.
-    Layers and samples may hold different numbers of tokens; slots beyond a sample's own are masked.
-
-    A compressor has PrefixKV's methods, and two more if it needs them: `merge(key, value, keep, present)`
-    changes a prompt's keys and values before some are dropped; `observe(layer, query, key, position)` sees
-    every new token's query, the keys it reads and where they stand.
-    """
-
-    def __init__(self, attention_mask: Tensor, num_layers: int, new_tokens: int, compressor: PrefixKV | None):
-        self.compressor, self.new_tokens = compressor, new_tokens
-        self.present = attention_mask.bool()  # [B, N]
-        self.seen = attention_mask.sum(-1)  # [B]
-        self.prompt = self.seen.clone()  # [B]
-        self.padding = attention_mask.shape[1] - self.prompt  # [B]
-        self.key: list[Tensor] = []  # of each layer [B, Hkv, S, Dh]; S differs between layers
-        self.value: list[Tensor] = []
-        self.kept = self.prompt.repeat(num_layers, 1)  # [L, B]
-        self.used = self.kept.clone()  # [L, B]
-        # The position of the token in each slot, -1 in a free one. One slot wider than the widest layer: if they were
-        # equally wide, a compiled step would hold only for caches in which the same layer is the widest.
-        self.position = self.seen.new_full((num_layers, len(self.seen), 0), -1)
-
-    def room(self, kept: Tensor, seen: Tensor) -> Tensor:
-        """Tokens a layer may hold once `seen` tokens have passed, of which it kept `kept` [..., B] of the prompt."""
-        if self.compressor is None:
-            return kept + seen - self.prompt
-        return self.compressor.room(kept, self.prompt, seen)
-
-    def store(self, index: int, key: Tensor, value: Tensor, keep: Tensor) -> None:
-        """Allocates layer `index` and copies into it the prompt's key and value [B, Hkv, N, Dh] where keep [B, N]."""
-        if merge := getattr(self.compressor, "merge", None):  # dropped tokens may leave something in those that stay
-            key, value = merge(key, value, keep, self.present)
-        count = keep.sum(-1)  # [B]
-        self.kept[index] = self.used[index] = count
-        order = (~keep).byte().argsort(dim=-1, stable=True)[:, : int(count.max())]  # kept tokens first, in order
-        slots = int(self.room(count, self.prompt + self.new_tokens).max())
-        batch, heads, _, size = key.shape
-        # Zeros, since a masked slot is multiplied by an attention weight of 0, and 0 · NaN is NaN. In float32 the
-        # values lie transposed in memory, so that the products of `Attention.step` read both from end to end.
-        self.key.append(key.new_zeros(batch, heads, slots, size))  # [B, Hkv, S, Dh]
-        turned = value.new_zeros(batch, heads, size, slots).mT  # [B, Hkv, S, Dh]
-        self.value.append(turned if value.dtype == torch.float32 else turned.contiguous())  # [B, Hkv, S, Dh]
-        for held, source in ((self.key, key), (self.value, value)):
-            kept = source.gather(2, order[:, None, :, None].expand(-1, heads, -1, size))
-            held[index][:, :, : order.shape[1]] = kept
-        free = torch.arange(order.shape[1], device=order.device) >= count[:, None]
-        position = (order - self.padding[:, None]).masked_fill(free, -1)
-        if slots >= self.position.shape[2]:
-            self.position = F.pad(self.position, (0, slots + 1 - self.position.shape[2]), value=-1)
-        self.position[index, :, : order.shape[1]] = position
-
-    def advance(self) -> None:
-        """Gives the token about to be computed a slot in every layer: a free one, or one that is given up."""
-        room = self.room(self.kept, self.seen + 1)  # [L, B]
-        self.slot = self.used  # [L, B]
-        if self.compressor is not None:
-            self.slot = torch.where(self.used < room, self.used, self.compressor.evict(self.position, self.kept))
-        self.used = torch.minimum(self.used + 1, room)  # [L, B]
-        self.position.scatter_(2, self.slot[..., None], self.seen.expand_as(self.slot)[..., None])
-        self.seen = self.seen + 1
-        if not torch.compiler.is_compiling():  # numbers on the host would split what is compiled
-            self.longest, self.shortest = self.used.amax(1).tolist(), self.used.amin(1).tolist()
-
-    def write(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Puts the new token's key and value [B, Hkv, 1, Dh] in their slots; returns what attention reads."""
-        keys, values, row = self.key[index], self.value[index], torch.arange(len(key), device=key.device)
-        keys[row, :, self.slot[index]], values[row, :, self.slot[index]] = key.squeeze(2), value.squeeze(2)
-        if torch.compiler.is_compiling():  # all slots and a mask: shapes that stay the same from step to step
-            filled, even = keys.shape[2], False
-        else:
-            filled, even = self.longest[index], self.longest[index] == self.shortest[index]
-        mask = None if even else (self.position[index, :, :filled] >= 0)[:, None, None]
-        return keys[:, :, :filled], values[:, :, :filled], mask
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the keys and values held now; free slots are not counted."""
-        token = [2 * key.shape[1] * key.shape[3] * key.element_size() for key in self.key]
-        return int((self.used.sum(1) * torch.tensor(token, device=self.used.device)).sum())
-
-
 # ---------------------------------------------------------------- Llama decoder
-
-
-def times(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """A matrix [..., R, C] and a few vectors [..., G, C] that it is multiplied with: [..., G, R].
-
-    Reads the matrix once, each row as it lies in memory, which is most of what a decode step takes. Compiled, the
-    sums of products of all vectors become one loop over it, which may melt into what stands around it.
-    """
-    if not torch.compiler.is_compiling():
-        apart = matrix.stride(-2) - matrix.shape[-1] > 64  # slots still free stand between the rows of the values
-        return vectors @ matrix.mT if apart else (matrix @ vectors.mT).mT
-    return torch.stack([(matrix * vector[..., None, :]).sum(-1) for vector in vectors.unbind(-2)], dim=-2)
-
-
-class Linear(nn.Linear):
-    """nn.Linear that keeps every thread of a CPU busy where there is one token a sample to multiply with.
-
-    Reading the weights is then all the work, and the matrix library leaves it to a single thread. A batch of products,
-    each with one of up to 16 parts of the weights, is shared out; with up to 4 tokens, `times` is the faster product.
-    Small weights are in the caches, where nothing is gained.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, in] -> [B, N, out]."""
-        melts = torch.compiler.is_compiling() and len(x) <= 8  # one loop, see `times`; more sums fill the registers
-        if not (x.is_cpu and x.shape[1] == 1 and (melts or self.weight.numel() >= 2**16)):
-            return F.linear(x, self.weight, self.bias)
-        parts = 1 if melts else math.gcd(self.out_features, 16)
-        weight = self.weight.view(parts, -1, self.in_features)  # [parts, rows, width]
-        vectors = x[:, 0].expand(parts, -1, -1)  # [parts, B, width]
-        product = times(weight, vectors) if melts or len(x) <= 4 else vectors @ weight.mT  # [parts, B, rows]
-        # Contiguous: after `times` a token's numbers stand B apart in memory, and every product that follows is slower.
-        product = product.transpose(0, 1).reshape(len(x), 1, -1).contiguous()  # [B, 1, out]
-        return product if self.bias is None else product + self.bias
 
 
 class RMSNorm(nn.Module):
@@ -342,7 +218,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config: TextConfig, device: torch.device | str = "cpu") -> Tensor:
-    """Radians a position turns each pair of dimensions by: [Dh / 2], float32 (RoFormer, section 3.2.2)."""
+    """Radians by which one position turns each pair of dimensions: [Dh / 2], float32 (RoFormer, section 3.2.2)."""
     size = config.head_size
     exponent = torch.arange(0, size, 2, dtype=torch.int64).to(device=device, dtype=torch.float32) / size
     frequency = 1.0 / config.rope_theta**exponent
@@ -358,54 +234,82 @@ def rope_frequencies(config: TextConfig, device: torch.device | str = "cpu") -> 
     return (1 - blend) * frequency / scaling["factor"] + blend * frequency
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: turns the pair (x[i], x[i + Dh/2]) of every head by its position's angle. Shape stays [B, heads, N, Dh].
+Rope = tuple[Tensor, Tensor]  # cos and sin [B, 1, N, Dh] of the tokens' positions
 
-    Llama checkpoints pair dimension i with i + Dh/2 (`rotate_half`), not with its neighbour as the paper does.
+
+def rotate_half(x: Tensor) -> Tensor:
+    """The two halves of every head, (first, second) -> (-second, first): [..., Dh] -> [..., Dh]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE: turns each pair of numbers of a head by an angle that grows with the position. [B, heads, N, Dh] stays.
+
+    The pairs are (x[i], x[i + Dh/2]), as Llama's checkpoints have them. The RoFormer paper pairs neighbours.
     """
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # `rope` has made the first half of sin negative
+    return x * cos + rotate_half(x) * sin
+
+
+def causal_mask(present: Tensor) -> Tensor | None:
+    """Which tokens a token sees: bool [B, 1, N, N] from present [B, N]; None, plain causal, where no padding is."""
+    if present.all():
+        return None
+    length = present.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=present.device).tril()  # [N, N]
+    # Padding sees itself, so that no row of the softmax is empty. Nobody else sees padding.
+    itself = torch.eye(length, dtype=torch.bool, device=present.device)  # [N, N]
+    return ((causal & present[:, None]) | itself)[:, None]
+
+
+def manual_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Grouped-query attention by its definition: context [B, H, N, Dh] and weights [B, H, N, S].
+
+    query [B, H, N, Dh]; key and value [B, Hkv, S, Dh], each read by G = H / Hkv query heads. The mask is True where
+    a query sees a key; without one, the queries are the last N tokens and each sees itself and all before it.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.mT * query.shape[-1] ** -0.5  # [B, H, N, S]
+    if mask is None:
+        mask = torch.ones_like(scores, dtype=torch.bool).tril(key.shape[2] - query.shape[2])  # [B, H, N, S]
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)  # [B, H, N, S]
+    return weights @ value, weights
 
 
 class Attention(nn.Module):
     """Grouped-query self-attention: G = H / Hkv query heads read the same keys and values."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, layer: int):
         super().__init__()
         size, bias = config.head_size, config.attention_bias
-        self.num_heads, self.kv_heads = config.num_attention_heads, config.kv_heads
-        self.q_proj = Linear(config.hidden_size, self.num_heads * size, bias=bias)
-        self.k_proj = Linear(config.hidden_size, self.kv_heads * size, bias=bias)
-        self.v_proj = Linear(config.hidden_size, self.kv_heads * size, bias=bias)
-        self.o_proj = Linear(self.num_heads * size, config.hidden_size, bias=bias)
+        self.layer, self.num_heads, self.kv_heads = layer, config.num_attention_heads, config.kv_heads
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * size, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * size, config.hidden_size, bias=bias)
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, D] -> query [B, H, N, Dh], key and value [B, Hkv, N, Dh]; query and key after RoPE."""
-        query = rotate(split_heads(self.q_proj(x), self.num_heads), *rope)  # [B, H, N, Dh]
-        key = rotate(split_heads(self.k_proj(x), self.kv_heads), *rope)  # [B, Hkv, N, Dh]
+        query = apply_rope(split_heads(self.q_proj(x), self.num_heads), *rope)  # [B, H, N, Dh]
+        key = apply_rope(split_heads(self.k_proj(x), self.kv_heads), *rope)  # [B, Hkv, N, Dh]
         value = split_heads(self.v_proj(x), self.kv_heads)  # [B, Hkv, N, Dh]
         return query, key, value
 
-    def prompt(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Causal attention of a whole prompt: [B, N, D]. Without padding `mask` is None."""
-        context = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads != self.num_heads
-        )  # [B, H, N, Dh]
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """The context of `manual_attention`, [B, H, N, Dh], in one fused call that never holds the weights."""
+        causal = mask is None and query.shape[2] > 1  # a single token sees every key there is
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.kv_heads != self.num_heads
+        )
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]. With a cache, it decides which keys and values are read, and under which mask."""
+        query, key, value = self.project(x, rope)
+        if cache is not None:
+            key, value, mask = cache.update(self.layer, query, key, value)
+        context = self.attend(query, key, value, mask)  # [B, H, N, Dh]
         return self.o_proj(merge_heads(context))
-
-    def step(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """One new token reads the cache: query [B, H, 1, Dh], key and value [B, Hkv, S, Dh] -> [B, 1, D].
-
-        Two products of a matrix and G vectors, the query heads of a group, so no key is repeated in memory.
-        """
-        grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3)  # [B, Hkv, G, Dh]
-        if key.dtype != torch.float32:  # products would round the scores to 8 or 11 bits; this kernel does not
-            context = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
-            return self.o_proj(context.flatten(1)[:, None])
-        score = times(key, grouped * query.shape[3] ** -0.5)  # [B, Hkv, G, S]
-        if mask is not None:
-            score = score.masked_fill(~mask, -math.inf)
-        context = times(value.mT, score.softmax(-1))  # [B, Hkv, G, Dh]
-        return self.o_proj(context.flatten(1)[:, None])
 
 
 class MLP(nn.Module):
@@ -414,9 +318,9 @@ class MLP(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(width, inner, bias=bias)
-        self.up_proj = Linear(width, inner, bias=bias)
-        self.down_proj = Linear(inner, width, bias=bias)
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -427,35 +331,16 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm Llama layer."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, last_only: bool = False
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """A whole prompt: [B, N, D] -> [B, N, D], and the layer's query, key and value.
-
-        last_only: the last token's output alone, [B, 1, D]; of the top layer, a prefill reads no other.
-        """
-        query, key, value = self.self_attn.project(self.input_layernorm(hidden), rope)
-        if last_only:
-            mask = None if mask is None else mask[:, :, -1:]
-            hidden = hidden[:, -1:] + self.self_attn.step(query[:, :, -1:], key, value, mask)  # [B, 1, D]
-        else:
-            hidden = hidden + self.self_attn.prompt(query, key, value, mask)  # [B, N, D]
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), (query, key, value)
-
-    def step(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, index: int) -> Tensor:
-        """One new token: [B, 1, D] -> [B, 1, D]; its key and value enter the cache of layer `index`."""
-        query, key, value = self.self_attn.project(self.input_layernorm(hidden), rope)
-        keys, values, mask = cache.write(index, key, value)
-        if observe := getattr(cache.compressor, "observe", None):
-            observe(index, query, keys, cache.position[index, :, : keys.shape[2]])
-        hidden = hidden + self.self_attn.step(query, keys, values, mask)  # [B, 1, D]
+    def forward(self, hidden: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]: training, a prompt, or one new token of every sample."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, mask, cache)  # [B, N, D]
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -467,17 +352,135 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(  # type: ignore[assignment]
-            DecoderLayer(config) for _ in range(config.num_hidden_layers)
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(self, positions: Tensor) -> Rope:
         """cos and sin for positions [B, N]; angles are float32, since bfloat16 cannot tell 257 from 256."""
         angle = positions[:, None, :, None] * rope_frequencies(self.config, positions.device)  # [B, 1, N, Dh // 2]
-        cos = torch.cat([angle.cos(), angle.cos()], dim=-1)  # [B, 1, N, Dh]
-        sin = torch.cat([-angle.sin(), angle.sin()], dim=-1)  # [B, 1, N, Dh]
+        angle = torch.cat([angle, angle], dim=-1)  # [B, 1, N, Dh]
         dtype = self.embed_tokens.weight.dtype
-        return cos.to(dtype), sin.to(dtype)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def forward(self, hidden: Tensor, positions: Tensor, mask: Tensor | None = None,
+                cache: KVCache | None = None) -> Tensor:  # fmt: skip
+        """Embeddings [B, N, D] of tokens at positions [B, N] -> [B, N, D], ready for the output layer."""
+        rope = self.rope(positions)
+        for layer in self.layers:
+            hidden = layer(hidden, rope, mask, cache)
+        return self.norm(hidden)
+
+
+# ---------------------------------------------------------------- KV cache
+
+
+class KVCache:
+    """Keys and values of every layer, in slots that are allocated once and overwritten in place.
+
+    The first `update` of every layer is the prompt's: it is stored, and compressed if there is a compressor (an object
+    with the methods of `Compressor`). Each later one is a new token's. Keys are cached after RoPE, so attention does
+    not care in which order the slots lie: a new token takes a free slot, or that of a token that the compressor gives
+    up, and nothing is ever moved. Layers and samples may hold different numbers of tokens; free slots are masked.
+    """
+
+    def __init__(self, attention_mask: Tensor, num_layers: int, new_tokens: int, compressor: Any = None):
+        self.compressor, self.new_tokens, self.steps = compressor, new_tokens, 0
+        self.present = attention_mask.bool()  # [B, N]
+        self.mask = causal_mask(self.present)
+        self.positions = (self.present.cumsum(-1) - 1).clamp(min=0)  # [B, N]
+        self.prompt_lengths = self.present.sum(-1)  # [B]
+        self.lengths = self.prompt_lengths.clone()  # [B]
+        self.key: list[Tensor] = []  # of each layer [B, Hkv, S, Dh]; S differs between layers
+        self.value: list[Tensor] = []
+        self.kept = self.prompt_lengths.repeat(num_layers, 1)  # [L, B]
+        self.held = self.kept.clone()  # [L, B]
+        self.position = self.lengths.new_full((num_layers, len(self.lengths), 0), -1)  # of each slot's token; -1: free
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # key, value, scores of layers not stored yet
+
+    def update(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Takes in a layer's key and value [B, Hkv, N, Dh]; returns the key, value and mask that attention reads.
+
+        Of a prompt they are the prompt's own, before compression. Of a new token (N = 1) they are what the layer holds.
+        """
+        if len(self.key) < len(self.kept):
+            self.read_prompt(layer, query, key, value)
+            return key, value, self.mask
+        row, slot = torch.arange(len(key), device=key.device), self.slot[layer]  # [B], [B]
+        self.key[layer][row, :, slot] = key.squeeze(2)
+        self.value[layer][row, :, slot] = value.squeeze(2)
+        key, value, mask = self.read(layer)
+        if self.compressor is not None:
+            self.compressor.observe(layer, query, key, self.position[layer, :, : key.shape[2]])
+        return key, value, mask
+
+    def read_prompt(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Stores a layer's prompt. Unless its size is planned, it waits until all layers have been scored."""
+        if self.compressor is None:
+            return self.store(key, value, self.present)
+        scores = self.compressor.score(query, key, self.present)  # [B, N]
+        planned = self.compressor.planned(layer, len(self.kept), self.prompt_lengths)  # tokens to keep [B], or None
+        if planned is not None:
+            return self.store(key, value, self.compressor.retain(scores, planned, self.present))
+        self.waiting.append((key, value, scores))
+        if len(self.waiting) == len(self.kept):
+            every = torch.stack([scores for _, _, scores in self.waiting])  # [L, B, N]
+            for counts in self.compressor.allocate(every, self.present):
+                key, value, scores = self.waiting.pop(0)  # freed layer by layer, as its smaller copy is made
+                self.store(key, value, self.compressor.retain(scores, counts, self.present))
+
+    def store(self, key: Tensor, value: Tensor, keep: Tensor) -> None:
+        """Allocates the next layer and copies into it the prompt's key and value [B, Hkv, N, Dh] where keep [B, N]."""
+        if self.compressor is not None:
+            key, value = self.compressor.merge(key, value, keep, self.present)
+        layer, count = len(self.key), keep.sum(-1)  # count: [B]
+        self.kept[layer] = self.held[layer] = count
+        order = (~keep).byte().argsort(dim=-1, stable=True)[:, : int(count.max())]  # kept tokens first, in order
+        slots = int(self.capacity(count, self.prompt_lengths + self.new_tokens).max())  # of the longest sample
+        batch, heads, _, size = key.shape
+        for cached, source in ((self.key, key), (self.value, value)):
+            cached.append(source.new_zeros(batch, heads, slots, size))  # [B, Hkv, S, Dh]
+            cached[layer][:, :, : order.shape[1]] = source.gather(
+                2, order[:, None, :, None].expand(-1, heads, -1, size)
+            )
+        free = torch.arange(order.shape[1], device=order.device) >= count[:, None]
+        self.position = F.pad(self.position, (0, max(0, slots - self.position.shape[2])), value=-1)
+        self.position[layer, :, : order.shape[1]] = self.positions.gather(1, order).masked_fill(free, -1)
+
+    def capacity(self, kept: Tensor, lengths: Tensor) -> Tensor:
+        """Tokens that layers which kept `kept` [..., B] of the prompt may hold after `lengths` [B] in all: [..., B]."""
+        if self.compressor is None:
+            return kept + lengths - self.prompt_lengths
+        return self.compressor.capacity(kept, self.prompt_lengths, lengths)
+
+    def advance(self) -> None:
+        """Gives the coming token a slot in every layer: a free one, or that of a token which is dropped."""
+        capacity = self.capacity(self.kept, self.lengths + 1)  # [L, B]
+        self.slot = self.held  # [L, B]
+        if self.compressor is not None:
+            victim = self.compressor.victim(self.position, self.kept)  # [L, B]
+            self.slot = torch.where(self.held < capacity, self.held, victim)  # [L, B]
+        self.held = torch.minimum(self.held + 1, capacity)  # [L, B]
+        self.position.scatter_(2, self.slot[..., None], self.lengths.expand_as(self.slot)[..., None])
+        self.lengths = self.lengths + 1
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What a layer holds, key and value [B, Hkv, S, Dh], under a mask [B, 1, 1, S] if samples hold fewer tokens."""
+        held = self.held[layer]  # [B]
+        filled = int(held.max())
+        mask = None if (held == filled).all() else (self.position[layer, :, :filled] >= 0)[:, None, None]
+        return self.key[layer][:, :, :filled], self.value[layer][:, :, :filled], mask
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the keys and values held now; free slots are not counted."""
+        key = self.key[0]
+        return int(self.held.sum()) * 2 * key.shape[1] * key.shape[3] * key.element_size()
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all slots, the free ones too."""
+        return sum(tensor.nbytes for tensor in (*self.key, *self.value))
 
 
 # ---------------------------------------------------------------- LLaVA
@@ -490,13 +493,16 @@ class Generation:
     token_ids: Tensor  # [B, new tokens]; a sample that ended earlier is filled up with the pad id
     kept: Tensor  # [B, L] prompt tokens each layer kept after prefill
     cache_bytes: int  # bytes of keys and values held at the end, all layers and samples
+    allocated_bytes: int  # bytes of all cache slots, room for further tokens included
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
     """One token id per row of logits [B, V]: the likeliest at temperature 0, else drawn; returns [B]."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    # Less their maximum, so that division by a tiny temperature gives -infinity, never infinity.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
     if top_p < 1:
@@ -516,7 +522,7 @@ class Llava(nn.Module):
         self.vision_tower = VisionTower(config.vision)
         self.multi_modal_projector = Projector(config)
         self.language_model = Decoder(config.text)
-        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -541,116 +547,71 @@ class Llava(nn.Module):
         require(tokens == expected, f"input_ids hold {tokens} image tokens, but {images} images make {expected}.")
         if pixel_values is None:
             return embeddings
-        features = self.image_features(pixel_values.to(embeddings.dtype))
-        return embeddings.masked_scatter(image[..., None], features)
+        features = self.image_features(pixel_values.to(embeddings.dtype))  # [I, P, D]
+        return embeddings.masked_scatter(image[..., None], features.to(embeddings.dtype))  # autocast made them 16 bits
 
-    def forward(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None
-    ) -> Tensor:
+    def check(self, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int = 0) -> Tensor:
+        """Which tokens are no padding: bool [B, N]. Raises LlavaError for a prompt that cannot be read."""
+        shape, limit = list(input_ids.shape), self.config.text.max_position_embeddings
+        whole = len(shape) == 2 and 0 not in shape and not input_ids.is_floating_point()
+        require(whole, f"input_ids are {input_ids.dtype} {shape}; expected whole numbers [B, N], one prompt or more.")
+        known = ((input_ids >= 0) & (input_ids < self.config.text.vocab_size)).all()
+        require(known, f"input_ids hold ids outside the vocabulary; expected 0 to {self.config.text.vocab_size - 1}.")
+        require(new_tokens >= 0, f"max_new_tokens is {new_tokens}; expected 0 or more.")
+        told = f"{shape[1]} prompt tokens and {new_tokens} new ones exceed the model's {limit} positions"
+        require(shape[1] + new_tokens <= limit, f"{told}; shorten the prompt or ask for fewer.")
+        if attention_mask is None:
+            return torch.ones_like(input_ids, dtype=torch.bool)
+        found = f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}"
+        require(attention_mask.shape == input_ids.shape, f"{found}; expected {shape}, as input_ids are.")
+        present = attention_mask == 1
+        require((present | (attention_mask == 0)).all(), f"{found}; expected 1 for a token and 0 for padding alone.")
+        return present
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None,
+                attention_mask: Tensor | None = None) -> Tensor:  # fmt: skip
         """Logits [B, N, V] of every position; differentiable, so a caller can train on them."""
-        hidden = self.embed(input_ids, pixel_values)
-        rope, mask = self.positions(input_ids, attention_mask)
-        for layer in self.language_model.layers:
-            hidden, _ = layer(hidden, rope, mask)
-        return self.lm_head(self.language_model.norm(hidden))  # [B, N, V]
-
-    def positions(
-        self, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-        """cos and sin for every token, counted without padding, and who may look at whom (None: plain causal)."""
-        length = input_ids.shape[1]
-        limit = self.config.text.max_position_embeddings
-        require(length <= limit, f"The prompt has {length} tokens; this model has {limit} positions. Shorten it.")
-        if attention_mask is None or attention_mask.all():
-            return self.language_model.rope(torch.arange(length, device=input_ids.device)[None]), None
-        present = attention_mask.bool()  # [B, N]
-        causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()  # [N, N]
-        # Padding looks at itself, so that no row of the softmax is empty; nobody looks at padding.
-        mask = (causal & present[:, None]) | torch.eye(length, dtype=torch.bool, device=input_ids.device)  # [B, N, N]
+        present = self.check(input_ids, attention_mask)  # [B, N]
         positions = (present.cumsum(-1) - 1).clamp(min=0)  # [B, N]
-        return self.language_model.rope(positions), mask[:, None]
+        hidden = self.embed(input_ids, pixel_values)  # [B, N, D]
+        return self.lm_head(self.language_model(hidden, positions, causal_mask(present)))
+
+    def new_cache(self, present: Tensor, max_new_tokens: int, compressor: Any) -> KVCache:
+        """An empty cache for prompts [B, N] and as many new tokens."""
+        return KVCache(present, self.config.text.num_hidden_layers, max_new_tokens, compressor)
 
     @torch.inference_mode()
-    def prefill(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        max_new_tokens: int = 128,
-        compressor: PrefixKV | None = None,
-    ) -> tuple[Tensor, KVCache]:
+    def prefill(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
+                max_new_tokens: int = 128, compressor: Any = None) -> tuple[Tensor, KVCache]:  # fmt: skip
         """Reads the prompt: logits [B, V] for the first new token, and the cache, compressed if asked."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        left = (attention_mask.diff(dim=-1) >= 0).all() and attention_mask[:, -1:].all()
+        present = self.check(input_ids, attention_mask, max_new_tokens)  # [B, N]
+        left = present[:, -1].all() and (present.long().diff(dim=-1) >= 0).all()
         require(left, "attention_mask has padding after the prompt; pad prompts on the left to generate.")
-        length, limit = input_ids.shape[1], self.config.text.max_position_embeddings
-        require(
-            length + max_new_tokens <= limit,
-            f"{length} prompt tokens and {max_new_tokens} new ones exceed the model's {limit} positions; "
-            "shorten the prompt or ask for fewer.",
-        )
-        hidden = self.embed(input_ids, pixel_values)
-        rope, mask = self.positions(input_ids, attention_mask)
-        layers = self.language_model.layers
-        cache = KVCache(attention_mask, len(layers), max_new_tokens, compressor)
-        present = cache.present  # [B, N]
-        waiting = []  # layers whose share is not known before all have been scored
-        for index, layer in enumerate(layers):
-            hidden, (query, key, value) = layer(hidden, rope, mask, last_only=index + 1 == len(layers))
-            if compressor is None:
-                cache.store(index, key, value, present)
-            elif compressor.plan is None:
-                waiting.append((key, value, compressor.score(query, key, present)))
-            else:
-                count = compressor.planned(index, len(layers), cache.prompt)  # [B]
-                cache.store(index, key, value, compressor.retain(compressor.score(query, key, present), count, present))
-            del query, key, value  # else they would still be there while the next layer makes its own
-        if waiting:
-            assert compressor is not None
-            counts = compressor.allocate(torch.stack([importance for _, _, importance in waiting]), present)  # [L, B]
-            for index, count in enumerate(counts):
-                key, value, importance = waiting.pop(0)  # released layer by layer, as the smaller copy is made
-                cache.store(index, key, value, compressor.retain(importance, count, present))
-        logits = self.lm_head(self.language_model.norm(hidden))[:, 0]  # [B, V]
+        cache = self.new_cache(present, max_new_tokens, compressor)
+        hidden = self.language_model(self.embed(input_ids, pixel_values), cache.positions, cache=cache)
+        logits = self.lm_head(hidden[:, -1])  # [B, V]
         require(logits.isfinite().all(), "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
         return logits, cache
 
-    def step(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """`decode_step` inside inference mode, where it can be compiled: [B] -> [B, V]."""
-        rope = self.language_model.rope(cache.seen[:, None])  # the token's true position, whatever was evicted
-        cache.advance()
-        hidden = self.language_model.embed_tokens(token_ids[:, None])  # [B, 1, D]
-        for index, layer in enumerate(self.language_model.layers):
-            hidden = layer.step(hidden, rope, cache, index)  # [B, 1, D]
-        return self.lm_head(self.language_model.norm(hidden))[:, 0]  # [B, V]
-
     @torch.inference_mode()
     def decode_step(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """One step for every sample: token ids [B] -> logits [B, V] for the next; the cache is updated in place."""
-        return self.step(token_ids, cache)
+        """One new token of every sample: ids [B] -> logits [B, V] for the next; the cache is updated in place."""
+        enough = cache.steps < cache.new_tokens
+        require(enough, f"The cache was made for {cache.new_tokens} new tokens; give prefill a larger max_new_tokens.")
+        cache.steps += 1
+        return self.next_logits(token_ids, cache)
 
-    def compile_steps(self) -> None:
-        """Makes the kernels of later decode steps few, so that less of a step is launching them and passing data on.
-
-        The first steps then take a minute or two, with a compressor and without it, and for every batch of up to eight
-        anew. On a CPU a C++ compiler is needed.
-        """
-        # Threshold 0: what several products read is computed once, before them, and not again for every row.
-        options: dict[str, Any] = {"realize_reads_threshold": 0}
-        self.step = torch.compile(self.step, dynamic=True, options=options)  # type: ignore[method-assign]
+    def next_logits(self, token_ids: Tensor, cache: KVCache) -> Tensor:
+        """The arithmetic of `decode_step`: [B] -> [B, V]."""
+        positions = cache.lengths[:, None]  # [B, 1]: true ones, whatever was dropped
+        cache.advance()
+        hidden = self.language_model.embed_tokens(token_ids[:, None])  # [B, 1, D]
+        return self.lm_head(self.language_model(hidden, positions, cache=cache))[:, 0]
 
     @torch.inference_mode()
-    def decode(
-        self,
-        logits: Tensor,
-        cache: KVCache,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-    ) -> Iterator[Tensor]:
+    def decode(self, logits: Tensor, cache: KVCache, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+               seed: int | None = None,
+               eos_token_id: int | Sequence[int] | None = None) -> Iterator[Tensor]:  # fmt: skip
         """Yields token ids [B], one step at a time, from what `prefill` returned.
 
         Ends when every sample has made one of `eos_token_id` (default: the checkpoint's; () never ends)
@@ -674,31 +635,16 @@ class Llava(nn.Module):
                 return
             logits = self.decode_step(token_ids, cache)
 
-    def stream(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        max_new_tokens: int = 128,
-        compressor: PrefixKV | None = None,
-        **sampling: Any,
-    ) -> Iterator[Tensor]:
+    def stream(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
+               max_new_tokens: int = 128, compressor: Any = None, **sampling: Any) -> Iterator[Tensor]:  # fmt: skip
         """Yields token ids [B] as they are made; `sampling` as in `decode`."""
-        yield from self.decode(
-            *self.prefill(input_ids, pixel_values, attention_mask, max_new_tokens, compressor), **sampling
-        )
+        logits, cache = self.prefill(input_ids, pixel_values, attention_mask, max_new_tokens, compressor)
+        yield from self.decode(logits, cache, **sampling)
 
-    def generate(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        max_new_tokens: int = 128,
-        compressor: PrefixKV | None = None,
-        **sampling: Any,
-    ) -> Generation:
+    def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
+                 max_new_tokens: int = 128, compressor: Any = None, **sampling: Any) -> Generation:  # fmt: skip
         """All new tokens at once, with what the cache kept; `sampling` as in `decode`."""
         logits, cache = self.prefill(input_ids, pixel_values, attention_mask, max_new_tokens, compressor)
         tokens = list(self.decode(logits, cache, **sampling))
         token_ids = torch.stack(tokens, dim=1) if tokens else input_ids.new_zeros(len(input_ids), 0)
-        return Generation(token_ids=token_ids, kept=cache.kept.T, cache_bytes=cache.bytes)
+        return Generation(token_ids, cache.kept.T, cache.held_bytes, cache.allocated_bytes)

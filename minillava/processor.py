@@ -95,11 +95,13 @@ def size_of(value: Any, name: str) -> tuple[int, int] | int:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Resize, crop, rescale, normalise; the names and defaults of `LlavaImageProcessor`."""
+    """Resize, crop, rescale, normalise; the names and defaults of `LlavaImageProcessor`.
+
+    Every picture is converted to RGB first, whatever a config's `do_convert_rgb` says: the model takes nothing else.
+    """
 
     size: Any = 224
     crop_size: Any = 224
-    do_convert_rgb: bool = True
     do_pad: bool = False  # pad to a square with the mean colour first, as LLaVA-1.5 was trained
     do_resize: bool = True
     do_center_crop: bool = True

@@ -30,12 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minillava import TINY
 from minillava.model import Llava, LlavaConfig, LlavaError
-from minillava.processor import Processor, open_image
+from minillava.processor import open_image
 from prefixkv import PrefixKV
-from weights import find, load_model, read_config
+from weights import find, load_model, load_processor, read_config
 
-EXAMPLE = Path(__file__).parent / "tiny" / "examples" / "scene_1.png"
+EXAMPLE = TINY / "examples" / "scene_1.png"
 PROMPT = "USER: <image>\nDescribe the image in detail. ASSISTANT:"
 # Relative to a stage's largest number: what a different order of summation makes of some 30 layers.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
@@ -68,6 +69,11 @@ def output(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], ma
 def entering(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], made: Any) -> Tensor:
     """What a module is given: its first argument."""
     return arguments[0] if arguments else keywords["hidden_states"]
+
+
+def projected(part: int) -> Pick:
+    """Of our attention: query, key or value (0, 1, 2), made once more from what the module was given."""
+    return lambda module, arguments, keywords, made: module.project(*arguments[:2])[part]
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ def our_taps(config: LlavaConfig) -> dict[str, Tap]:
         path = f"language_model.layers.{i}"
         taps[f"layer {i} norm"] = Tap(f"{path}.input_layernorm")
         for part, name in enumerate(("query", "key", "value")):
-            taps[f"layer {i} {name}"] = Tap(path, lambda m, arguments, keywords, made, part=part: made[1][part])  # type: ignore[misc]
+            taps[f"layer {i} {name}"] = Tap(f"{path}.self_attn", projected(part))
         taps[f"layer {i} attention"] = Tap(f"{path}.self_attn.o_proj")
         taps[f"layer {i} MLP"] = Tap(f"{path}.mlp")
     return taps | {"final norm": Tap("language_model.norm"), "logits": Tap("lm_head")}
@@ -184,15 +190,16 @@ def record(
             handle.remove()
 
 
-class Watcher(PrefixKV):
-    """PrefixKV that keeps the query of layer 0 for every new token: it depends on token and position alone."""
+class QueryRecorder(PrefixKV):
+    """PrefixKV that remembers layer 0's query of every new token: it depends on token and position alone."""
+
+    def __init__(self, budget: float):
+        super().__init__(budget)
+        self.queries: list[Tensor] = []
 
     def observe(self, layer: int, query: Tensor, key: Tensor, position: Tensor) -> None:
-        """Called by `DecoderLayer.step`."""
         if layer == 0:
             self.queries.append(query)
-
-    queries: list[Tensor]
 
 
 class Reference:
@@ -216,7 +223,7 @@ class Reference:
             raise LlavaError("transformers is not installed; verify needs it: pip install transformers.") from None
         folder = Path(folder)
         self.config = read_config(folder)
-        self.processor = Processor.from_folder(folder, self.config)
+        self.processor = load_processor(folder)
         picture = open_image(image)
         self.inputs = {name: t.to(device) for name, t in self.processor([prompt], [picture]).items()}
         self.scratch = tempfile.TemporaryDirectory(prefix="verify-")
@@ -318,14 +325,13 @@ def verify(model: Llava, reference: Reference, tolerance: float = TOLERANCE["flo
     made = model.generate(**reference.inputs, max_new_tokens=new, eos_token_id=()).token_ids.cpu()
     equal = int((made == reference.tokens).long().cumprod(1).sum())
     stages.append(Stage("greedy tokens", 0.0, 0.0, 1.0, equal == new, f"{equal} of {new} equal"))
-    watcher = Watcher(0.2)
-    watcher.queries = []
-    _, cache = model.prefill(**reference.inputs, max_new_tokens=new, compressor=watcher)
+    recorder = QueryRecorder(0.2)
+    _, cache = model.prefill(**reference.inputs, max_new_tokens=new, compressor=recorder)
     for token in reference.tokens.to(ids.device).unbind(1)[:-1]:
         model.decode_step(token, cache)
     expected = reference.get("positions after eviction")
-    if watcher.queries and expected is not None:
-        found = torch.cat(watcher.queries, dim=2)
+    if recorder.queries and expected is not None:
+        found = torch.cat(recorder.queries, dim=2)
         stages.append(difference("positions after eviction", found, expected, tolerance))
     return stages
 
@@ -355,7 +361,7 @@ def against_ours(model: Llava, inputs: dict[str, Any], budget: float, new_tokens
         for token in tokens.unbind(1)[:-1]:
             record(model, taps, partial(model.decode_step, token, cache), lambda _, t: seen.append(t))
         made = torch.stack(seen).double().flatten(1).unflatten(0, (-1, len(taps)))
-        return made, (cache.kept.double() / cache.prompt).mean(1)
+        return made, (cache.kept.double() / cache.prompt_lengths).mean(1)
 
     full, _ = outputs(None)
     compressed, shares = outputs(PrefixKV(budget))
@@ -378,7 +384,7 @@ def lines(stages: Sequence[Stage]) -> Iterator[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 if all agrees, 1 if a stage differs, 2 with one sentence for input that cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m minillava.verify", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default=str(EXAMPLE.parent.parent), help="folder or Hub id (default: the embedded)")
+    parser.add_argument("--model", default=str(TINY), help="folder or Hub id (default: the embedded)")
     parser.add_argument("--image", default=str(EXAMPLE))
     parser.add_argument("--prompt", default=PROMPT, help="with one <image>")
     parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE))
@@ -396,7 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder, dtype = find(args.model), getattr(torch, args.dtype)
         if args.against == "ours":
             model = load_model(folder, args.device, dtype)
-            processor = Processor.from_folder(folder, model.config)
+            processor = load_processor(folder)
             inputs = {n: t.to(args.device) for n, t in processor([args.prompt], [open_image(args.image)]).items()}
             rows = against_ours(model, inputs, args.budget, args.new_tokens)
             if args.json:

@@ -11,9 +11,9 @@ import torch
 from hypothesis import settings
 
 import weights
+from minillava import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "minillava" / "tiny"
 GOLDEN = ROOT.parent / "shared" / "golden"
 PLANS = ROOT.parent / "shared" / "paper" / "published_plans"
 

@@ -44,7 +44,7 @@ def test_the_demo_without_arguments_gives_three_descriptions_and_a_table_in_80_c
     assert max(map(len, lines)) <= 80
     assert "\x1b" not in done.stdout  # no colour, no cursor movement
     table = [line.split() for line in lines[-3:]]
-    assert [row[0] for row in table] == ["full", "50%", "20%"]
+    assert [row[:2] for row in table] == [["full", "cache"], ["prefixkv", "50%"], ["prefixkv", "20%"]]
     assert table[0][-1] == "100%"
     assert done.stderr == ""
 
@@ -65,12 +65,13 @@ def test_json_is_one_object_with_every_field(capsys):
     full = runs[0]
     for r in runs:
         assert set(r) == {
-            "method", "budget", "text", "token_ids", "prompt_tokens", "kept_per_layer", "kv_bytes", "kv_bytes_full",
-            "prefill_seconds", "decode_seconds", "tokens_per_second",
+            "method", "budget", "text", "token_ids", "prompt_tokens", "kept_per_layer", "kv_bytes",
+            "kv_bytes_allocated", "kv_bytes_full", "prefill_seconds", "decode_seconds", "tokens_per_second",
         }  # fmt: skip
         layers = len(r["kept_per_layer"])
         assert sum(r["kept_per_layer"]) == round(r["budget"] * layers * r["prompt_tokens"])
         assert len(r["token_ids"]) <= 20
+        assert r["kv_bytes"] <= r["kv_bytes_allocated"]
     assert full["kv_bytes"] == full["kv_bytes_full"] == (full["prompt_tokens"] + len(full["token_ids"]) - 1) * 8 * 512
 
 

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 
-import exercise
 import pytest
 from conftest import ROOT
-from exercise import EXERCISES, body, main, remove, restore
+
+from coursework import exercise
+from coursework.exercise import EXERCISES, body, main, remove, restore
 
 COURSEWORK = (ROOT / "COURSEWORK.md").read_text(encoding="utf-8")
 
@@ -18,7 +19,7 @@ COURSEWORK = (ROOT / "COURSEWORK.md").read_text(encoding="utf-8")
 @pytest.fixture
 def tree(tmp_path):
     """A copy of the project's own files."""
-    for name in ("minillava", "bench", "train", "tests"):
+    for name in ("minillava", "bench", "train", "coursework", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.toml"), *ROOT.glob("*.md")]:
         shutil.copy(path, tmp_path)
@@ -58,11 +59,11 @@ def test_a_docstring_stays_and_a_solution_is_kept(tree):
     original = path.read_text()
     remove("search", tree)
     hollow = path.read_text()
-    assert "The largest threshold p" in hollow and "searchsorted" not in hollow
-    path.write_text(hollow.replace('raise NotImplementedError("exercise: search")', "return 0.0, priority.sum(-1)"))
+    assert "The largest threshold p" in hollow and "middle" not in hollow
+    path.write_text(hollow.replace('raise NotImplementedError("exercise: search")', "return 0.0, curve.sum(-1)"))
     restore("search", tree)
     assert path.read_text() == original
-    assert (tree / ".exercises" / "search.solution").read_text().strip() == "return 0.0, priority.sum(-1)"
+    assert (tree / ".exercises" / "search.solution").read_text().strip() == "return 0.0, curve.sum(-1)"
 
 
 def test_what_is_away_is_not_taken_again_nor_what_is_there_put_back(tree):

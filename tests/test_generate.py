@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from unittest import mock
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillava.model import Linear, LlavaError, sample, times
+from minillava.model import LlavaError, sample
 from prefixkv import PrefixKV
-from weights import load
 
 
 def inputs(processor, *texts):
@@ -41,52 +37,6 @@ def test_samples_end_at_their_own_eos_as_in_transformers(small, ends):
     with torch.no_grad():
         expected = theirs.generate(**batch, max_new_tokens=40, do_sample=False, eos_token_id=eos, pad_token_id=0)
     assert torch.equal(found, expected[:, batch["input_ids"].shape[1] :])
-
-
-def test_all_slots_under_a_mask_give_the_same_tokens_as_those_that_are_filled(tiny):
-    model, processor = tiny
-    batch = inputs(processor, "a cat", "describe it in detail")
-    for compressor in (None, PrefixKV(0.5), PrefixKV(0.5, decode="keep")):
-        options = {"max_new_tokens": 64, "eos_token_id": (), "compressor": compressor}
-        expected = model.generate(**batch, **options).token_ids
-        with mock.patch("torch.compiler.is_compiling", lambda: True):  # the code that is compiled, not compiled
-            assert torch.equal(model.generate(**batch, **options).token_ids, expected)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU; none was found")
-def test_compiled_steps_give_the_same_tokens_from_one_graph_for_all_prompts(small):
-    folder, _, model, processor = small
-    compiled, _ = load(folder)
-    compiled.compile_steps()
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    # PrefixKV's widest layer is the second of four with the second prompts, the fourth with the last.
-    others = ["what is that", "a cat and a dog on the mat"]
-    for prompts in (["two red"], ["a cat", "describe it in detail"], others):
-        batch = inputs(processor, *prompts)
-        for compressor in (None, PrefixKV(0.5)):
-            options = {"max_new_tokens": 24, "eos_token_id": (), "compressor": compressor}
-            expected = model.generate(**batch, **options).token_ids
-            assert torch.equal(compiled.generate(**batch, **options).token_ids, expected)
-    # two sizes of batch, with and without a compressor: no prompt is compiled for itself
-    assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
-
-
-@pytest.mark.parametrize("prompts", [["two red"], ["a cat", "describe it in detail"]])
-def test_the_top_layers_last_token_alone_is_that_of_the_whole_layer(small, prompts):
-    _, _, model, processor = small
-    batch = inputs(processor, *prompts)
-    layer = model.language_model.layers[-1]
-    torch.manual_seed(0)
-    hidden = torch.randn(*batch["input_ids"].shape, model.config.text.hidden_size)
-    rope, mask = model.positions(batch["input_ids"], batch.get("attention_mask"))
-    with torch.no_grad():
-        whole, (query, key, value) = layer(hidden, rope, mask)
-        last, parts = layer(hidden, rope, mask, last_only=True)
-    # Attention's two kernels add in another order: last places of numbers up to 9.
-    torch.testing.assert_close(last, whole[:, -1:], atol=5e-6, rtol=0)
-    assert all(torch.equal(*pair) for pair in zip(parts, (query, key, value)))
 
 
 def test_one_eos_may_be_given_as_a_number(small):
@@ -186,29 +136,3 @@ def test_training_through_forward_reaches_every_parameter_and_fits_a_batch(small
     # Features are taken after layer -2, so the last vision layer and the norm behind it take no part.
     assert all(name.startswith(("vision_tower.layers.2", "vision_tower.post_layernorm")) for name in silent)
     assert losses[-1] < 0.1 * losses[0]
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("batch, tokens", [(1, 1), (2, 1), (4, 1), (5, 1), (33, 1), (1, 3), (4, 2)])
-@pytest.mark.parametrize("width, out", [(300, 512), (300, 511), (8, 16)])
-def test_a_product_shared_out_between_threads_is_the_product(batch, tokens, width, out, bias, compiled):
-    layer = Linear(width, out, bias=bias)
-    x = torch.randn(batch, tokens, width)
-    with mock.patch("torch.compiler.is_compiling", lambda: compiled):
-        found = layer(x)
-    # sums of 300 products of about 0.06, in another order: a few units in the last place of the largest
-    torch.testing.assert_close(found, F.linear(x, layer.weight, layer.bias), atol=2e-6, rtol=0)
-    assert found.is_contiguous()  # what follows reads it row by row
-
-
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 90), st.sampled_from([0, 1, 64, 65, 200]), st.booleans())
-def test_a_matrix_times_vectors_is_that_however_its_rows_lie(batch, count, columns, gap, compiled):
-    torch.manual_seed(0)
-    matrix = torch.randn(batch, 2, 5, columns + gap)[..., :columns]
-    vectors = torch.randn(batch, 2, count, columns)
-    with mock.patch("torch.compiler.is_compiling", lambda: compiled):
-        found = times(matrix, vectors)
-    expected = torch.einsum("bhrc,bhgc->bhgr", matrix.double(), vectors.double()).float()
-    # up to 90 products of numbers up to 4, added in float32: some last places of sums of about 30
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

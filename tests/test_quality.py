@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bench import quality, why
-from bench.quality import Watcher, curves, gini, interval, likelihood, main, read_results, rouge_l
+from bench.quality import curves, gini, interval, likelihood, main, read_results, rouge_l
+from minillava.compressors import Recorder
 from minillava.model import LlavaError
 from prefixkv import Plan, PrefixKV
 
@@ -194,7 +195,7 @@ def test_rouge_of_equal_and_of_empty_texts():
 
 @given(st.integers(0, 2**32 - 1), st.integers(3, 60))
 def test_lorenz_curves_rise_to_one_and_gini_tells_equal_from_one_hot(seed, length):
-    watcher = Watcher(1.0)
+    watcher = Recorder()
     random = torch.rand(length, generator=torch.Generator().manual_seed(seed))
     watcher.importance = torch.stack([torch.ones(length), random, torch.eye(length)[0]])[:, None]
     watcher.present = torch.ones(1, length, dtype=torch.bool)

@@ -6,18 +6,21 @@ import ast
 import re
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
+import minillava.compressors
+import minillava.fast
 import minillava.model
 import prefixkv
-from minillava.model import Linear, Llava, LlavaConfig, TextConfig, VisionConfig
+from minillava.compressors import METHODS
+from minillava.fast import FastLinear, speed_up
+from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig, manual_attention
 from prefixkv import Plan, PrefixKV
 
 COMMENT = re.compile(r"#\s*\[([^\]]+)\]$")
-SOURCES = [Path(minillava.model.__file__), Path(prefixkv.__file__)]
+SOURCES = [Path(module.__file__) for module in (minillava.model, minillava.fast, minillava.compressors, prefixkv)]
 
 # Sizes that no two dimensions share, so that a comment cannot be right by accident.
 CONFIG = LlavaConfig(
@@ -109,14 +112,17 @@ def exercise() -> None:
     ids = torch.stack([torch.cat([torch.zeros(longest - len(row), dtype=torch.long), row]) for row in rows])
     mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
     pixels = torch.randn(3, 3, 28, 28)
+    manual_attention(torch.randn(2, 6, 5, 14), torch.randn(2, 2, 5, 14), torch.randn(2, 2, 5, 14), None)
     model(ids, pixels, mask)
-    for compressor in (None, PrefixKV(0.4), PrefixKV(plan=Plan(0.3, [0.3] * 5))):
-        model.generate(ids, pixels, mask, max_new_tokens=4, eos_token_id=(), compressor=compressor)
-    model.generate(ids[:1, -4:], max_new_tokens=2, temperature=1.0, top_k=5, top_p=0.5, seed=1)
-    with mock.patch("torch.compiler.is_compiling", lambda: True):
-        model.generate(ids, pixels, mask, max_new_tokens=2, eos_token_id=(), compressor=PrefixKV(0.4))
+    others = [method(0.4) for method in METHODS.values()]
+    for _ in ("plain", "fast"):
+        for compressor in (None, PrefixKV(plan=Plan(0.3, [0.3] * 5)), *others):
+            model.generate(ids, pixels, mask, max_new_tokens=4, eos_token_id=(), compressor=compressor)
+        model.generate(ids[:1, -4:], max_new_tokens=2, temperature=1.0, top_k=5, top_p=0.5, seed=1)
+        speed_up(model)
+    model.bfloat16().generate(ids, pixels, mask, max_new_tokens=2, eos_token_id=())
     for batch in (1, 9):
-        Linear(300, 512)(torch.randn(batch, 1, 300))  # wide enough to be shared out between threads
+        FastLinear(300, 512)(torch.randn(batch, 1, 300))  # wide enough to be shared out between threads
 
 
 def run(tracer: Tracer) -> None:

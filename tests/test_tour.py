@@ -40,7 +40,7 @@ WRONG = {
     "future = torch.ones(length, length).triu(1)": "future = torch.ones(length, length).triu(2)",
     "key.repeat_interleave(shared, 1).mT": "key.repeat(1, shared, 1, 1).mT",
     "by_hand = weights.mean(1).sum(1)": "by_hand = weights.sum(1).sum(1)",
-    "(prefixes < p).sum(-1) + 1 + protected": "(prefixes < p).sum(-1) + protected",
+    "(curve < p).sum(-1) + protected": "(curve < p).sum(-1) + 1 + protected",
     "order[0] = order[-1] = torch.inf": "order[0] = torch.inf",
 }
 

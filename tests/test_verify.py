@@ -54,7 +54,7 @@ def test_rope_that_turns_neighbours_is_named(model, checkpoint, monkeypatch):
         cos, sin = cos[..., :half], sin[..., half:]
         return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
-    monkeypatch.setattr(minillava.model, "rotate", neighbours)
+    monkeypatch.setattr(minillava.model, "apply_rope", neighbours)
     name, cause = first(model, checkpoint[1])
     assert name == "layer 0 query" and "RoPE" in cause
 
@@ -81,10 +81,8 @@ def test_a_wrong_eps_is_named(model, checkpoint):
 def test_positions_counted_from_the_shortened_cache_are_named(model, checkpoint):
     class Unshifted(Llava):
         def decode_step(self, token_ids, cache):
-            true, cache.seen = cache.seen, cache.used.amax(0)
             rope = self.language_model.rope
-            wrong = rope(cache.seen[:, None])
-            cache.seen = true
+            wrong = rope(cache.held.amax(0)[:, None])
             self.language_model.rope = lambda positions: wrong
             try:
                 return super().decode_step(token_ids, cache)

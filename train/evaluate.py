@@ -11,8 +11,8 @@ import argparse
 import json
 import random
 from collections import Counter, defaultdict
-from pathlib import Path
 
+from minillava import TINY
 from minillava.model import Llava
 from minillava.processor import Processor
 from train.scenes import DESCRIBE, Scene, draw, make_scene, named, short_question
@@ -79,7 +79,7 @@ def commonest(questions: int = 1600) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(Path(__file__).parent.parent / "minillava" / "tiny"))
+    parser.add_argument("--model", default=str(TINY))
     parser.add_argument("--descriptions", type=int, default=200)
     parser.add_argument("--questions", type=int, default=1600)
     parser.add_argument("--device", default="cpu")

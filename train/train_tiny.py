@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from minillava.compressors import Recorder
 from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
-from prefixkv import priority
+from prefixkv import PrefixKV, priority
 from train.evaluate import commonest, evaluate
 from train.scenes import (
     BACKGROUNDS,
@@ -281,19 +282,11 @@ def rate(step: int, steps: int, peak: float, fall_from: float) -> float:
 @torch.no_grad()
 def heterogeneity(model: Llava, images: Tensor, ids: Tensor) -> str:
     """How unlike the layers are: kept shares at a budget of 20 %, and Gini coefficients of importance."""
-    from prefixkv import PrefixKV, importance
-
+    recorder = Recorder()
     prompt = ids[:, : 3 + GRID**2 + 8]  # the image and the first words of a question
-    hidden = model.embed(prompt, images)
-    rope, _ = model.positions(prompt, None)
-    present = torch.ones_like(prompt, dtype=torch.bool)
-    scores = []
-    for layer in model.language_model.layers:
-        hidden, (query, key, _) = layer(hidden, rope, None)
-        scores.append(importance(query, key, present))
-    stacked = torch.stack(scores)  # [L, B, N]
-    counts = PrefixKV(0.2).allocate(stacked, present).float().mean(1) / prompt.shape[1]
-    curves = torch.stack([priority(stacked[:, b]) for b in range(len(prompt))]).mean(0)
+    model.prefill(prompt, images, max_new_tokens=0, compressor=recorder)
+    counts = PrefixKV(0.2).allocate(recorder.scores, recorder.present).float().mean(1) / prompt.shape[1]
+    curves = torch.stack([priority(scores) for scores in recorder.scores.unbind(1)]).mean(0)  # [L, N + 1]
     gini = 2 * curves.mean(-1) - 1
     return (
         f"kept {' '.join(f'{share:.2f}' for share in counts.tolist())} | "
@@ -304,9 +297,10 @@ def heterogeneity(model: Llava, images: Tensor, ids: Tensor) -> str:
 def decode(model: Llava, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The decoder over embeddings [B, N, D], up to its final norm; query and key [B, N, Dh] of a head of POINTER."""
     for index, layer in enumerate(model.language_model.layers):
-        hidden, (queries, keys, _) = layer(hidden, (cos, sin), mask)
         if index == POINTER:
+            queries, keys, _ = layer.self_attn.project(layer.input_layernorm(hidden), (cos, sin))
             query, key = queries[:, 0], keys[:, 0]
+        hidden = layer(hidden, (cos, sin), mask)
     return model.language_model.norm(hidden), query, key
 
 

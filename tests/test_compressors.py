@@ -7,12 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.baselines import H2O, Elastic, Local, PyramidKV, Random, SnapKV, Uniform, spread
+from minillava.compressors import H2O, METHODS, Elastic, Local, PyramidKV, Recorder, SnapKV, Uniform, spread
 from minillava.model import KVCache
-from prefixkv import PrefixKV, importance
+from prefixkv import Compressor, PrefixKV, importance
 
-METHODS = {"uniform": Uniform, "local": Local, "random": Random, "h2o": H2O, "snapkv": SnapKV, "pyramidkv": PyramidKV,
-           "elastic": Elastic}  # fmt: skip
 methods = pytest.mark.parametrize("method", METHODS)
 seeds = st.integers(0, 2**32 - 1)
 budgets = st.floats(0.05, 1.0)
@@ -181,18 +179,17 @@ def test_h2o_evicts_by_attention_that_goes_on_accumulating(seed, length, steps):
     query, key, present = attention(seed, 1, [length])
     compressor = H2O(0.5)
     counts, kept = choose(compressor, query, key, present)
-    cache = KVCache(present.long(), 1, steps, compressor)
-    cache.store(0, key[0], key[0], kept[0])
+    cache = KVCache(present, 1, steps, compressor)
+    cache.store(key[0], key[0], kept[0])
     count = int(counts[0, 0])
     scores = importance(query[0], key[0], present)[0]
     rows = [(j, key[0, 0, :, j], float(scores[j])) for j in kept[0, 0].nonzero()[:, 0].tolist()]
     for step in range(steps):
         new_key, new_query = torch.randn(1, 2, 1, 6, generator=generator), torch.randn(1, 4, 1, 6, generator=generator)
         cache.advance()
-        keys, _, _ = cache.write(0, new_key, new_key)
-        position = cache.position[0, :, : keys.shape[2]]
-        compressor.observe(0, new_query, keys, position)
-        room = int(compressor.room(counts, torch.tensor([length]), torch.tensor([length + step + 1])))
+        cache.update(0, new_query, new_key, new_key)
+        position = cache.position[0]
+        room = int(compressor.capacity(counts, torch.tensor([length]), torch.tensor([length + step + 1])))
         if len(rows) == room:
             spared = count // 2 - 1
             candidates = [row for row in rows[: len(rows) - spared] if row[0] > 0]
@@ -202,3 +199,41 @@ def test_h2o_evicts_by_attention_that_goes_on_accumulating(seed, length, steps):
         weights = (new_query[0, :, 0].view(2, 2, 6) @ held.transpose(-1, -2) / 6**0.5).softmax(-1).mean((0, 1))
         rows = [(at, k, score + float(weight)) for (at, k, score), weight in zip(rows, weights)]
         assert sorted(position[position >= 0].tolist()) == [row[0] for row in rows]
+
+
+@pytest.mark.parametrize("compressor", [Compressor(), Recorder()], ids=["base", "recorder"])
+def test_the_base_class_keeps_everything(small, compressor):
+    _, _, model, processor = small
+    inputs = processor(["USER: What is in the image? ASSISTANT:", "two red"])
+    plain = model.generate(**inputs, max_new_tokens=15, eos_token_id=())
+    kept = model.generate(**inputs, max_new_tokens=15, eos_token_id=(), compressor=compressor)
+    assert torch.equal(plain.token_ids, kept.token_ids) and torch.equal(plain.kept, kept.kept)
+    assert (plain.cache_bytes, plain.allocated_bytes) == (kept.cache_bytes, kept.allocated_bytes)
+
+
+def test_a_recorder_remembers_the_importance_of_every_layer():
+    query, key, present = attention(0, 3, [20, 12])
+    recorder = Recorder()
+    choose(recorder, query, key, present)
+    expected = torch.stack([importance(q, k, present) for q, k in zip(query, key)])
+    assert torch.equal(recorder.scores, expected) and torch.equal(recorder.present, present)
+
+
+class Asked(Compressor):
+    """Notes in which order a cache asks what."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattribute__(self, name):
+        if name in vars(Compressor) and callable(vars(Compressor)[name]) and not name.startswith("_"):
+            object.__getattribute__(self, "calls").append(name)
+        return object.__getattribute__(self, name)
+
+
+def test_a_cache_asks_in_the_order_that_the_base_class_tells(small):
+    _, _, model, processor = small
+    asked, layers = Asked(), len(model.language_model.layers)
+    model.generate(**processor("a cat"), max_new_tokens=2, eos_token_id=(), compressor=asked)
+    prompt = ["score", "planned"] * layers + ["allocate"] + ["retain", "merge", "capacity"] * layers
+    assert asked.calls == [*prompt, "capacity", "victim", *["observe"] * layers]

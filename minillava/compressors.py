@@ -1,8 +1,9 @@
-"""What PrefixKV is compared with: other ways to choose what a KV cache keeps, with PrefixKV's interface.
+"""Other ways to choose what a KV cache keeps, as small classes with PrefixKV's interface.
 
 Each class says which paper and which equation it follows, and overrides only what that paper does differently. All of
-them keep the tokens that the budget allows, counted as PrefixKV counts, and all but H2O and Local give up tokens while
+them keep as many tokens as the budget allows, counted as PrefixKV counts. All but H2O and Local evict tokens while
 decoding as PrefixKV does, so that only the choice differs. One kept set serves all heads of a layer, in all of them.
+`METHODS` has their names on the command line.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefixkv import PrefixKV, importance, retain
+from prefixkv import Compressor, PrefixKV, importance, retain
 
 
 def spread(total: int, weight: Tensor, low: int, high: int) -> Tensor:
@@ -43,6 +44,17 @@ def last(present: Tensor, count: Tensor) -> Tensor:
     return present & (order > order[:, -1:] - count[:, None])
 
 
+class Recorder(Compressor):
+    """Keeps everything, and remembers the importance of every key: `scores` [L, B, N] and `present` [B, N]."""
+
+    def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
+        return importance(query, key, present)
+
+    def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
+        self.scores, self.present = scores, present
+        return super().allocate(scores, present)
+
+
 class Uniform(PrefixKV):
     """PrefixKV's importance and retention, with every layer the same size: what the search over layers adds."""
 
@@ -50,9 +62,9 @@ class Uniform(PrefixKV):
         """Sizes [L] that sum to `total`; equal, but for one token."""
         return spread(total, torch.ones(layers), low, high)
 
-    def allocate(self, importance: Tensor, present: Tensor) -> Tensor:
+    def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
         """Tokens that each layer of each sample keeps, from the budget alone: [L, B]."""
-        layers, counts = len(importance), []
+        layers, counts = len(scores), []
         for length in present.sum(-1).tolist():
             protected = min(length, self.start + 1)
             total = max(round(self.budget * layers * length), layers * protected)
@@ -72,7 +84,7 @@ class Local(Uniform):
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
         return present.cumsum(-1).float()  # the later the better
 
-    def evict(self, position: Tensor, kept: Tensor) -> Tensor:
+    def victim(self, position: Tensor, kept: Tensor) -> Tensor:
         """The oldest token that is no sink."""
         return position.masked_fill(position < self.start, torch.iinfo(position.dtype).max).argmin(-1)
 
@@ -92,9 +104,9 @@ class Random(Uniform):
         self.layer += 1
         return drawn.to(present.device)
 
-    def allocate(self, importance: Tensor, present: Tensor) -> Tensor:
+    def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
         self.layer = 0
-        return super().allocate(importance, present)
+        return super().allocate(scores, present)
 
 
 class H2O(Uniform):
@@ -104,32 +116,26 @@ class H2O(Uniform):
     token with the least attention so far among those that are not recent.
     """
 
-    def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        return importance(query, key, present)
+    def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
+        positions = (present.cumsum(-1) - 1).clamp(min=0)  # [B, N]
+        self.received = torch.zeros_like(scores).scatter_add(2, positions.expand_as(scores), scores)  # [L, B, T]
+        return super().allocate(scores, present)
 
-    def allocate(self, importance: Tensor, present: Tensor) -> Tensor:
-        shift = present.shape[1] - present.sum(-1)  # [B]
-        index = (torch.arange(present.shape[1], device=present.device) - shift[:, None]).clamp(min=0)
-        self.received = torch.zeros_like(importance).scatter_add(
-            2, index.expand_as(importance), importance
-        )  # [L, B, T]
-        return super().allocate(importance, present)
-
-    def retain(self, importance: Tensor, counts: Tensor, present: Tensor) -> Tensor:
+    def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
         recent = last(present, counts // 2)
-        return retain(importance.masked_fill(recent, torch.inf), counts, present, self.start)
+        return retain(scores.masked_fill(recent, torch.inf), counts, present, self.start)
 
-    def observe(self, index: int, query: Tensor, key: Tensor, position: Tensor) -> None:
-        """Adds the attention of a new token's query [B, H, 1, Dh] to the keys [B, Hkv, F, Dh] at `position` [B, F]."""
+    def observe(self, layer: int, query: Tensor, key: Tensor, position: Tensor) -> None:
+        """Adds the attention of a new token's query [B, H, 1, Dh] to the keys [B, Hkv, S, Dh] at `position` [B, S]."""
         grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # [B, Hkv, G, Dh]
         scores = (grouped @ key.transpose(-1, -2)).float() * key.shape[-1] ** -0.5
         scores = scores.masked_fill(position[:, None, None] < 0, torch.finfo(torch.float32).min)
         longest = int(position.max()) + 1
         if longest > self.received.shape[2]:
             self.received = F.pad(self.received, (0, longest - self.received.shape[2] + 64))
-        self.received[index].scatter_add_(1, position.clamp(min=0), scores.softmax(-1).mean(dim=(1, 2)))
+        self.received[layer].scatter_add_(1, position.clamp(min=0), scores.softmax(-1).mean(dim=(1, 2)))
 
-    def evict(self, position: Tensor, kept: Tensor) -> Tensor:
+    def victim(self, position: Tensor, kept: Tensor) -> Tensor:
         at = position.clamp(min=0)
         received = self.received.gather(2, at.clamp(max=self.received.shape[2] - 1))
         # Recent ones: half of what the layer kept, less the token that is about to enter.
@@ -154,20 +160,20 @@ class SnapKV(Uniform):
         return ((self.budget * present.sum(-1)).long() // 2).clamp(min=1, max=self.window)
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        asking = last(present, self.width(present))[:, -self.window :]  # [B, W]
-        width, length = asking.shape[1], present.shape[1]
+        in_window = last(present, self.width(present))[:, -self.window :]  # [B, W]
+        width, length = in_window.shape[1], present.shape[1]
         grouped = query[:, :, -width:].unflatten(1, (key.shape[1], -1))  # [B, Hkv, G, W, Dh]
         scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * key.shape[-1] ** -0.5
         causal = torch.ones(width, length, dtype=torch.bool, device=key.device).tril(length - width)
         seen = (causal & present[:, None])[:, None, None]  # [B, 1, 1, W, N]
         weight = scores.masked_fill(~seen, torch.finfo(torch.float32).min).softmax(-1).mean(dim=(1, 2))  # [B, W, N]
-        received = (weight * asking[..., None]).sum(1).masked_fill(~present, 0.0)
+        received = (weight * in_window[..., None]).sum(1).masked_fill(~present, 0.0)
         pooled = F.max_pool1d(received[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
         return pooled.masked_fill(~present, 0.0)
 
-    def retain(self, importance: Tensor, counts: Tensor, present: Tensor) -> Tensor:
+    def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
         window = last(present, self.width(present).minimum(counts - self.start))
-        return retain(importance.masked_fill(window, torch.inf), counts, present, self.start)
+        return retain(scores.masked_fill(window, torch.inf), counts, present, self.start)
 
 
 class PyramidKV(SnapKV):
@@ -208,3 +214,9 @@ class Elastic(Uniform):
             return torch.zeros_like(source).scatter_reduce(2, where, source, "mean", include_self=False)
 
         return tuple(torch.where(anchor[:, None, :, None], mean(source), source) for source in (key, value))  # type: ignore[return-value]
+
+
+METHODS: dict[str, type[PrefixKV]] = {
+    "prefixkv": PrefixKV, "uniform": Uniform, "random": Random, "local": Local, "h2o": H2O, "snapkv": SnapKV,
+    "pyramidkv": PyramidKV, "elastic": Elastic,
+}  # fmt: skip

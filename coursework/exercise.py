@@ -1,9 +1,9 @@
-"""Takes a function's body away and puts it back, for COURSEWORK.md: `python -m tests.exercise remove search`.
+"""Takes a function's body away and puts it back, for COURSEWORK.md: `python -m coursework.exercise remove search`.
 
-    python -m tests.exercise list
-    python -m tests.exercise remove NAME     the body becomes `raise NotImplementedError`
-    python -m tests.exercise check NAME      runs the exercise's tests
-    python -m tests.exercise restore NAME    the body is what it was
+    python -m coursework.exercise list
+    python -m coursework.exercise remove NAME     the body becomes `raise NotImplementedError`
+    python -m coursework.exercise check NAME      runs the exercise's tests
+    python -m coursework.exercise restore NAME    the body is what it was
 
 What was removed waits in `.exercises/`; a solution that stands there at `restore` is kept beside it.
 """
@@ -34,11 +34,11 @@ EXERCISES = {
         ("tests/test_parity.py::test_every_layout_gives_the_reference_logits_and_tokens",),
     ),
     "rope": Exercise(
-        "minillava/model.py", "rotate",
+        "minillava/model.py", "apply_rope",
         ("tests/test_parity.py::test_every_option_of_the_config_is_honoured",),
     ),
     "attention": Exercise(
-        "minillava/model.py", "Attention.step",
+        "minillava/model.py", "manual_attention",
         ("tests/test_parity.py::test_every_layout_gives_the_reference_logits_and_tokens",),
     ),
     "cache": Exercise(
@@ -57,14 +57,14 @@ EXERCISES = {
          "tests/test_prefixkv.py::test_the_threshold_is_the_largest_that_fits"),
     ),
     "eviction": Exercise(
-        "prefixkv.py", "PrefixKV.evict",
+        "prefixkv.py", "PrefixKV.victim",
         ("tests/test_prefixkv.py::test_eviction_is_a_queue_behind_pinned_tokens",
          "tests/test_prefixkv.py::test_the_oldest_token_behind_the_pinned_ones_goes_first"),
     ),
     "allocator": Exercise(
-        "bench/baselines.py", "Uniform.allocate",
-        ("tests/test_baselines.py::test_the_total_kept_is_prefixkvs_budget_exactly",
-         "tests/test_baselines.py::test_uniform_layers_differ_by_one_token_at_most_and_choose_as_prefixkv_does"),
+        "minillava/compressors.py", "Uniform.allocate",
+        ("tests/test_compressors.py::test_the_total_kept_is_prefixkvs_budget_exactly",
+         "tests/test_compressors.py::test_uniform_layers_differ_by_one_token_at_most_and_choose_as_prefixkv_does"),
     ),
 }  # fmt: skip
 

@@ -1,0 +1,231 @@
+"""`minillava.fast`: everything in it can be left out without changing a token."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import reference, write
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from minillava import fast
+from minillava.compressors import H2O
+from minillava.fast import FastKVCache, FastLinear, FastTopLayer, compile_steps, speed_up, times
+from minillava.model import Attention, DecoderLayer, KVCache, Llava
+from prefixkv import PrefixKV
+from weights import load, load_model
+
+PROMPTS = [["two red"], ["a cat", "describe it in detail"]]
+
+
+def undo(model, name):
+    """The model with one of the fast classes replaced by the plain one that it derives from."""
+    for module in model.modules():
+        if type(module).__name__ == name:
+            module.__class__ = type(module).__bases__[0]
+    return model
+
+
+def generate(model, processor, prompts, **options):
+    return model.generate(**processor(prompts), max_new_tokens=48, eos_token_id=(), **options)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tokens_are_the_same_with_and_without_in_every_dtype(tmp_path, dtype, kv_heads):
+    folder = write(reference(kv_heads=kv_heads), tmp_path, "disk5")
+    plain, processor = load(folder, dtype=dtype, fast=False)
+    quick = load_model(folder, dtype=dtype)
+    for prompts in PROMPTS:
+        for compressor in (None, PrefixKV(0.5), PrefixKV(0.3, decode="keep"), H2O(0.5)):
+            expected = generate(plain, processor, prompts, compressor=compressor)
+            found = generate(quick, processor, prompts, compressor=compressor)
+            assert torch.equal(found.token_ids, expected.token_ids) and torch.equal(found.kept, expected.kept)
+            assert (found.cache_bytes, found.allocated_bytes) == (expected.cache_bytes, expected.allocated_bytes)
+
+
+@pytest.mark.parametrize("name", ["FastLinear", "FastAttention", "FastTopLayer", "FastLlava"])
+def test_each_class_can_be_left_out_by_itself(small, name):
+    folder, _, model, processor = small
+    without = undo(load_model(folder), name)
+    assert name not in {type(module).__name__ for module in without.modules()}
+    for compressor in (None, PrefixKV(0.5)):
+        expected = generate(model, processor, PROMPTS[1], compressor=compressor)
+        assert torch.equal(
+            generate(without, processor, PROMPTS[1], compressor=compressor).token_ids, expected.token_ids
+        )
+
+
+def test_loading_speeds_up_on_a_cpu_unless_told_otherwise(small):
+    folder, _, quick, _ = small
+    plain = load_model(folder, fast=False)
+    assert {type(module).__module__ for module in plain.modules()} <= {"minillava.model"} | {
+        type(module).__module__
+        for module in nn.Sequential(
+            nn.Linear(1, 1), nn.LayerNorm(1), nn.Conv2d(1, 1, 1), nn.Embedding(1, 1), nn.ModuleList()
+        )
+    } | {"torch.nn.modules.container"}
+    kinds = {type(module).__name__ for module in quick.modules() if type(module).__module__ == "minillava.fast"}
+    assert kinds == {"FastLinear", "FastAttention", "FastTopLayer", "FastLlava"}
+    assert list(plain.state_dict()) == list(quick.state_dict())
+    assert all(type(layer) is DecoderLayer for layer in quick.language_model.layers[:-1])
+    assert not any(isinstance(module, FastLinear) for module in quick.vision_tower.modules())
+
+
+def test_speeding_up_twice_changes_nothing_more(small):
+    model = load_model(small[0])
+    before = [type(module) for module in model.modules()]
+    assert speed_up(model) is model
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_all_slots_under_a_mask_give_the_same_tokens_as_those_that_are_filled(tiny):
+    model, processor = tiny
+    for compressor in (None, PrefixKV(0.5), PrefixKV(0.5, decode="keep")):
+        expected = generate(model, processor, PROMPTS[1], compressor=compressor).token_ids
+        # The code that is compiled, not compiled.
+        with (
+            mock.patch("torch.compiler.is_compiling", lambda: True),
+            mock.patch.object(fast, "FastKVCache", lambda *arguments, compiled: FastKVCache(*arguments, compiled=True)),
+        ):
+            assert torch.equal(generate(model, processor, PROMPTS[1], compressor=compressor).token_ids, expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU; none was found")
+def test_compiled_steps_give_the_same_tokens_from_one_graph_for_all_prompts(small):
+    folder, _, model, processor = small
+    compiled = load_model(folder)
+    compile_steps(compiled)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    # PrefixKV's widest layer is the second of four with the second prompts, the fourth with the last.
+    others = ["what is that", "a cat and a dog on the mat"]
+    for prompts in (*PROMPTS, others):
+        for compressor in (None, PrefixKV(0.5)):
+            expected = generate(model, processor, prompts, compressor=compressor).token_ids
+            assert torch.equal(generate(compiled, processor, prompts, compressor=compressor).token_ids, expected)
+    # two sizes of batch, with and without a compressor: no prompt is compiled for itself
+    assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
+
+
+def compiled_without_a_compiler(folder, monkeypatch):
+    """A model whose steps are traced as for compiling, and run by torch; what counts the graphs."""
+    traced = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(fast.torch, "compile", lambda step, dynamic, options: traced(step, dynamic=dynamic))
+    model = load_model(folder)
+    compile_steps(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return model, torch._dynamo.utils.counters
+
+
+def test_a_method_that_observes_runs_uncompiled_and_what_follows_is_right(small, monkeypatch):
+    folder, _, model, processor = small
+    compiled, counters = compiled_without_a_compiler(folder, monkeypatch)
+    for compressor in (None, H2O(0.5), PrefixKV(0.5), H2O(0.5), None):
+        expected = generate(model, processor, PROMPTS[1], compressor=compressor).token_ids
+        assert torch.equal(generate(compiled, processor, PROMPTS[1], compressor=compressor).token_ids, expected)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+def test_more_graphs_than_torch_allows_by_itself_are_all_compiled(small, monkeypatch):
+    folder, _, model, processor = small
+    compiled, counters = compiled_without_a_compiler(folder, monkeypatch)
+    sizes = range(1, 6)
+    for size in sizes:
+        for compressor in (None, PrefixKV(0.5)):
+            expected = generate(model, processor, ["two red"] * size, compressor=compressor).token_ids
+            found = generate(compiled, processor, ["two red"] * size, compressor=compressor).token_ids
+            assert torch.equal(found, expected)
+    assert counters["stats"]["unique_graphs"] == 2 * len(sizes)
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_the_top_layers_last_token_alone_is_that_of_the_whole_layer(small, prompts):
+    _, _, model, processor = small
+    mask = processor(prompts)["attention_mask"]
+    layer = copy.deepcopy(model.language_model.layers[-1])
+    layer.self_attn.layer = 0
+    torch.manual_seed(0)
+    hidden = torch.randn(*mask.shape, model.config.text.hidden_size)
+    caches = [KVCache(mask, 1, 0) for _ in range(2)]
+    rope = model.language_model.rope(caches[0].positions)
+    with torch.no_grad():
+        assert type(layer) is FastTopLayer
+        last = layer(hidden, rope, cache=caches[0])
+        layer.__class__ = DecoderLayer
+        whole = layer(hidden, rope, cache=caches[1])
+    # Attention's two kernels add in another order: last places of numbers up to 9.
+    torch.testing.assert_close(last, whole[:, -1:], atol=5e-6, rtol=0)
+    for one, other in zip(caches[0].key + caches[0].value, caches[1].key + caches[1].value):
+        assert torch.equal(one, other)
+
+
+@given(
+    st.integers(0, 2**31), st.integers(1, 3), st.sampled_from([(4, 4), (6, 2), (3, 1)]), st.integers(1, 60),
+    st.booleans(), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_one_tokens_attention_is_the_plain_one(seed, batch, heads, slots, masked, turned, compiled):
+    generator = torch.Generator().manual_seed(seed)
+    layer = Attention.__new__(Attention)
+    nn.Module.__init__(layer)
+    layer.num_heads, layer.kv_heads = heads
+    query = torch.randn(batch, heads[0], 1, 8, generator=generator)
+    key, value = torch.randn(2, batch, heads[1], slots, 8, generator=generator)
+    value = value.mT.contiguous().mT if turned else value
+    mask = None
+    if masked:
+        mask = torch.rand(batch, 1, 1, slots, generator=generator) < 0.6
+        mask[..., 0] = True
+    expected = layer.attend(query, key, value, mask)
+    layer.__class__ = fast.FastAttention
+    with mock.patch("torch.compiler.is_compiling", lambda: compiled):
+        found = layer.attend(query, key, value, mask)
+    # means of up to 60 numbers up to 4, in float32 in another order
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch, tokens", [(1, 1), (2, 1), (4, 1), (5, 1), (33, 1), (1, 3), (4, 2)])
+@pytest.mark.parametrize("width, out", [(300, 512), (300, 511), (8, 16)])
+def test_a_product_shared_out_between_threads_is_the_product(batch, tokens, width, out, bias, compiled):
+    layer = FastLinear(width, out, bias=bias)
+    x = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(0))
+    with mock.patch("torch.compiler.is_compiling", lambda: compiled):
+        found = layer(x)
+    # sums of 300 products of about 0.06, in another order: a few units in the last place of the largest
+    torch.testing.assert_close(found, F.linear(x, layer.weight, layer.bias), atol=2e-6, rtol=0)
+    assert found.is_contiguous()  # what follows reads it row by row
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 90), st.sampled_from([0, 1, 64, 65, 200]), st.booleans())
+def test_a_matrix_times_vectors_is_that_however_its_rows_lie(batch, count, columns, gap, compiled):
+    torch.manual_seed(0)
+    matrix = torch.randn(batch, 2, 5, columns + gap)[..., :columns]
+    vectors = torch.randn(batch, 2, count, columns)
+    with mock.patch("torch.compiler.is_compiling", lambda: compiled):
+        found = times(matrix, vectors)
+    expected = torch.einsum("bhrc,bhgc->bhgr", matrix.double(), vectors.double()).float()
+    # up to 90 products of numbers up to 4, added in float32: some last places of sums of about 30
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_training_goes_through_the_fast_classes_as_through_the_plain_ones(small):
+    folder = small[0]
+    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for model in (load_model(folder, fast=False), load_model(folder)):
+        model(ids).logsumexp(-1).mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert isinstance(load_model(folder, fast=False), Llava)
