@@ -166,7 +166,7 @@ def table(runs: list[Run]) -> str:
 
     if max(map(len, lines())) <= WIDTH:
         return "\n".join(lines())
-    under = ["", "per layer, first layer on the left:", *[f"{row[0]:14} {row.pop(2)}" for row in rows][1:]]
+    under = ["", "per layer, first layer on the left:", *[f"{row[0]}\n  {row.pop(2)}" for row in rows][1:]]
     return "\n".join([*lines(), *under])
 
 

@@ -37,7 +37,7 @@ from prefixkv import Plan, PrefixKV, priority
 from train.scenes import DESCRIBE, describe, draw, make_scene
 from weights import find, load, write_file, write_json
 
-METHODS = ("full", "random", "local", "h2o", "snapkv", "pyramidkv", "elastic", "uniform", "prefixkv", "plan")
+METHODS = ("full", *COMPRESSORS, "plan")
 BUDGETS = tuple(tenth / 10 for tenth in range(1, 10))
 # The published evaluation of LLaVA-1.5 puts Vicuna's instruction before the first turn.
 SYSTEM = (

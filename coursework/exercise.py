@@ -39,7 +39,9 @@ EXERCISES = {
     ),
     "attention": Exercise(
         "minillava/model.py", "manual_attention",
-        ("tests/test_parity.py::test_every_layout_gives_the_reference_logits_and_tokens",),
+        ("tests/test_attention.py::test_a_whole_prompts_fused_attention_is_the_definition",
+         "tests/test_attention.py::test_a_single_token_sees_every_key",
+         "tests/test_attention.py::test_each_group_of_query_heads_reads_its_own_key_head"),
     ),
     "cache": Exercise(
         "minillava/model.py", "KVCache.advance",

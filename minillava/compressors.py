@@ -217,6 +217,6 @@ class Elastic(Uniform):
 
 
 METHODS: dict[str, type[PrefixKV]] = {
-    "prefixkv": PrefixKV, "uniform": Uniform, "random": Random, "local": Local, "h2o": H2O, "snapkv": SnapKV,
-    "pyramidkv": PyramidKV, "elastic": Elastic,
+    "random": Random, "local": Local, "h2o": H2O, "snapkv": SnapKV, "pyramidkv": PyramidKV, "elastic": Elastic,
+    "uniform": Uniform, "prefixkv": PrefixKV,
 }  # fmt: skip

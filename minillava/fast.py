@@ -46,9 +46,9 @@ class FastLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, in] or [B, in] -> [B, N, out] or [B, out]."""
+        """[B, N, in] -> [B, N, out]."""
         one_loop = torch.compiler.is_compiling() and len(x) <= 8  # with more sums the processor's registers run out
-        if not (x.is_cpu and x.dim() == 3 and x.shape[1] == 1 and (one_loop or self.weight.numel() >= 2**16)):
+        if not (x.is_cpu and x.shape[1] == 1 and (one_loop or self.weight.numel() >= 2**16)):
             return F.linear(x, self.weight, self.bias)
         parts = 1 if one_loop else math.gcd(self.out_features, 16)
         weight = self.weight.view(parts, -1, self.in_features)  # [parts, rows, width]

@@ -255,11 +255,9 @@ def causal_mask(present: Tensor) -> Tensor | None:
     """Which tokens a token sees: bool [B, 1, N, N] from present [B, N]; None, plain causal, where no padding is."""
     if present.all():
         return None
-    length = present.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=present.device).tril()  # [N, N]
-    # Padding sees itself, so that no row of the softmax is empty. Nobody else sees padding.
-    itself = torch.eye(length, dtype=torch.bool, device=present.device)  # [N, N]
-    return ((causal & present[:, None]) | itself)[:, None]
+    every = present.new_ones(present.shape[1], present.shape[1])  # [N, N]
+    itself = every.tril() & every.triu()  # [N, N]: padding sees itself alone, so that no row of the softmax is empty
+    return ((every.tril() & present[:, None]) | itself)[:, None]
 
 
 def manual_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -384,19 +382,19 @@ class KVCache:
     up, and nothing is ever moved. Layers and samples may hold different numbers of tokens; free slots are masked.
     """
 
-    def __init__(self, attention_mask: Tensor, num_layers: int, new_tokens: int, compressor: Any = None):
+    def __init__(self, present: Tensor, num_layers: int, new_tokens: int, compressor: Any = None):
         self.compressor, self.new_tokens, self.steps = compressor, new_tokens, 0
-        self.present = attention_mask.bool()  # [B, N]
-        self.mask = causal_mask(self.present)
-        self.positions = (self.present.cumsum(-1) - 1).clamp(min=0)  # [B, N]
-        self.prompt_lengths = self.present.sum(-1)  # [B]
+        self.present, self.mask = present, causal_mask(present)  # which prompt tokens are no padding; who sees whom
+        self.positions = (present.cumsum(-1) - 1).clamp(min=0)  # [B, N]
+        self.prompt_lengths = present.sum(-1)  # [B]
         self.lengths = self.prompt_lengths.clone()  # [B]
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # key, value, scores of layers that are not stored yet
         self.key: list[Tensor] = []  # of each layer [B, Hkv, S, Dh]; S differs between layers
         self.value: list[Tensor] = []
+        # Prompt tokens that a layer kept, tokens that it holds now, and the position of each slot's token (-1: none).
         self.kept = self.prompt_lengths.repeat(num_layers, 1)  # [L, B]
         self.held = self.kept.clone()  # [L, B]
-        self.position = self.lengths.new_full((num_layers, len(self.lengths), 0), -1)  # of each slot's token; -1: free
-        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # key, value, scores of layers not stored yet
+        self.position = self.lengths.new_full((num_layers, len(present), 0), -1)
 
     def update(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Takes in a layer's key and value [B, Hkv, N, Dh]; returns the key, value and mask that attention reads.
@@ -589,7 +587,7 @@ class Llava(nn.Module):
         require(left, "attention_mask has padding after the prompt; pad prompts on the left to generate.")
         cache = self.new_cache(present, max_new_tokens, compressor)
         hidden = self.language_model(self.embed(input_ids, pixel_values), cache.positions, cache=cache)
-        logits = self.lm_head(hidden[:, -1])  # [B, V]
+        logits = self.lm_head(hidden[:, -1:])[:, 0]  # [B, V]
         require(logits.isfinite().all(), "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
         return logits, cache
 
@@ -620,17 +618,15 @@ class Llava(nn.Module):
         """
         sane = temperature >= 0 and top_k >= 0 and 0 < top_p <= 1
         require(sane, f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range: >= 0, >= 0, 0 .. 1.")
-        if eos_token_id is None:
-            eos_token_id = self.config.eos_token_id
-        ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), dtype=torch.long)
-        ends = ends.to(logits.device)
+        ends = self.config.eos_token_id if eos_token_id is None else eos_token_id
+        stops = torch.tensor([ends] if isinstance(ends, int) else list(ends), dtype=torch.long, device=logits.device)
         generator = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
         ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
         for step in range(cache.new_tokens):
             token_ids = sample(logits, temperature, top_k, top_p, generator)  # [B]
             token_ids = token_ids.masked_fill(ended, self.config.pad_token_id)
             yield token_ids
-            ended = ended | torch.isin(token_ids, ends)
+            ended = ended | torch.isin(token_ids, stops)
             if step + 1 == cache.new_tokens or ended.all():
                 return
             logits = self.decode_step(token_ids, cache)

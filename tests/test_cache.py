@@ -51,7 +51,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.longest, self.left, self.step = max(lengths), new_tokens, 0
         self.mask = torch.tensor([[0] * (self.longest - n) + [1] * n for n in lengths])
         compressor = None if decode is None else PrefixKV(0.5, decode=decode)
-        self.cache = kind(self.mask, layers, new_tokens, compressor)
+        self.cache = kind(self.mask.bool(), layers, new_tokens, compressor)
         self.models: list[list[CutAndConcatenate]] = []
         self.addresses: list[int] = []
 
@@ -243,7 +243,7 @@ def test_with_a_plan_the_whole_prompt_is_held_for_one_layer_at_a_time(small, mon
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keys_and_values_lie_as_the_step_reads_them(dtype):
     """In float32, products read rows of keys and columns of values; the kernel of half precision reads rows of both."""
-    cache = FastKVCache(torch.ones(2, 9, dtype=torch.long), 1, 4, None)
+    cache = FastKVCache(torch.ones(2, 9, dtype=torch.bool), 1, 4, None)
     key, value = torch.randn(2, 2, HEADS, 9, SIZE).to(dtype)
     cache.store(key, value, cache.present)
     assert cache.key[0].is_contiguous()

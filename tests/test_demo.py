@@ -19,6 +19,7 @@ from PIL import Image
 
 import demo
 import weights
+from minillava.compressors import METHODS
 from prefixkv import PrefixKV
 from train.scenes import draw, make_scene
 
@@ -126,6 +127,27 @@ def test_a_seed_makes_sampling_repeatable(capsys):
     assert first == again != other
 
 
+def test_a_tiny_temperature_is_no_error(capsys):
+    code, out, err = run(capsys, "--json", "--temperature", "1e-40", "--max-new-tokens", "4")
+    assert (code, err) == (0, "") and len(json.loads(out)["runs"]) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_answers_by_its_name(capsys, method):
+    code, out, _ = run(capsys, "--json", "--method", method, "--budget", "0.4", "--max-new-tokens", "20")
+    full, compressed = json.loads(out)["runs"]
+    assert code == 0 and (compressed["method"], compressed["budget"]) == (method, 0.4)
+    assert sum(compressed["kept_per_layer"]) == round(0.4 * sum(full["kept_per_layer"]))
+
+
+def test_methods_and_budgets_are_combined_and_named_in_the_table(capsys):
+    chosen = ("--method", "h2o", "--method", "random", "--budget", "0.3", "--budget", "0.1")
+    code, out, _ = run(capsys, *chosen, "--max-new-tokens", "3")
+    assert code == 0
+    rows = [line.split()[:2] for line in out.splitlines()[-5:]]
+    assert rows == [["full", "cache"], ["h2o", "30%"], ["h2o", "10%"], ["random", "30%"], ["random", "10%"]]
+
+
 def test_several_images_in_one_prompt(capsys):
     pictures = [str(path) for path in sorted((TINY / "examples").glob("*.png"))[:2]]
     code, out, _ = run(capsys, "--json", "--image", pictures[0], "--image", pictures[1], "--max-new-tokens", "4")
@@ -133,15 +155,16 @@ def test_several_images_in_one_prompt(capsys):
     assert json.loads(out)["runs"][0]["prompt_tokens"] > 288
 
 
-def test_a_conversation_of_several_turns(capsys, monkeypatch):
+@pytest.mark.parametrize("options", [(), ("--method", "h2o"), ("--budget", "30%")])
+def test_a_conversation_of_several_turns(capsys, monkeypatch, options):
     monkeypatch.setattr("sys.stdin", io.StringIO("How many objects are there?\nWhat is at the top left?\n\n"))
-    code, out, _ = run(capsys, "--chat", "--max-new-tokens", "12")
+    code, out, _ = run(capsys, "--chat", "--max-new-tokens", "12", *options)
     assert code == 0
     assert out.count("you: ") == 3
 
 
 def fake_run(layers: int) -> demo.Run:
-    return demo.Run("prefixkv", 0.2, "a b", [1], 99999, [20000] * layers, 10**10, 10**11, 1.0, 1.0, 12345.0)
+    return demo.Run("prefixkv", 0.2, "a b", [1], 99999, [20000] * layers, 10**10, 10**11, 10**11, 1.0, 1.0, 12345.0)
 
 
 @pytest.mark.parametrize("layers", [1, 8, 12, 13, 40, 70])
@@ -197,7 +220,14 @@ PICTURE = str(TINY / "examples" / "scene_1.png")
         (["--prompt", "red circle " * 2000], "positions"),
         (["--max-new-tokens", "100000"], "positions"),
         (["--device", "quantum"], "device"),
-        (["--chat", "--json"], "--chat"),
+        (["--chat", "--json"], "--json"),
+        (["--chat", "--prompt", "Why?"], "--prompt"),
+        (["--chat", "--save-plan", "plan.json"], "--save-plan"),
+        (["--chat", "--budget", "0.2", "--budget", "0.5"], "one --budget"),
+        (["--chat", "--method", "h2o", "--method", "local"], "one --method"),
+        (["--method", "nothing"], "invalid choice"),
+        (["--method", "h2o", "--plan", "plan.json"], "--method"),
+        (["--method", "h2o", "--explore", "page.html"], "--method"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(capsys, monkeypatch, arguments, word):

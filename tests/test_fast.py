@@ -156,7 +156,7 @@ def test_the_top_layers_last_token_alone_is_that_of_the_whole_layer(small, promp
     layer.self_attn.layer = 0
     torch.manual_seed(0)
     hidden = torch.randn(*mask.shape, model.config.text.hidden_size)
-    caches = [KVCache(mask, 1, 0) for _ in range(2)]
+    caches = [KVCache(mask.bool(), 1, 0) for _ in range(2)]
     rope = model.language_model.rope(caches[0].positions)
     with torch.no_grad():
         assert type(layer) is FastTopLayer

@@ -87,10 +87,94 @@ def test_sampling_settings_out_of_range_are_refused(small, wrong):
         model.generate(**inputs(processor, "a cat"), **wrong)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
 @pytest.mark.parametrize("mask", [[1, 1, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0]])
-def test_padding_after_the_prompt_is_refused(small, mask):
+def test_padding_after_the_prompt_is_refused(small, mask, dtype):
     with pytest.raises(LlavaError, match="pad prompts on the left"):
-        small[2].generate(torch.tensor([[3, 4, 5, 6]]), attention_mask=torch.tensor([mask]), max_new_tokens=2)
+        small[2].generate(
+            torch.tensor([[3, 4, 5, 6]]), attention_mask=torch.tensor([mask], dtype=dtype), max_new_tokens=2
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float32, torch.uint8])
+def test_a_mask_of_any_dtype_means_the_same(small, dtype):
+    _, _, model, processor = small
+    batch = inputs(processor, "a cat", "describe it in detail")
+    expected = model.generate(**batch, max_new_tokens=8, eos_token_id=()).token_ids
+    batch["attention_mask"] = batch["attention_mask"].to(dtype)
+    assert torch.equal(model.generate(**batch, max_new_tokens=8, eos_token_id=()).token_ids, expected)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize(
+    "wrong, word",
+    [
+        ({"attention_mask": torch.tensor([[0.0, -1e9, 0.0]])}, "expected 1 for a token and 0 for padding"),
+        ({"attention_mask": torch.tensor([[1, 2, 1]])}, "expected 1 for a token and 0 for padding"),
+        ({"attention_mask": torch.tensor([[1, 1]])}, r"int64 \[1, 2\]; expected \[1, 3\]"),
+        ({"attention_mask": torch.tensor([1, 1, 1])}, r"int64 \[3\]; expected \[1, 3\]"),
+        ({"input_ids": torch.tensor([3, 4, 5])}, r"int64 \[3\]; expected whole numbers \[B, N\]"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "one prompt or more"),
+        ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, "one prompt or more"),
+        ({"input_ids": torch.tensor([[3.0, 4.0]])}, "float32"),
+        ({"input_ids": torch.tensor([[3, -1]])}, "expected 0 to 319"),
+        ({"input_ids": torch.tensor([[3, 320]])}, "expected 0 to 319"),
+    ],
+)
+def test_ids_and_masks_that_cannot_be_used_are_refused(small, call, wrong, word):
+    with pytest.raises(LlavaError, match=word):
+        getattr(small[2], call)(**{"input_ids": torch.tensor([[3, 4, 5]]), **wrong})
+
+
+def test_a_negative_number_of_new_tokens_is_refused(small):
+    with pytest.raises(LlavaError, match="max_new_tokens is -1; expected 0 or more"):
+        small[2].generate(torch.tensor([[3, 4, 5]]), max_new_tokens=-1)
+
+
+@pytest.mark.parametrize("compressor", [None, PrefixKV(0.5)])
+def test_a_step_that_the_cache_was_not_made_for_is_refused(small, compressor):
+    _, _, model, processor = small
+    logits, cache = model.prefill(**inputs(processor, "a cat"), max_new_tokens=2, compressor=compressor)
+    for _ in range(2):
+        logits = model.decode_step(logits.argmax(-1), cache)
+    with pytest.raises(LlavaError, match="made for 2 new tokens"):
+        model.decode_step(logits.argmax(-1), cache)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 5e-324, 1e-8])
+def test_a_tiny_temperature_takes_the_likeliest(small, temperature):
+    _, _, model, processor = small
+    batch = inputs(processor, "a cat", "describe it in detail")
+    greedy = model.generate(**batch, max_new_tokens=12, eos_token_id=()).token_ids
+    drawn = model.generate(**batch, max_new_tokens=12, eos_token_id=(), temperature=temperature, seed=0).token_ids
+    assert torch.equal(drawn, greedy)
+
+
+def test_autocast_reaches_through_images_cache_and_compression(small):
+    model = small[2]
+    ids = torch.cat([torch.full((1, 16), 310), torch.tensor([[3, 4, 5]])], dim=1)
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(ids, pixels)
+        for compressor in (None, PrefixKV(0.5)):
+            made = model.generate(ids, pixels, max_new_tokens=3, eos_token_id=(), compressor=compressor)
+            assert made.token_ids.shape == (1, 3)
+    # bfloat16 has 8 bits; logits reach 5, after 7 layers
+    torch.testing.assert_close(logits.float(), model(ids, pixels), atol=0.5, rtol=0)
+
+
+def test_held_and_allocated_bytes_are_both_told_and_slots_are_those_of_the_longest_sample(small):
+    _, _, model, processor = small
+    batch = inputs(processor, "a cat", "describe it in detail yes no")
+    lengths, text = batch["attention_mask"].sum(-1), model.config.text
+    token = 2 * text.num_hidden_layers * text.kv_heads * text.head_size * 4
+    full = model.generate(**batch, max_new_tokens=20, eos_token_id=())
+    assert full.cache_bytes == token * int((lengths + 19).sum())  # the last token is never read
+    assert full.allocated_bytes == token * 2 * (int(lengths.max()) + 20)
+    half = model.generate(**batch, max_new_tokens=20, eos_token_id=(), compressor=PrefixKV(0.5))
+    most = (-(-half.kept.T * (lengths + 20) // lengths)).amax(1)  # [L]
+    # The last bit of a ratio decides about one token a layer.
+    assert abs(half.allocated_bytes - token // text.num_hidden_layers * 2 * int(most.sum())) <= 2 * token
 
 
 def test_a_prompt_longer_than_the_model_has_positions_is_refused(small):

@@ -166,6 +166,27 @@ def test_a_converted_original_is_read_by_transformers_and_by_us(tmp_path, theirs
     assert "exists already" in capsys.readouterr().err
 
 
+def test_a_converted_linear_projector_stays_one_layer(tmp_path, theirs):
+    folder = original(tmp_path / "llava", theirs, mm_projector_type="linear")
+    state = load_file(folder / "model.safetensors")
+    one = {
+        name.replace("mm_projector.0.", "mm_projector."): t for name, t in state.items() if "projector.2" not in name
+    }
+    save_file(one, folder / "model.safetensors")
+    assert weights.main(["convert", str(folder), str(tmp_path / "hub")]) == 0
+    before, after = weights.load(folder)[0], weights.load(tmp_path / "hub")[0]
+    assert before.multi_modal_projector.linear_2 is after.multi_modal_projector.linear_2 is None
+    assert all(torch.equal(tensor, after.state_dict()[name]) for name, tensor in before.state_dict().items())
+
+
+def test_verify_prepares_an_original_llavas_pictures_as_load_does(tmp_path, theirs, capsys):
+    from minillava import verify
+
+    folder = original(tmp_path / "llava", theirs)
+    assert verify.main(["--model", str(folder), "--against", "ours", "--new-tokens", "3"]) == 0
+    assert "moves most" in capsys.readouterr().out
+
+
 def test_converting_the_hub_layout_changes_no_weight(tmp_path):
     assert weights.main(["convert", str(TINY), str(tmp_path / "out")]) == 0
     before, after = (load_file(folder / "model.safetensors") for folder in (TINY, tmp_path / "out"))

@@ -66,6 +66,19 @@ def test_a_larger_budget_keeps_a_superset_in_every_layer(table, one, other):
     assert (small <= large).all()
 
 
+def test_tokens_left_over_go_where_a_larger_threshold_would_put_them():
+    """Two layers are level at p = 0.5 and one token is left; the third layer, at 0.75, has the smallest next prefix."""
+    table = torch.tensor([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0.75, 0.125, 0.125, 0]])
+    curve = priority(table)
+    assert [search(curve, total, 0)[1].tolist() for total in (3, 4, 5)] == [[1, 1, 1], [2, 1, 1], [2, 2, 1]]
+
+
+def test_a_layer_that_gets_everything_at_once_ends_soon():
+    curve = priority(torch.nn.functional.one_hot(torch.zeros(32, dtype=torch.long), 600).float())
+    threshold, counts = search(curve, 32 * 300, 2)
+    assert threshold == 1 and counts.tolist() == [300] * 32
+
+
 @given(tables, budgets, budgets)
 def test_a_larger_budget_never_lowers_the_threshold(table, one, other):
     layers, length = table.shape

@@ -75,6 +75,13 @@ def test_a_palette_picture_with_a_transparent_colour_lies_on_white():
     assert to_rgb(image).getpixel((3, 3)) == (255, 255, 255)
 
 
+def test_a_config_that_does_not_convert_to_rgb_is_read_and_pictures_are_converted_all_the_same():
+    grey = Image.effect_noise((20, 20), 90)
+    expected = ImageProcessor.from_dict({"size": 20, "crop_size": 20})(grey.convert("RGB"))
+    assert torch.equal(ImageProcessor.from_dict({"size": 20, "crop_size": 20, "do_convert_rgb": False})(grey), expected)
+    assert "do_convert_rgb" not in ImageProcessor.__dataclass_fields__
+
+
 def test_sixteen_bit_grey_keeps_its_brightness():
     image = Image.new("I;16", (3, 1))
     for x, value in enumerate((0, 32896, 65535)):

@@ -195,11 +195,11 @@ def test_rouge_of_equal_and_of_empty_texts():
 
 @given(st.integers(0, 2**32 - 1), st.integers(3, 60))
 def test_lorenz_curves_rise_to_one_and_gini_tells_equal_from_one_hot(seed, length):
-    watcher = Recorder()
+    recorder = Recorder()
     random = torch.rand(length, generator=torch.Generator().manual_seed(seed))
-    watcher.importance = torch.stack([torch.ones(length), random, torch.eye(length)[0]])[:, None]
-    watcher.present = torch.ones(1, length, dtype=torch.bool)
-    curve = curves(watcher)
+    recorder.scores = torch.stack([torch.ones(length), random, torch.eye(length)[0]])[:, None]
+    recorder.present = torch.ones(1, length, dtype=torch.bool)
+    curve = curves(recorder)
     assert (curve.diff(dim=1) >= -1e-12).all()
     assert torch.allclose(curve[:, -1], torch.ones(3, dtype=torch.float64))
     equal, middle, alone = gini(curve).tolist()
