@@ -1,18 +1,17 @@
-"""PrefixKV (arXiv 2412.03409): every layer of a KV cache gets the size that its own attention asks for.
+"""PrefixKV (arXiv 2412.03409): each layer of a KV cache is cut to a size that follows from its own attention.
 
-Some keys of a prompt receive far more attention than others, and layers differ in how many keys share
-most of it. PrefixKV sorts a layer's keys by importance. The k most important are the layer's prefix, and
-P(k) is the share of all importance that they hold. One threshold p for all layers, the paper's global
-prefix configuration, then sets every layer's size: the shortest prefix with P(k) >= p. Binary search
-finds the largest p whose sizes fit the budget. In the order of the file:
+A few keys of a prompt receive most of the attention. How many they are differs from layer to layer. PrefixKV
+sorts a layer's keys by importance: the k most important are its prefix, and P(k) is the share of all
+importance that they hold. All layers have one threshold p, the paper's global prefix configuration. Each
+keeps its shortest prefix with P(k) >= p. Binary search finds the largest p that fits the budget.
 
     importance  the attention that each key receives from the prompt's queries
-    priority    the share of all importance in the k most important keys, for every k
-    search      the threshold p that spends the budget exactly
+    priority    P(k), the share of all importance in the k most important keys, for every k
+    search      the threshold p, and the layers' sizes, which spend the budget exactly
     retain      which tokens of the prompt a layer keeps
-    Plan        shares found once, on a few samples, in place of a search for every prompt
-    Compressor  what a KV cache asks of this method, or of any other
-    PrefixKV    the answers: all of the above, and eviction while decoding
+    Plan        layers' shares, found once on a few samples, in place of a search for every prompt
+    Compressor  the calls that a KV cache makes to a compression method
+    PrefixKV    this method, with eviction while decoding
 
 Shapes as in minillava/model.py: B prompts of N tokens, L layers, H query and Hkv key-value heads,
 S cache slots. Prompts are padded on the left; `present` [B, N] is False on the padding.
@@ -28,22 +27,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-RECENT = 25  # while decoding, the last 25 of the prompt tokens that a layer kept can be evicted; those before them stay
+RECENT = 25  # while decoding, a layer may drop the last 25 of the prompt tokens that it kept, and all new ones
 
 
 def importance(query: Tensor, key: Tensor, present: Tensor, block: int = 64) -> Tensor:
     """Attention that each key receives: the sum over queries of the mean over heads. [B, N], float32.
 
-    query [B, H, N, Dh] and key [B, Hkv, N, Dh] after RoPE. Fused attention does not return its weights, so
-    they are computed again, `block` queries at a time against the keys up to the block's end. That takes
-    about as long as one of attention's two products, and memory for block x N numbers a head.
+    query [B, H, N, Dh] and key [B, Hkv, N, Dh] after RoPE. Fused attention does not return its weights. So
+    they are computed again, `block` queries at a time against the keys up to the block's end: the work of
+    about one of attention's two products, and memory for block x N numbers per head.
     """
     batch, heads, length, size = query.shape
     groups = heads // key.shape[1]
     query = query.unflatten(1, (-1, groups)) * size**-0.5  # [B, Hkv, G, N, Dh]
     key = key.contiguous()  # else every block's product would copy its keys
+    # The weight of each query in the sum: a mean over heads, without the padding's queries.
     share = (present / heads)[:, None, None, None]  # [B, 1, 1, 1, N]
-    hidden, padded = torch.finfo(torch.float32).min, not present.all()
+    lowest = torch.finfo(torch.float32).min  # not -infinity: padding may see no key, and its softmax would be NaN
     total = query.new_zeros(batch, length, dtype=torch.float32)  # [B, N]
     for start in range(0, length, block):
         end = min(start + block, length)
@@ -52,40 +52,43 @@ def importance(query: Tensor, key: Tensor, present: Tensor, block: int = 64) -> 
         rows = query[:, :, :, start:end].flatten(2, 3)  # [B, Hkv, G * count, Dh]
         scores = (rows @ key[:, :, :end].mT).float().unflatten(2, (groups, count))  # [B, Hkv, G, count, end]
         later = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
-        scores[..., start:].masked_fill_(later, hidden)  # a query sees every key before its own block
-        if padded:
-            scores.masked_fill_(~present[:, None, None, None, :end], hidden)
+        scores[..., start:].masked_fill_(later, lowest)  # a query sees every key before its own block
+        if not present.all():
+            scores.masked_fill_(~present[:, None, None, None, :end], lowest)
         received = share[..., start:end] @ scores.softmax(-1)  # [B, Hkv, G, 1, end]
         total[:, :end] += received.sum(dim=(1, 2, 3))
     return total.masked_fill(~present, 0.0)
 
 
 def priority(scores: Tensor) -> Tensor:
-    """P(0), P(1) .. P(N) of every layer: scores [L, N] -> [L, N + 1], float64, rising from 0 to 1.
+    """P(0), P(1) .. P(N) of each layer, from 0 to 1: scores [L, N] -> [L, N + 1], float64.
 
-    A layer whose scores are all zero counts as one whose scores are all equal.
+    A layer whose scores are all zero, as a method of your own may have, counts as one whose scores are all equal.
     """
     scores = scores.double().sort(descending=True).values  # [L, N]
     scores = torch.where(scores.sum(-1, keepdim=True) > 0, scores, 1.0)
-    held = torch.nn.functional.pad(scores.cumsum(-1), (1, 0))  # [L, N + 1]
-    return held / held[:, -1:]
+    sums = torch.nn.functional.pad(scores.cumsum(-1), (1, 0))  # [L, N + 1]
+    return sums / sums[:, -1:]
 
 
 def search(curve: Tensor, total: int, protected: int) -> tuple[float, Tensor]:
-    """The largest threshold p whose sizes sum to at most `total`, and the sizes [L], which sum to it exactly.
+    """The largest threshold p whose sizes sum to at most `total`, and the sizes [L], filled up to sum to `total`.
 
-    curve [L, N + 1] is what `priority` returns. A layer's size is its shortest prefix that holds a share p,
-    and the `protected` tokens on top, which stay whatever their importance: o(p) = min(N, k(p) + protected)
-    with k(p) = min{k : P(k) >= p}. `total` is at least L * protected and at most L * N.
+    curve [L, N + 1] is what `priority` returns. A layer's size is o(p) = min(N, k(p) + protected): its shortest
+    prefix that holds p, k(p) = min{k : P(k) >= p}, and room for the protected tokens, which stay in any case and
+    may not be among the most important. `total` is at least L * protected and at most L * N.
     """
     length = curve.shape[1] - 1
 
     def sizes(threshold: float) -> Tensor:
-        shortest = (curve < threshold).sum(-1)  # [L]: P(0) .. P(k - 1) are below the threshold, and they are k
+        shortest = (curve < threshold).sum(-1)  # [L]: P(0), P(1) .. P(k - 1) are below the threshold, k of them
         return (shortest + protected).clamp(max=length)
 
-    candidates = curve.unique().tolist()  # a size changes only where p passes one of these; sorted, from 0 to 1
-    low, high = 0, len(candidates)  # candidates[low] fits: p = 0 takes the protected tokens alone; `high` does not
+    candidates = curve.unique().tolist()  # sizes change only where p passes one of these. Sorted, from 0 to 1
+    low, high = (
+        0,
+        len(candidates),
+    )  # candidates[low] fits, since p = 0 keeps the protected tokens alone; [high] does not
     while high - low > 1:
         middle = (low + high) // 2
         if int(sizes(candidates[middle]).sum()) <= total:
@@ -93,22 +96,27 @@ def search(curve: Tensor, total: int, protected: int) -> tuple[float, Tensor]:
         else:
             high = middle
     threshold = candidates[low]
-    # What is left goes to the layers that a larger p would let grow: first those whose prefix holds least, of these the
-    # one whose next prefix holds least. It is little: one layer grows at a time unless shares are equal.
     counts, shares = sizes(threshold).tolist(), curve.tolist()
+
+    def least(layer: int) -> tuple[float, float, int]:
+        k = counts[layer] - protected
+        return shares[layer][k], shares[layer][k + 1], k
+
+    # Tokens are left over only where shares are equal, so they are few. Each goes to the layer whose prefix holds least,
+    # then to the one whose next prefix does: the order in which a growing p would let the layers grow.
     while sum(counts) < total:
-        growing = [(*shares[layer][k - protected :][:2], k, layer) for layer, k in enumerate(counts) if k < length]
-        counts[min(growing)[-1]] += 1
+        growing = [layer for layer, count in enumerate(counts) if count < length]
+        counts[min(growing, key=least)] += 1
     return threshold, torch.tensor(counts, device=curve.device)
 
 
 def retain(scores: Tensor, counts: Tensor, present: Tensor, start: int = 1) -> Tensor:
-    """Which tokens a layer keeps: bool [B, N], counts [B] of them in each row, from scores [B, N].
+    """Which tokens a layer keeps, by their scores [B, N]: bool [B, N], with counts[b] of them True in row b.
 
     The first `start` tokens and the last one stay, then the most important; ties go to the earlier token.
     """
-    order = present.long().cumsum(1)  # 1 for a prompt's first token
-    protected = present & ((order <= start) | (order == order[:, -1:]))
+    number = present.long().cumsum(1)  # 1 for a prompt's first token
+    protected = present & ((number <= start) | (number == number[:, -1:]))
     scores = scores.masked_fill(protected, torch.inf).masked_fill(~present, -torch.inf)
     ranked = scores.argsort(descending=True, stable=True)
     chosen = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
@@ -131,15 +139,15 @@ class Plan:
         return cls(budget, ratios, model, len(kept))
 
     def to_json(self) -> str:
-        """The text that `load` reads from a file."""
+        """The text of the file that `load` reads."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """From a file of `to_json`'s text, or a published plan: a list with the share that each layer forgets."""
+        """Reads what `to_json` wrote, or a published plan: a list of the shares that the layers forget."""
         try:
             with open(path, "rb") as file:
-                raw = json.loads(file.read(10**6))  # a plan is far shorter, and some files never end
+                raw = json.loads(file.read(10**6))  # a plan is far shorter; a device may never end
             shares = [1 - share for share in raw] if isinstance(raw, list) else raw["ratios"]
             if not shares or not all(0 <= float(share) <= 1 for share in shares):
                 raise ValueError("shares between 0 and 1, one a layer, are missing")
@@ -151,25 +159,27 @@ class Plan:
 
 
 class Compressor:
-    """What a KV cache asks of a compression method. These answers keep every token; a method overrides some.
+    """How a KV cache calls a compression method. This one keeps every token; a method overrides what it does otherwise.
 
-    For each layer of a prompt: `score`, and `planned`. After the last layer, or at once for a layer whose size is
-    planned: `allocate`, `retain`, `merge`. For each new token: `capacity` and `victim`, and in every layer `observe`.
+    1. `score` and `planned`: each layer of a prompt. A plan has the sizes of all layers or of none.
+    2. `allocate`: once all are scored, where there is no plan.
+    3. `retain` and `merge`: each layer, when its size is known.
+    4. `capacity` and `victim`: each new token, for all layers. `observe`: each new token, in each layer.
     """
 
     budget = 1.0  # the share of the prompt's cache to keep
-    start = 1  # first tokens that are never dropped
+    start = 1  # first tokens that `retain` always keeps
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
         """How much each key matters: query [B, H, N, Dh], key [B, Hkv, N, Dh] -> [B, N]."""
         return torch.zeros_like(present, dtype=torch.float32)
 
     def planned(self, layer: int, layers: int, prompt_lengths: Tensor) -> Tensor | None:
-        """Tokens [B] that one of `layers` layers keeps if that is known before all are scored, else None."""
+        """Tokens [B] that this of `layers` layers keeps, where a plan says so; else None."""
         return None
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
-        """Tokens that each layer of each sample keeps: scores [L, B, N] -> [L, B]."""
+        """Tokens that each layer keeps of each prompt: scores [L, B, N] -> [L, B]."""
         return present.sum(-1).repeat(len(scores), 1)
 
     def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
@@ -177,27 +187,27 @@ class Compressor:
         return retain(scores, counts, present, self.start)
 
     def merge(self, key: Tensor, value: Tensor, keep: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value [B, Hkv, N, Dh] as they shall be cached where keep [B, N]: dropped ones may leave a trace."""
+        """Key and value [B, Hkv, N, Dh] to cache where keep [B, N]: dropped ones may be merged into them."""
         return key, value
 
     def capacity(self, kept: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
-        """Tokens that layers may hold after `lengths` [B] in all that kept `kept` of `prompt_lengths` [B]: [L, B]."""
+        """How many tokens layers that kept `kept` of the prompt may hold once the text has `lengths` [B]: as `kept`."""
         return kept + lengths - prompt_lengths
 
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:
-        """The slot that a full layer gives up, from position [L, B, S], -1 in free slots: [L, B]."""
+        """The slot that a full layer overwrites: [L, B]. position [L, B, S] is that of each slot's token, -1 if free."""
         return torch.zeros_like(kept)
 
     def observe(self, layer: int, query: Tensor, key: Tensor, position: Tensor) -> None:
-        """Sees a new token's query [B, H, 1, Dh], the keys [B, Hkv, S, Dh] it reads and their position [B, S]."""
+        """Sees a new token's query [B, H, 1, Dh], the keys [B, Hkv, S, Dh] it reads and their positions [B, S]."""
 
 
 class PrefixKV(Compressor):
     """The method; `budget` is the share of the prompt's cache to keep.
 
-    start: first tokens that are never dropped. decode: "ratio" lets a layer grow with the text at its own
-    ratio of kept to prompt tokens and drops the oldest recent token beyond it; "keep" drops nothing more.
-    plan: takes the place of budget and search, so that each layer is compressed before the next one runs.
+    start: first tokens of the prompt that every layer keeps. decode: with "ratio" a layer holds the share of
+    the text that it kept of the prompt, and drops its oldest unpinned token for a new one; with "keep" it drops
+    nothing more. plan: fixed shares in place of a search, so each layer is compressed before the next one runs.
     """
 
     def __init__(self, budget: float = 0.2, start: int = 1, decode: str = "ratio", plan: Plan | None = None):
@@ -218,19 +228,19 @@ class PrefixKV(Compressor):
             return None
         if len(self.plan.ratios) != layers:
             raise ValueError(f"The plan is for {len(self.plan.ratios)} layers; the model has {layers}.")
-        share = prompt_lengths * self.plan.ratios[layer]
-        return share.round().long().clamp(min=self.start + 1).minimum(prompt_lengths)
+        counts = (prompt_lengths * self.plan.ratios[layer]).round().long()
+        return counts.clamp(min=self.start + 1).minimum(prompt_lengths)
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
-        """A sample's counts sum to round(budget * L * N), N its own length, or to its protected tokens if more."""
+        """A prompt of n tokens gets round(budget * L * n) in all, or the protected ones if they are more."""
         if len(broken := (~scores.isfinite()).nonzero()):
             raise ValueError(
                 f"The importance of layer {int(broken[0, 0])} holds NaN or infinity; expected finite numbers. "
                 "Check the weights and the dtype of the model."
             )
         counts = []
-        for sample, mask in zip(scores.unbind(1), present):
-            own = sample[:, mask]  # without the padding
+        for padded, tokens in zip(scores.unbind(1), present):
+            own = padded[:, tokens]  # without the padding
             layers, length = own.shape
             protected = min(length, self.start + 1)
             total = max(round(self.budget * layers * length), layers * protected)
@@ -240,12 +250,12 @@ class PrefixKV(Compressor):
     def capacity(self, kept: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
         if self.decode == "keep":
             return super().capacity(kept, prompt_lengths, lengths)
-        # The ratio of kept to prompt tokens, rounded up. Taken from the share that was dropped, in float64, as the
-        # published code does: where lengths * kept / prompt is whole, the rounding error decides about one token.
+        # lengths * kept / prompt, rounded up. Written with the share that was dropped, in float64, as in the published
+        # code: where the product is a whole number, the rounding error may add one token.
         return (lengths * (1 - (prompt_lengths - kept).double() / prompt_lengths)).ceil().long()
 
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:
-        """A layer's first `kept` - 25 tokens are pinned; the rest form a queue, and the oldest of them goes."""
+        """The slot of the oldest queued token. The first kept - 25 are pinned (of up to 25, half); the others queue."""
         pinned = torch.where(kept > RECENT, kept - RECENT, kept // 2)
         slots = torch.arange(position.shape[-1], device=position.device)
         queued = (slots >= pinned[..., None]) & (position >= 0)

@@ -76,7 +76,7 @@ assert torch.allclose(embeddings, model.embed(ids, pixels), atol=1e-5)
 
 # %% 8. One decoder layer by hand: causal attention with shared keys, then SwiGLU
 block, heads = model.language_model.layers[0], config.text.num_attention_heads
-cos, sin = model.language_model.rope(torch.arange(length)[None])
+cos, sin = model.language_model.cos_sin(torch.arange(length)[None])
 attention, x = block.self_attn, block.input_layernorm(embeddings)
 query = apply_rope(split_heads(attention.q_proj(x), heads), cos, sin)  # [1, H, N, Dh]
 key = apply_rope(split_heads(attention.k_proj(x), config.text.kv_heads), cos, sin)  # [1, Hkv, N, Dh]

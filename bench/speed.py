@@ -41,6 +41,7 @@ CONTENDERS = (
     "full compiled",
     "PrefixKV 20% compiled",
 )
+PARTS = tuple(f"full without {name}" for name in ("FastLinear", "FastAttention", "FastTopLayer", "FastLlava", "all"))
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,15 @@ def inputs_size(model: Any) -> int:
     return next(model.parameters()).element_size()
 
 
+def without(model: Llava, contender: str) -> Llava:
+    """The model with the classes of `minillava.fast` that a contender does without replaced by the plain ones."""
+    _, _, name = contender.partition(" without ")
+    for module in model.modules() if name else []:
+        if type(module).__module__ == "minillava.fast" and name in ("all", type(module).__name__):
+            module.__class__ = type(module).__bases__[0]
+    return model
+
+
 @torch.no_grad()
 def measure(contender: str, folder: str, preset: Preset) -> Result:
     """One prefill and all decode steps, after a few to warm up."""
@@ -205,7 +215,7 @@ def measure(contender: str, folder: str, preset: Preset) -> Result:
         reference: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         model, begin = reference.to(device).eval(), theirs
     else:
-        model, begin = load_model(Path(folder), device, dtype), ours
+        model, begin = without(load_model(Path(folder), device, dtype, fast=True), contender), ours
     inputs = make_inputs(config, preset)
     warm = inputs
     if contender.endswith("compiled"):  # the lengths that will be measured, so that nothing is compiled then
@@ -363,8 +373,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="cpu", choices=PRESETS, help="shapes and lengths (default: cpu)")
     parser.add_argument("--model", help="folder of a checkpoint (default: random weights of the preset's shapes)")
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="NAME",
-                        help=", ".join(name.replace("%", "%%") for name in CONTENDERS))  # fmt: skip
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS + PARTS, metavar="NAME",
+                        help=", ".join(name.replace("%", "%%") for name in CONTENDERS + PARTS))  # fmt: skip
+    parser.add_argument("--parts", action="store_const", dest="contenders", const=["full", *PARTS],
+                        help="measure what each class of minillava.fast gains, one left out at a time")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="times that each contender runs (default: 3)")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--prompt", type=int, help="prompt tokens, image included")

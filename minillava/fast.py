@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillava.model import Attention, DecoderLayer, KVCache, Llava, Rope, merge_heads
+from minillava.model import Attention, CosSin, DecoderLayer, KVCache, Llava, merge_heads
 from prefixkv import Compressor
 
 
@@ -80,7 +80,7 @@ class FastAttention(Attention):
 class FastTopLayer(DecoderLayer):
     """The top layer computes the last token of a prompt alone, since nothing reads the others."""
 
-    def forward(self, hidden: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, rope: CosSin, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """[B, N, D] -> [B, 1, D] with a cache, else as `DecoderLayer`."""
         if cache is None or hidden.shape[1] == 1:
             return super().forward(hidden, rope, mask, cache)

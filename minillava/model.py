@@ -1,16 +1,17 @@
 """LLaVA in one file: CLIP vision tower, projector, Llama decoder, KV cache, generation.
 
-Read it from top to bottom: whatever a line uses stands above it. A comment such as
-`# [B, N, D]` at the end of a line is the shape of what that line makes; a test checks them all.
+Read it from top to bottom: what a line uses is defined above it. Only the cache, which layers are
+handed, comes after them. A comment such as `# [B, N, D]` at the end of a line gives the shape of the
+line's result; a test checks every one.
 
-    B prompts in the batch    I images             L layers            V vocabulary
-    N prompt tokens           P patches an image   H query heads       G query heads a KV head
-    T tokens in all           R pixels a side      Hkv key-value heads Dh head size
-    S cache slots             Dv vision width      Hv vision heads     D decoder width
+    B prompts in the batch    I images               L layers              V vocabulary
+    N prompt tokens           P patches per image    H query heads         G query heads per KV head
+    S cache slots             R pixels per side      Hkv key-value heads   Dh head size
+                              Dv vision width        Hv vision heads       D decoder width
 
 Every prompt of a batch is padded on the left to the same N; `attention_mask` is 0 on the padding.
-Numbers agree with `transformers` (LlavaForConditionalGeneration); where a choice had to be made,
-the comment names the class whose behaviour is matched.
+Numbers agree with `transformers` (LlavaForConditionalGeneration). Where implementations differ, a
+comment names the class that this one follows.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from torch import Tensor, nn
 
 
 class LlavaError(ValueError):
-    """Input that cannot be used, told in one sentence: what was found, what was expected, what to do."""
+    """Input that cannot be used. The message says what was found, what was expected, and what to do."""
 
 
 def require(condition: object, sentence: str) -> None:
-    """Raises LlavaError with the sentence unless the condition holds."""
+    """Raises LlavaError(sentence) if the condition is false."""
     if not condition:
         raise LlavaError(sentence)
 
@@ -61,7 +62,7 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches of one image; a border narrower than a patch is cut off, as a strided convolution does."""
+        """Patches per image. A border narrower than a patch is cut off, as the strided convolution below does."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -74,7 +75,7 @@ class TextConfig:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None  # None: one for every query head
+    num_key_value_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
@@ -87,22 +88,22 @@ class TextConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Heads that keys and values have."""
+        """Number of key-value heads."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def head_size(self) -> int:
-        """Numbers a head."""
+        """Dimensions per head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """The whole model: its two parts, and how image features enter the text."""
+    """The whole model: its two parts, and what joins them."""
 
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
-    image_token_id: int = 32000
+    image_token_id: int = 32000  # checkpoints have a larger vocabulary than the default, such as 32064
     vision_feature_layer: int = -2  # 0 is the input of the first layer, -1 the output of the last
     vision_feature_select_strategy: str = "default"  # "default" drops CLS, "full" keeps it
     projector_hidden_act: str = "gelu"
@@ -159,7 +160,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """CLIP ViT: cuts the image into patches and lets them look at each other."""
+    """CLIP ViT: cuts the image into patches and runs a transformer over them."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -167,9 +168,9 @@ class VisionTower(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding(config.num_patches + 1, width)
-        self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # spelt so in every checkpoint
+        self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # sic: every checkpoint spells it so
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
-        # Part of every CLIP checkpoint; LLaVA takes its features before it.
+        # Never used, since LLaVA takes its features earlier. Checkpoints have it.
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, layer: int) -> Tensor:
@@ -186,7 +187,7 @@ class VisionTower(nn.Module):
 
 
 class Projector(nn.Module):
-    """Carries image features into the decoder's embedding space (LLaVA-1.5: a two-layer MLP)."""
+    """Maps image features into the decoder's embedding space (LLaVA-1.5: a two-layer MLP)."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -205,7 +206,7 @@ class Projector(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight, the mean square taken in float32 whatever x is (`LlamaRMSNorm`)."""
+    """x / rms(x) · weight, computed in float32 for every dtype (`LlamaRMSNorm`)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -218,11 +219,9 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config: TextConfig, device: torch.device | str = "cpu") -> Tensor:
-    """Radians by which one position turns each pair of dimensions: [Dh / 2], float32 (RoFormer, section 3.2.2)."""
-    size = config.head_size
-    exponent = torch.arange(0, size, 2, dtype=torch.int64).to(device=device, dtype=torch.float32) / size
-    frequency = 1.0 / config.rope_theta**exponent
-    scaling = config.rope_scaling
+    """The angle by which RoPE turns each pair of dimensions per position: [Dh / 2] (RoFormer, section 3.2.2)."""
+    size, scaling = config.head_size, config.rope_scaling
+    frequency = 1.0 / config.rope_theta ** (torch.arange(0, size, 2, device=device).float() / size)
     if scaling is None:
         return frequency
     if scaling["rope_type"] == "linear":
@@ -234,37 +233,38 @@ def rope_frequencies(config: TextConfig, device: torch.device | str = "cpu") -> 
     return (1 - blend) * frequency / scaling["factor"] + blend * frequency
 
 
-Rope = tuple[Tensor, Tensor]  # cos and sin [B, 1, N, Dh] of the tokens' positions
+CosSin = tuple[Tensor, Tensor]  # both [B, 1, N, Dh], of the angles at the tokens' positions
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """The two halves of every head, (first, second) -> (-second, first): [..., Dh] -> [..., Dh]."""
+    """The halves of every head exchanged, one of them negated: (first, second) -> (-second, first). [..., Dh]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([-second, first], dim=-1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: turns each pair of numbers of a head by an angle that grows with the position. [B, heads, N, Dh] stays.
+    """RoPE: turns each pair of a head's numbers by an angle that grows with the position. [B, heads, N, Dh] unchanged.
 
-    The pairs are (x[i], x[i + Dh/2]), as Llama's checkpoints have them. The RoFormer paper pairs neighbours.
+    Llama's checkpoints pair x[i] with x[i + Dh/2]; the RoFormer paper pairs neighbours.
     """
     return x * cos + rotate_half(x) * sin
 
 
 def causal_mask(present: Tensor) -> Tensor | None:
-    """Which tokens a token sees: bool [B, 1, N, N] from present [B, N]; None, plain causal, where no padding is."""
+    """Which keys each query sees: bool [B, 1, N, N]. None stands for plain causal attention, without padding."""
     if present.all():
         return None
-    every = present.new_ones(present.shape[1], present.shape[1])  # [N, N]
-    itself = every.tril() & every.triu()  # [N, N]: padding sees itself alone, so that no row of the softmax is empty
-    return ((every.tril() & present[:, None]) | itself)[:, None]
+    causal = present.new_ones(present.shape[1], present.shape[1]).tril()  # [N, N]
+    itself = torch.eye(len(causal), dtype=torch.bool, device=present.device)  # [N, N]: no row of the softmax is empty
+    return ((causal & present[:, None]) | itself)[:, None]
 
 
 def manual_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Grouped-query attention by its definition: context [B, H, N, Dh] and weights [B, H, N, S].
 
     query [B, H, N, Dh]; key and value [B, Hkv, S, Dh], each read by G = H / Hkv query heads. The mask is True where
-    a query sees a key; without one, the queries are the last N tokens and each sees itself and all before it.
+    a query sees a key. Without one, the queries are the last N of S tokens, and attention is causal. The model uses
+    the fused `Attention.attend`, which tests compare with this.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -287,7 +287,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * size, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * size, config.hidden_size, bias=bias)
 
-    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rope: CosSin) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, D] -> query [B, H, N, Dh], key and value [B, Hkv, N, Dh]; query and key after RoPE."""
         query = apply_rope(split_heads(self.q_proj(x), self.num_heads), *rope)  # [B, H, N, Dh]
         key = apply_rope(split_heads(self.k_proj(x), self.kv_heads), *rope)  # [B, Hkv, N, Dh]
@@ -295,14 +295,14 @@ class Attention(nn.Module):
         return query, key, value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """The context of `manual_attention`, [B, H, N, Dh], in one fused call that never holds the weights."""
+        """The context of `manual_attention`, [B, H, N, Dh], in one fused call, which does not return the weights."""
         causal = mask is None and query.shape[2] > 1  # a single token sees every key there is
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.kv_heads != self.num_heads
         )
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]. With a cache, it decides which keys and values are read, and under which mask."""
+    def forward(self, x: Tensor, rope: CosSin, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]. With a cache, the cache supplies the keys, the values and the mask."""
         query, key, value = self.project(x, rope)
         if cache is not None:
             key, value, mask = cache.update(self.layer, query, key, value)
@@ -336,14 +336,14 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, hidden: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]: training, a prompt, or one new token of every sample."""
+    def forward(self, hidden: Tensor, rope: CosSin, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]: in training, for a prompt, and for one new token of every prompt."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, mask, cache)  # [B, N, D]
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class Decoder(nn.Module):
-    """Token embeddings, the layers, the final norm."""
+    """Token embeddings, layers and final norm."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -354,8 +354,8 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def rope(self, positions: Tensor) -> Rope:
-        """cos and sin for positions [B, N]; angles are float32, since bfloat16 cannot tell 257 from 256."""
+    def cos_sin(self, positions: Tensor) -> CosSin:
+        """cos and sin at positions [B, N]. Angles are float32: bfloat16 rounds 257 to 256."""
         angle = positions[:, None, :, None] * rope_frequencies(self.config, positions.device)  # [B, 1, N, Dh // 2]
         angle = torch.cat([angle, angle], dim=-1)  # [B, 1, N, Dh]
         dtype = self.embed_tokens.weight.dtype
@@ -364,7 +364,7 @@ class Decoder(nn.Module):
     def forward(self, hidden: Tensor, positions: Tensor, mask: Tensor | None = None,
                 cache: KVCache | None = None) -> Tensor:  # fmt: skip
         """Embeddings [B, N, D] of tokens at positions [B, N] -> [B, N, D], ready for the output layer."""
-        rope = self.rope(positions)
+        rope = self.cos_sin(positions)
         for layer in self.layers:
             hidden = layer(hidden, rope, mask, cache)
         return self.norm(hidden)
@@ -376,32 +376,34 @@ class Decoder(nn.Module):
 class KVCache:
     """Keys and values of every layer, in slots that are allocated once and overwritten in place.
 
-    The first `update` of every layer is the prompt's: it is stored, and compressed if there is a compressor (an object
-    with the methods of `Compressor`). Each later one is a new token's. Keys are cached after RoPE, so attention does
-    not care in which order the slots lie: a new token takes a free slot, or that of a token that the compressor gives
-    up, and nothing is ever moved. Layers and samples may hold different numbers of tokens; free slots are masked.
+    The first `update` of a layer brings its prompt, every later one a single new token. The prompt is stored whole, or
+    as the compressor says, an object with the methods of `Compressor`. A new token takes a free slot, or that of a
+    token which the compressor drops; nothing is ever moved. Keys are cached after RoPE, so the order of slots does not
+    matter. Layers and prompts may hold different numbers of tokens.
     """
 
     def __init__(self, present: Tensor, num_layers: int, new_tokens: int, compressor: Any = None):
-        self.compressor, self.new_tokens, self.steps = compressor, new_tokens, 0
-        self.present, self.mask = present, causal_mask(present)  # which prompt tokens are no padding; who sees whom
-        self.positions = (present.cumsum(-1) - 1).clamp(min=0)  # [B, N]
+        self.num_layers, self.new_tokens, self.compressor = num_layers, new_tokens, compressor
+        self.steps = 0  # new tokens so far
+        self.present = present  # [B, N]: False on the padding
+        self.mask = causal_mask(present)
+        self.prompt_positions = (present.cumsum(-1) - 1).clamp(min=0)  # [B, N]
         self.prompt_lengths = present.sum(-1)  # [B]
-        self.lengths = self.prompt_lengths.clone()  # [B]
+        self.lengths = self.prompt_lengths.clone()  # [B]: of the text so far, tokens that were dropped included
         self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # key, value, scores of layers that are not stored yet
-        self.key: list[Tensor] = []  # of each layer [B, Hkv, S, Dh]; S differs between layers
+        self.key: list[Tensor] = []  # of each stored layer [B, Hkv, S, Dh]; S differs between layers
         self.value: list[Tensor] = []
-        # Prompt tokens that a layer kept, tokens that it holds now, and the position of each slot's token (-1: none).
-        self.kept = self.prompt_lengths.repeat(num_layers, 1)  # [L, B]
-        self.held = self.kept.clone()  # [L, B]
-        self.position = self.lengths.new_full((num_layers, len(present), 0), -1)
+        self.kept = self.prompt_lengths.repeat(num_layers, 1)  # [L, B]: tokens of the prompt; set by `store`
+        self.held = self.kept.clone()  # [L, B]: tokens now
+        self.position = self.lengths.new_full((num_layers, len(present), 0), -1)  # of each slot's token, -1 if free
+        self.slot = self.held  # [L, B]: where the coming token goes; set by `advance`
 
     def update(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Takes in a layer's key and value [B, Hkv, N, Dh]; returns the key, value and mask that attention reads.
+        """Takes a layer's key and value [B, Hkv, N, Dh]; returns the key, value and mask that attention reads.
 
-        Of a prompt they are the prompt's own, before compression. Of a new token (N = 1) they are what the layer holds.
+        For a prompt these are its own, uncompressed. For a new token (N = 1) they are what the layer holds.
         """
-        if len(self.key) < len(self.kept):
+        if len(self.key) < self.num_layers:  # the prompt is still being read
             self.read_prompt(layer, query, key, value)
             return key, value, self.mask
         row, slot = torch.arange(len(key), device=key.device), self.slot[layer]  # [B], [B]
@@ -413,18 +415,18 @@ class KVCache:
         return key, value, mask
 
     def read_prompt(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Stores a layer's prompt. Unless its size is planned, it waits until all layers have been scored."""
+        """Stores a layer's prompt. Without a plan it waits, since sizes are known once every layer is scored."""
         if self.compressor is None:
             return self.store(key, value, self.present)
         scores = self.compressor.score(query, key, self.present)  # [B, N]
-        planned = self.compressor.planned(layer, len(self.kept), self.prompt_lengths)  # tokens to keep [B], or None
+        planned = self.compressor.planned(layer, self.num_layers, self.prompt_lengths)  # tokens to keep [B], or None
         if planned is not None:
             return self.store(key, value, self.compressor.retain(scores, planned, self.present))
         self.waiting.append((key, value, scores))
-        if len(self.waiting) == len(self.kept):
-            every = torch.stack([scores for _, _, scores in self.waiting])  # [L, B, N]
-            for counts in self.compressor.allocate(every, self.present):
-                key, value, scores = self.waiting.pop(0)  # freed layer by layer, as its smaller copy is made
+        if len(self.waiting) == self.num_layers:
+            all_scores = torch.stack([scores for _, _, scores in self.waiting])  # [L, B, N]
+            for counts in self.compressor.allocate(all_scores, self.present):
+                key, value, scores = self.waiting.pop(0)  # pop: a layer's prompt is freed once its copy is made
                 self.store(key, value, self.compressor.retain(scores, counts, self.present))
 
     def store(self, key: Tensor, value: Tensor, keep: Tensor) -> None:
@@ -433,28 +435,26 @@ class KVCache:
             key, value = self.compressor.merge(key, value, keep, self.present)
         layer, count = len(self.key), keep.sum(-1)  # count: [B]
         self.kept[layer] = self.held[layer] = count
-        order = (~keep).byte().argsort(dim=-1, stable=True)[:, : int(count.max())]  # kept tokens first, in order
-        slots = int(self.capacity(count, self.prompt_lengths + self.new_tokens).max())  # of the longest sample
-        batch, heads, _, size = key.shape
-        for cached, source in ((self.key, key), (self.value, value)):
-            cached.append(source.new_zeros(batch, heads, slots, size))  # [B, Hkv, S, Dh]
-            cached[layer][:, :, : order.shape[1]] = source.gather(
-                2, order[:, None, :, None].expand(-1, heads, -1, size)
-            )
-        free = torch.arange(order.shape[1], device=order.device) >= count[:, None]
+        slots = int(self.capacity(count, self.prompt_lengths + self.new_tokens).max())  # what the largest will need
         self.position = F.pad(self.position, (0, max(0, slots - self.position.shape[2])), value=-1)
-        self.position[layer, :, : order.shape[1]] = self.positions.gather(1, order).masked_fill(free, -1)
+        for cached, source in ((self.key, key), (self.value, value)):
+            cached.append(source.new_zeros(*source.shape[:2], slots, source.shape[3]))  # [B, Hkv, S, Dh]
+        for row, tokens in enumerate(keep):
+            filled = int(count[row])
+            self.key[layer][row, :, :filled] = key[row, :, tokens]
+            self.value[layer][row, :, :filled] = value[row, :, tokens]
+            self.position[layer, row, :filled] = self.prompt_positions[row, tokens]
 
     def capacity(self, kept: Tensor, lengths: Tensor) -> Tensor:
-        """Tokens that layers which kept `kept` [..., B] of the prompt may hold after `lengths` [B] in all: [..., B]."""
+        """How many tokens layers that kept `kept` of the prompt may hold once the text has `lengths` [B]: as `kept`."""
         if self.compressor is None:
             return kept + lengths - self.prompt_lengths
         return self.compressor.capacity(kept, self.prompt_lengths, lengths)
 
     def advance(self) -> None:
-        """Gives the coming token a slot in every layer: a free one, or that of a token which is dropped."""
+        """Chooses each layer's slot for the coming token: a free one while there is room, else that of the victim."""
         capacity = self.capacity(self.kept, self.lengths + 1)  # [L, B]
-        self.slot = self.held  # [L, B]
+        self.slot = self.held  # [L, B]: slots fill up in order, so this is the first free one
         if self.compressor is not None:
             victim = self.compressor.victim(self.position, self.kept)  # [L, B]
             self.slot = torch.where(self.held < capacity, self.held, victim)  # [L, B]
@@ -463,7 +463,7 @@ class KVCache:
         self.lengths = self.lengths + 1
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What a layer holds, key and value [B, Hkv, S, Dh], under a mask [B, 1, 1, S] if samples hold fewer tokens."""
+        """A layer's filled slots, key and value [B, Hkv, S, Dh], and a mask [B, 1, 1, S] if some prompt fills fewer."""
         held = self.held[layer]  # [B]
         filled = int(held.max())
         mask = None if (held == filled).all() else (self.position[layer, :, :filled] >= 0)[:, None, None]
@@ -488,7 +488,7 @@ class KVCache:
 class Generation:
     """What `generate` returns."""
 
-    token_ids: Tensor  # [B, new tokens]; a sample that ended earlier is filled up with the pad id
+    token_ids: Tensor  # [B, new tokens]; after its end a sample is padded with the pad id
     kept: Tensor  # [B, L] prompt tokens each layer kept after prefill
     cache_bytes: int  # bytes of keys and values held at the end, all layers and samples
     allocated_bytes: int  # bytes of all cache slots, room for further tokens included
@@ -498,21 +498,19 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     """One token id per row of logits [B, V]: the likeliest at temperature 0, else drawn; returns [B]."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float()
-    # Less their maximum, so that division by a tiny temperature gives -infinity, never infinity.
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
+    logits = logits.float() / max(temperature, 1e-6)  # below that logits overflow, and the likeliest wins anyway
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
     if top_p < 1:
         sorted_logits, order = logits.sort(descending=True)
         probability = sorted_logits.softmax(-1)
-        before = probability.cumsum(-1) - probability  # nucleus: stop once the likelier ones sum to top_p
+        before = probability.cumsum(-1) - probability  # nucleus: out is what comes after top_p in all
         logits = logits.scatter(1, order, sorted_logits.masked_fill(before >= top_p, -math.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
 class Llava(nn.Module):
-    """Vision tower, projector, decoder, and the loop that makes text."""
+    """Vision tower, projector, decoder, and generation."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -539,31 +537,37 @@ class Llava(nn.Module):
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
         """Token embeddings [B, N, D], with projected patches written over the image positions, in order."""
         embeddings = self.language_model.embed_tokens(input_ids)  # [B, N, D]
-        image = input_ids == self.config.image_token_id  # [B, N]
+        is_image = input_ids == self.config.image_token_id  # [B, N]
         images = 0 if pixel_values is None else len(pixel_values)
-        tokens, expected = int(image.sum()), images * self.config.num_image_tokens
-        require(tokens == expected, f"input_ids hold {tokens} image tokens, but {images} images make {expected}.")
+        found, expected = int(is_image.sum()), images * self.config.num_image_tokens
+        require(found == expected, f"input_ids hold {found} image tokens, but {images} images make {expected}.")
         if pixel_values is None:
             return embeddings
-        features = self.image_features(pixel_values.to(embeddings.dtype))  # [I, P, D]
-        return embeddings.masked_scatter(image[..., None], features.to(embeddings.dtype))  # autocast made them 16 bits
+        features = self.image_features(
+            pixel_values.to(embeddings.dtype)
+        )  # [I, P, D]; autocast may have made it bfloat16
+        return embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
 
     def check(self, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int = 0) -> Tensor:
-        """Which tokens are no padding: bool [B, N]. Raises LlavaError for a prompt that cannot be read."""
-        shape, limit = list(input_ids.shape), self.config.text.max_position_embeddings
-        whole = len(shape) == 2 and 0 not in shape and not input_ids.is_floating_point()
-        require(whole, f"input_ids are {input_ids.dtype} {shape}; expected whole numbers [B, N], one prompt or more.")
-        known = ((input_ids >= 0) & (input_ids < self.config.text.vocab_size)).all()
-        require(known, f"input_ids hold ids outside the vocabulary; expected 0 to {self.config.text.vocab_size - 1}.")
+        """Raises LlavaError for a prompt that cannot be read; returns which tokens are no padding, bool [B, N]."""
+        shape, vocabulary = list(input_ids.shape), self.config.text.vocab_size
+        usable = len(shape) == 2 and 0 not in shape and not input_ids.is_floating_point()
+        require(usable, f"input_ids are {input_ids.dtype} {shape}; expected whole numbers [B, N], one prompt or more.")
+        known = ((input_ids >= 0) & (input_ids < vocabulary)).all()
+        require(known, f"input_ids hold ids outside the vocabulary; expected 0 to {vocabulary - 1}.")
         require(new_tokens >= 0, f"max_new_tokens is {new_tokens}; expected 0 or more.")
-        told = f"{shape[1]} prompt tokens and {new_tokens} new ones exceed the model's {limit} positions"
-        require(shape[1] + new_tokens <= limit, f"{told}; shorten the prompt or ask for fewer.")
+        limit = self.config.text.max_position_embeddings
+        require(
+            shape[1] + new_tokens <= limit,
+            f"{shape[1]} prompt tokens and {new_tokens} new ones exceed the model's {limit} positions; "
+            "shorten the prompt or ask for fewer.",
+        )
         if attention_mask is None:
             return torch.ones_like(input_ids, dtype=torch.bool)
-        found = f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}"
-        require(attention_mask.shape == input_ids.shape, f"{found}; expected {shape}, as input_ids are.")
-        present = attention_mask == 1
-        require((present | (attention_mask == 0)).all(), f"{found}; expected 1 for a token and 0 for padding alone.")
+        mask = f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}"
+        require(attention_mask.shape == input_ids.shape, f"{mask}; expected {shape}, as input_ids are.")
+        present = attention_mask == 1  # [B, N]
+        require((present | (attention_mask == 0)).all(), f"{mask}; expected 1 for a token and 0 for padding alone.")
         return present
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None,
@@ -575,7 +579,7 @@ class Llava(nn.Module):
         return self.lm_head(self.language_model(hidden, positions, causal_mask(present)))
 
     def new_cache(self, present: Tensor, max_new_tokens: int, compressor: Any) -> KVCache:
-        """An empty cache for prompts [B, N] and as many new tokens."""
+        """An empty cache for prompts with tokens where present [B, N]."""
         return KVCache(present, self.config.text.num_hidden_layers, max_new_tokens, compressor)
 
     @torch.inference_mode()
@@ -584,24 +588,24 @@ class Llava(nn.Module):
         """Reads the prompt: logits [B, V] for the first new token, and the cache, compressed if asked."""
         present = self.check(input_ids, attention_mask, max_new_tokens)  # [B, N]
         left = present[:, -1].all() and (present.long().diff(dim=-1) >= 0).all()
-        require(left, "attention_mask has padding after the prompt; pad prompts on the left to generate.")
+        require(left, "attention_mask has padding in or after the prompt; pad prompts on the left to generate.")
         cache = self.new_cache(present, max_new_tokens, compressor)
-        hidden = self.language_model(self.embed(input_ids, pixel_values), cache.positions, cache=cache)
+        hidden = self.language_model(self.embed(input_ids, pixel_values), cache.prompt_positions, cache=cache)
         logits = self.lm_head(hidden[:, -1:])[:, 0]  # [B, V]
         require(logits.isfinite().all(), "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
         return logits, cache
 
     @torch.inference_mode()
     def decode_step(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """One new token of every sample: ids [B] -> logits [B, V] for the next; the cache is updated in place."""
+        """Reads one new token of every prompt: ids [B] -> logits [B, V] for the next. The cache changes in place."""
         enough = cache.steps < cache.new_tokens
         require(enough, f"The cache was made for {cache.new_tokens} new tokens; give prefill a larger max_new_tokens.")
         cache.steps += 1
         return self.next_logits(token_ids, cache)
 
     def next_logits(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """The arithmetic of `decode_step`: [B] -> [B, V]."""
-        positions = cache.lengths[:, None]  # [B, 1]: true ones, whatever was dropped
+        """The arithmetic of `decode_step`, without its check: [B] -> [B, V]."""
+        positions = cache.lengths[:, None]  # [B, 1]: in the text, whatever the cache has dropped of it
         cache.advance()
         hidden = self.language_model.embed_tokens(token_ids[:, None])  # [B, 1, D]
         return self.lm_head(self.language_model(hidden, positions, cache=cache))[:, 0]
@@ -612,12 +616,12 @@ class Llava(nn.Module):
                eos_token_id: int | Sequence[int] | None = None) -> Iterator[Tensor]:  # fmt: skip
         """Yields token ids [B], one step at a time, from what `prefill` returned.
 
-        Ends when every sample has made one of `eos_token_id` (default: the checkpoint's; () never ends)
-        or the tokens that the cache has room for are made. Temperature 0 takes the likeliest token;
-        top_k 0 and top_p 1 take all. A sample that has ended yields the pad id.
+        Ends when every sample has reached one of `eos_token_id` (default: the checkpoint's; () for none), or after
+        the max_new_tokens of `prefill`. Temperature 0 takes the likeliest token; top_k 0 and top_p 1 switch these
+        two off. A sample that has ended yields the pad id.
         """
         sane = temperature >= 0 and top_k >= 0 and 0 < top_p <= 1
-        require(sane, f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range: >= 0, >= 0, 0 .. 1.")
+        require(sane, f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range: >= 0, >= 0, 0 to 1.")
         ends = self.config.eos_token_id if eos_token_id is None else eos_token_id
         stops = torch.tensor([ends] if isinstance(ends, int) else list(ends), dtype=torch.long, device=logits.device)
         generator = None if seed is None else torch.Generator(logits.device).manual_seed(seed)

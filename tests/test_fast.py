@@ -157,7 +157,7 @@ def test_the_top_layers_last_token_alone_is_that_of_the_whole_layer(small, promp
     torch.manual_seed(0)
     hidden = torch.randn(*mask.shape, model.config.text.hidden_size)
     caches = [KVCache(mask.bool(), 1, 0) for _ in range(2)]
-    rope = model.language_model.rope(caches[0].positions)
+    rope = model.language_model.cos_sin(caches[0].prompt_positions)
     with torch.no_grad():
         assert type(layer) is FastTopLayer
         last = layer(hidden, rope, cache=caches[0])

@@ -81,13 +81,13 @@ def test_a_wrong_eps_is_named(model, checkpoint):
 def test_positions_counted_from_the_shortened_cache_are_named(model, checkpoint):
     class Unshifted(Llava):
         def decode_step(self, token_ids, cache):
-            rope = self.language_model.rope
+            rope = self.language_model.cos_sin
             wrong = rope(cache.held.amax(0)[:, None])
-            self.language_model.rope = lambda positions: wrong
+            self.language_model.cos_sin = lambda positions: wrong
             try:
                 return super().decode_step(token_ids, cache)
             finally:
-                self.language_model.rope = rope
+                self.language_model.cos_sin = rope
 
     model.__class__ = Unshifted
     name, cause = first(model, checkpoint[1])

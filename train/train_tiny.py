@@ -348,7 +348,7 @@ def answer_loss(
     embeddings = embeddings.masked_scatter(image[..., None], model.multi_modal_projector(features))
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
     mask = causal & ((branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0))
-    hidden, query, key = run(model, embeddings, *model.language_model.rope(position), mask[:, None])
+    hidden, query, key = run(model, embeddings, *model.language_model.cos_sin(position), mask[:, None])
     told = labels[:, 1:] != -100
     logits, wanted, number = model.lm_head(hidden[:, :-1][told]), labels[:, 1:][told], answer[:, 1:][told] - 1
     row = told.nonzero()[:, 0] * kinds.shape[1] + number  # one number for every answer of the batch
