@@ -102,8 +102,8 @@ def search(curve: Tensor, total: int, protected: int) -> tuple[float, Tensor]:
         k = counts[layer] - protected
         return shares[layer][k], shares[layer][k + 1], k
 
-    # Tokens are left over only where shares are equal, so they are few. Each goes to the layer whose prefix holds least,
-    # then to the one whose next prefix does: the order in which a growing p would let the layers grow.
+    # Tokens are left over only where shares are equal, so they are few. Each goes to the layer whose prefix holds
+    # least, then to the one whose next prefix does: the order in which a growing p would let the layers grow.
     while sum(counts) < total:
         growing = [layer for layer, count in enumerate(counts) if count < length]
         counts[min(growing, key=least)] += 1
@@ -195,7 +195,7 @@ class Compressor:
         return kept + lengths - prompt_lengths
 
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:
-        """The slot that a full layer overwrites: [L, B]. position [L, B, S] is that of each slot's token, -1 if free."""
+        """The slot that a full layer overwrites: [L, B]. position [L, B, S] of a slot's token is -1 if it is free."""
         return torch.zeros_like(kept)
 
     def observe(self, layer: int, query: Tensor, key: Tensor, position: Tensor) -> None:

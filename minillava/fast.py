@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillava.model import Attention, CosSin, DecoderLayer, KVCache, Llava, merge_heads
+from minillava.model import Attention, CosSin, DecoderLayer, KVCache, Llava, apply_rope, merge_heads, split_heads
 from prefixkv import Compressor
 
 
@@ -60,7 +60,19 @@ class FastLinear(nn.Linear):
 
 
 class FastAttention(Attention):
-    """One new token reads the cache in two products of a matrix and the G queries of a group; no key is repeated."""
+    """One new token reads the cache in two products of a matrix and the G queries of a group; no key is repeated.
+
+    Its query and key are turned together, which halves the small operations of RoPE.
+    """
+
+    def project(self, x: Tensor, rope: CosSin) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Attention.project`."""
+        if x.shape[1] > 1:
+            return super().project(x, rope)
+        both = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1)  # [B, 1, (H + Hkv) * Dh]
+        both = apply_rope(split_heads(both, self.num_heads + self.kv_heads), *rope)  # [B, H + Hkv, 1, Dh]
+        value = split_heads(self.v_proj(x), self.kv_heads)  # [B, Hkv, 1, Dh]
+        return both[:, : self.num_heads], both[:, self.num_heads :], value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """As `Attention.attend`: [B, H, N, Dh]."""

@@ -1,6 +1,6 @@
 """Trains the embedded checkpoint `minillava/tiny` from nothing: `python -m train.train_tiny`.
 
-Three stages, as LLaVA builds on a CLIP that exists already:
+Three kinds of stages, as LLaVA builds on a CLIP that exists already:
 1. vision: the vision tower learns to say, patch by patch, what covers it (colour, shape, size, place, outline,
    background, the patch's own row and column, and whether an object's middle lies in it), through linear heads
    that are thrown away afterwards;
@@ -8,11 +8,15 @@ Three stages, as LLaVA builds on a CLIP that exists already:
    tower frozen, and one attention head of the decoder is shown where to look (`pointing_loss`);
 3. joint: everything together, while the learning rate falls to nothing; patches and pointing are still asked.
 
+The table STAGES says what is done in which order. Most is learnt from small pictures, which cost little; then the
+pictures grow, the tower's position embeddings with them, and shorter stages make the weights fit.
+
 Many questions are asked of one picture at once. Short conversations of one to three turns lie side by side behind
 the image tokens; each sees the image and itself, at the positions it would have alone. So one reading of the image
 serves a dozen questions, and no answer can be copied from another conversation.
 
-The state of training is saved to `--work` every few minutes and taken up again by the same command.
+The state of training is saved to `--work` every two minutes and taken up again by the same command. `--start FOLDER`
+begins with a checkpoint that the stages at the smallest side have made, and does the others.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -34,7 +39,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minillava.compressors import Recorder
-from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
+from minillava.model import DecoderLayer, Llava, LlavaConfig, TextConfig, VisionConfig, merge_heads
+from minillava.processor import ImageProcessor
 from prefixkv import PrefixKV, priority
 from train.evaluate import commonest, evaluate
 from train.scenes import (
@@ -53,10 +59,35 @@ from train.scenes import (
     plural,
     short_question,
 )
-from weights import config_dict, load, save_weights, write_json
+from weights import config_dict, load, load_model, save_weights, write_json
 
-SIDE, PATCH = 96, 8
-GRID = SIDE // PATCH
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of STAGES."""
+
+    name: str  # of its state's file; its scenes follow from it as well
+    kind: str  # vision, language or joint
+    side: int  # of the picture, in pixels
+    steps: int
+    batch: int  # scenes a step
+    rate: float  # the peak of the learning rate
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.side // PATCH
+
+
+STAGES = (
+    Stage("vision", "vision", side=96, steps=1500, batch=32, rate=2e-3),
+    Stage("language", "language", side=96, steps=1345, batch=16, rate=1.5e-3),
+    Stage("joint", "joint", side=96, steps=1000, batch=16, rate=5e-4),
+    Stage("vision-192", "vision", side=192, steps=200, batch=32, rate=1e-3),
+    Stage("joint-192", "joint", side=192, steps=950, batch=12, rate=5e-4),
+)
+FALL_FROM = {"vision": 0.6, "language": 1.0, "joint": 0.0}  # after this share of a stage its learning rate falls
+PATCH = 8
 IMAGE_TOKEN = "<image>"
 LABELS = {  # what a patch is asked, and how many answers there are (0: no object)
     "colour": len(COLOURS) + 1,
@@ -65,8 +96,8 @@ LABELS = {  # what a patch is asked, and how many answers there are (0: no objec
     "place": len(PLACES) + 1,
     "outline": 2,
     "background": len(BACKGROUNDS),
-    "row": GRID,
-    "column": GRID,
+    "row": 0,  # the grid's
+    "column": 0,
     "centre": 2,  # does an object's middle lie in it: one patch an object, which is what counting needs
 }
 ALL_KINDS = (*KINDS, "describe")
@@ -75,12 +106,12 @@ POINTER = 4  # the decoder layer of which one head is shown where to look
 MEAN, STD = 0.5, 0.5
 
 
-def tiny_config(vocab_size: int, image_token_id: int, pad_token_id: int) -> LlavaConfig:
-    """The architecture of minillava/tiny."""
+def tiny_config(side: int, vocab_size: int, image_token_id: int, pad_token_id: int) -> LlavaConfig:
+    """The architecture of minillava/tiny, with pictures of side x side pixels."""
     return LlavaConfig(
         vision=VisionConfig(
             hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
-            image_size=SIDE, patch_size=PATCH,
+            image_size=side, patch_size=PATCH,
         ),
         text=TextConfig(
             vocab_size=vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=8,
@@ -117,18 +148,21 @@ def train_tokenizer(path: Path, seed: int) -> None:
     path.write_bytes(model.getvalue())
 
 
-def pixels(image: Image.Image) -> Tensor:
-    """What the processor makes of a square image: [3, R, R]."""
-    small = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    values = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(SIDE, SIDE, 3)
-    return (values.permute(2, 0, 1).float() / 255 - MEAN) / STD
+def image_processor(side: int) -> ImageProcessor:
+    """The processor of a checkpoint for pictures of side x side pixels."""
+    return ImageProcessor(size={"shortest_edge": side}, crop_size=side, image_mean=[MEAN] * 3, image_std=[STD] * 3)
 
 
-def patch_labels(scene: Scene, cover: Image.Image) -> Tensor:
-    """The answers to LABELS for every patch: [P, 9]. An object counts where it covers a sixth of the patch."""
-    half = cover.resize((SIDE, SIDE), Image.Resampling.NEAREST)
-    ids = torch.frombuffer(bytearray(half.tobytes()), dtype=torch.uint8).view(GRID, PATCH, GRID, PATCH)
-    ids = ids.permute(0, 2, 1, 3).reshape(GRID * GRID, PATCH * PATCH).long()
+def pixels(image: Image.Image, side: int) -> Tensor:
+    """What the processor makes of a square image: [3, side, side]."""
+    return image_processor(side)(image)
+
+
+def patch_labels(scene: Scene, cover: Image.Image, grid: int) -> Tensor:
+    """The answers to LABELS for every patch: [grid², 9]. An object counts where it covers a sixth of the patch."""
+    small = cover.resize((grid * PATCH, grid * PATCH), Image.Resampling.NEAREST)
+    ids = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(grid, PATCH, grid, PATCH)
+    ids = ids.permute(0, 2, 1, 3).reshape(grid * grid, PATCH * PATCH).long()  # [P, pixels of a patch]
     shares = F.one_hot(ids, MAX_OBJECTS + 1).float().mean(1)  # [P, objects + 1]
     best = shares[:, 1:].max(-1)
     owner = torch.where(best.values >= 1 / 6, best.indices + 1, 0)
@@ -136,14 +170,14 @@ def patch_labels(scene: Scene, cover: Image.Image) -> Tensor:
     for thing in scene.things:
         table.append([list(COLOURS).index(thing.colour) + 1, SHAPES.index(thing.shape) + 1,
                       list(SIZES).index(thing.size) + 1, thing.cell + 1])  # fmt: skip
-    cells = torch.arange(GRID * GRID)
-    centres = {int(thing.y * GRID) * GRID + int(thing.x * GRID) for thing in scene.things}
+    cells = torch.arange(grid * grid)
+    centres = {int(thing.y * grid) * grid + int(thing.x * grid) for thing in scene.things}
     rest = [
         (shares.max(-1).values < 0.999).long(),
         torch.full_like(cells, list(BACKGROUNDS).index(scene.background)),
-        cells // GRID,
-        cells % GRID,
-        torch.tensor([int(cell in centres) for cell in range(GRID * GRID)]),
+        cells // grid,
+        cells % grid,
+        torch.tensor([int(cell in centres) for cell in range(grid * grid)]),
     ]
     return torch.cat([torch.tensor(table)[owner], torch.stack(rest, -1)], -1)
 
@@ -176,9 +210,9 @@ class Conversations:
         self.pad_id = self.image_id + 1
         self.size = math.ceil((self.pad_id + 1) / 64) * 64
 
-    def encode(self, conversations: list[list[Question]]) -> Sample:
-        """Conversations about one picture."""
-        ids = [self.bos, *self.model.encode("USER: "), *[self.image_id] * GRID**2]
+    def encode(self, conversations: list[list[Question]], patches: int) -> Sample:
+        """Conversations about one picture of so many patches."""
+        ids = [self.bos, *self.model.encode("USER: "), *[self.image_id] * patches]
         prefix = len(ids)
         none, zero = [-100] * prefix, [0] * prefix
         sample = Sample(ids, none[:], zero[:], list(range(prefix)), zero[:], zero[:], none[:], none[:], [])
@@ -213,8 +247,8 @@ class Conversations:
 class Batches(torch.utils.data.IterableDataset):
     """Endless batches; batch i of a stage follows from (seed, stage, i) alone, so a resumed run sees the same."""
 
-    def __init__(self, stage: str, start: int, size: int, seed: int, talk: Conversations):
-        self.stage, self.start, self.size, self.seed, self.talk = stage, start, size, seed, talk
+    def __init__(self, stage: Stage, start: int, seed: int, talk: Conversations):
+        self.stage, self.start, self.seed, self.talk = stage, start, seed, talk
 
     def conversations(self, rng: random.Random, scene: Scene) -> list[list[Question]]:
         """Twelve short questions and at times a description, in conversations of one to three turns."""
@@ -230,21 +264,21 @@ class Batches(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         torch.set_num_threads(1)
-        step = self.start
+        stage, step = self.stage, self.start
         while True:
-            rng = random.Random(f"{self.seed} {self.stage} {step}")
+            rng = random.Random(f"{self.seed} {stage.name} {step}")
             images, targets, samples = [], [], []
-            for _ in range(self.size):
+            for _ in range(stage.batch):
                 # Scenes of two or three objects make it easy to see what a question is about.
-                most = rng.choice((2, 3, MAX_OBJECTS)) if self.stage == "language" else MAX_OBJECTS
+                most = rng.choice((2, 3, MAX_OBJECTS)) if stage.kind == "language" else MAX_OBJECTS
                 scene = make_scene(rng, most)
                 image, cover = draw(scene)
-                images.append(pixels(image))
-                targets.append(patch_labels(scene, cover))
-                if self.stage != "vision":
-                    samples.append(self.talk.encode(self.conversations(rng, scene)))
+                images.append(pixels(image, stage.side))
+                targets.append(patch_labels(scene, cover, stage.grid))
+                if stage.kind != "vision":
+                    samples.append(self.talk.encode(self.conversations(rng, scene), stage.grid**2))
             step += 1
-            if self.stage == "vision":
+            if stage.kind == "vision":
                 yield torch.stack(images), torch.stack(targets)
                 continue
             length = math.ceil(max(len(sample.ids) for sample in samples) / 32) * 32
@@ -272,18 +306,51 @@ def initialise(model: nn.Module) -> None:
     nn.init.normal_(lm_head, std=0.02)
 
 
+def widen_positions(table: Tensor, grid: int) -> Tensor:
+    """The tower's position embeddings [1 + P, Dv] for another grid [1 + grid², Dv]: bicubic, the class token as it is.
+
+    A patch keeps the place that it has in the picture, so that what the tower knows of places holds for the new grid.
+    """
+    old = math.isqrt(len(table) - 1)
+    if old == grid:
+        return table
+    square = table[1:].view(1, old, old, -1).permute(0, 3, 1, 2)  # [1, Dv, old, old]
+    square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)  # [1, Dv, grid, grid]
+    return torch.cat([table[:1], square.flatten(2)[0].T])
+
+
+@torch.no_grad()
+def widen(model: Llava, heads: nn.ModuleDict, stage: Stage, seed: int) -> None:
+    """Makes model and heads fit the stage's side; heads for rows and columns, which have other answers, are new."""
+    vision = model.config.vision
+    if vision.image_size == stage.side:
+        return
+    model.config = replace(model.config, vision=replace(vision, image_size=stage.side))
+    wide = widen_positions(model.vision_tower.position_embedding.weight, stage.grid)
+    model.vision_tower.position_embedding = nn.Embedding.from_pretrained(wide.contiguous(), freeze=False)
+    torch.manual_seed(seed)
+    heads.update({name: nn.Linear(vision.hidden_size, stage.grid, device=wide.device) for name in ("row", "column")})
+
+
+def make_heads(grid: int) -> nn.ModuleDict:
+    """Linear readers: of a patch's features for each of LABELS, of the pointing head for colour and shape."""
+    heads = nn.ModuleDict({name: nn.Linear(128, count or grid) for name, count in LABELS.items()})
+    heads.update({f"pointer {name}": nn.Linear(32, LABELS[name] - 1) for name in ("colour", "shape")})
+    return heads
+
+
 def rate(step: int, steps: int, peak: float, fall_from: float) -> float:
     """Learning rate: a short rise, a plateau, and from `fall_from` of the way on a straight fall to zero."""
-    warm = min(1.0, (step + 1) / 200)
+    rise = min(1.0, (step + 1) / min(200, steps / 5))
     fall = min(1.0, (1 - step / steps) / (1 - fall_from)) if fall_from < 1 else 1.0
-    return peak * min(warm, max(fall, 0.0))
+    return peak * min(rise, max(fall, 0.0))
 
 
 @torch.no_grad()
 def heterogeneity(model: Llava, images: Tensor, ids: Tensor) -> str:
     """How unlike the layers are: kept shares at a budget of 20 %, and Gini coefficients of importance."""
     recorder = Recorder()
-    prompt = ids[:, : 3 + GRID**2 + 8]  # the image and the first words of a question
+    prompt = ids[:, : 3 + model.config.num_image_tokens + 8]  # the image and the first words of a question
     model.prefill(prompt, images, max_new_tokens=0, compressor=recorder)
     counts = PrefixKV(0.2).allocate(recorder.scores, recorder.present).float().mean(1) / prompt.shape[1]
     curves = torch.stack([priority(scores) for scores in recorder.scores.unbind(1)]).mean(0)  # [L, N + 1]
@@ -294,13 +361,52 @@ def heterogeneity(model: Llava, images: Tensor, ids: Tensor) -> str:
     )
 
 
-def decode(model: Llava, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The decoder over embeddings [B, N, D], up to its final norm; query and key [B, N, Dh] of a head of POINTER."""
-    for index, layer in enumerate(model.language_model.layers):
+def look(model: Llava, images: Tensor) -> Tensor:
+    """The patches' features [B, P, Dv] of images [B, 3, R, R]."""
+    return model.vision_tower(images, model.config.vision_feature_layer)[:, 1:]
+
+
+def project(layer: DecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What stands before a layer's attention: [B, N, D] -> query [B, H, N, Dh], key and value [B, Hkv, N, Dh]."""
+    return layer.self_attn.project(layer.input_layernorm(hidden), (cos, sin))
+
+
+def finish(layer: DecoderLayer, hidden: Tensor, context: Tensor) -> Tensor:
+    """What stands behind it: hidden [B, N, D] and the attention's context [B, H, N, Dh] -> [B, N, D]."""
+    hidden = hidden + layer.self_attn.o_proj(merge_heads(context))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def decode(
+    model: Llava,
+    hidden: Tensor,
+    rope: tuple[Tensor, Tensor],
+    mask: Tensor,
+    before: Callable[..., tuple[Tensor, Tensor, Tensor]] = project,
+    behind: Callable[..., Tensor] = finish,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The decoder over embeddings [B, N, D]: the words' outputs [B, M, D], and of POINTER query and key [B, N, Dh].
+
+    The first N - M tokens end with the picture's: plainly causal, so that they need no mask. The mask [B, 1, M, N] is
+    that of the words behind them. Of the top layer, the picture's outputs are read by nobody. `before` and `behind`
+    are `project` and `finish`, or the same compiled: once for all layers and lengths.
+    """
+    layers, image = model.language_model.layers, hidden.shape[1] - mask.shape[2]
+    for index, layer in enumerate(layers):
+        queries, keys, values = before(layer, hidden, *rope)
+        context = F.scaled_dot_product_attention(
+            queries[:, :, image:], keys, values, attn_mask=mask, enable_gqa=True
+        )  # [B, H, M, Dh]
+        if index + 1 == len(layers):
+            hidden = hidden[:, image:]  # [B, M, D]
+        else:
+            first = F.scaled_dot_product_attention(
+                queries[:, :, :image], keys[:, :, :image], values[:, :, :image], is_causal=True, enable_gqa=True
+            )  # [B, H, N - M, Dh]
+            context = torch.cat([first, context], dim=2)  # [B, H, N, Dh]
+        hidden = behind(layer, hidden, context)
         if index == POINTER:
-            queries, keys, _ = layer.self_attn.project(layer.input_layernorm(hidden), (cos, sin))
             query, key = queries[:, 0], keys[:, 0]
-        hidden = layer(hidden, (cos, sin), mask)
     return model.language_model.norm(hidden), query, key
 
 
@@ -312,11 +418,12 @@ def pointing_loss(query: Tensor, key: Tensor, heads: nn.ModuleDict, columns: lis
     patch shows in its key. Without them the head looks at all objects alike: what is asked is no help before keys can
     be told apart by it, nor the other way round.
     """
-    image = columns[2][0] == 0
-    patches = slice(int(image.sum()) - GRID**2, int(image.sum()))
+    end = int((columns[2][0] == 0).sum())
+    patches = slice(end - targets.shape[1], end)
     row, at = (columns[5] != 0).nonzero(as_tuple=True)
     asking, shown = query[row, at], key[:, patches]  # [T, Dh], [B, P, Dh]
-    weights = ((shown[row] @ asking[..., None])[..., 0] * query.shape[-1] ** -0.5).log_softmax(-1)  # [T, P]
+    # One product for all tokens, of which some are then taken: gathering a picture's keys for each is far slower.
+    weights = ((query @ shown.mT)[row, at] * query.shape[-1] ** -0.5).log_softmax(-1)  # [T, P]
     place = targets[row][..., list(LABELS).index("place")]  # [T, P], 0 for none
     wanted = (columns[5][row, at][:, None] << 1 >> place & 1).bool()
     loss = -weights.masked_fill(~wanted, -torch.inf).logsumexp(-1)[wanted.any(-1)].mean()
@@ -346,11 +453,13 @@ def answer_loss(
     embeddings = model.language_model.embed_tokens(ids)
     image = ids == model.config.image_token_id
     embeddings = embeddings.masked_scatter(image[..., None], model.multi_modal_projector(features))
-    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-    mask = causal & ((branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0))
-    hidden, query, key = run(model, embeddings, *model.language_model.cos_sin(position), mask[:, None])
-    told = labels[:, 1:] != -100
-    logits, wanted, number = model.lm_head(hidden[:, :-1][told]), labels[:, 1:][told], answer[:, 1:][told] - 1
+    words = int((branch[0] == 0).sum())  # where they begin
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()[words:]
+    mask = causal & ((branch[:, words:, None] == branch[:, None]) | (branch[:, None] == 0))  # [B, M, N]
+    hidden, query, key = run(model, embeddings, model.language_model.cos_sin(position), mask[:, None])
+    labels, answer = labels[:, words + 1 :], answer[:, words + 1 :]
+    told = labels != -100
+    logits, wanted, number = model.lm_head(hidden[:, :-1][told]), labels[told], answer[told] - 1
     row = told.nonzero()[:, 0] * kinds.shape[1] + number  # one number for every answer of the batch
     length = torch.bincount(row, minlength=kinds.numel())
     weight = length[row].float().rsqrt()
@@ -359,19 +468,18 @@ def answer_loss(
     return loss, (wrong == 0).view_as(kinds), pointing_loss(query, key, heads, columns, targets)
 
 
-def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversations, args: argparse.Namespace) -> float:
-    """Trains one stage to its end, from wherever its saved state stands; returns the seconds it took in all."""
-    path = args.work / f"{stage}.pt"
-    steps = {"vision": args.vision_steps, "language": args.language_steps, "joint": args.joint_steps}[stage]
-    peak = {"vision": 2e-3, "language": args.rate, "joint": args.rate / 3}[stage]
+def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversations, args: argparse.Namespace) -> float:
+    """Trains one stage to its end, from wherever its saved state stands; returns the processor's seconds in all."""
+    path, steps = args.work / f"{stage.name}.pt", min(stage.steps, args.limit or stage.steps)
     device = torch.device(args.device)
+    widen(model, heads, stage, args.seed)
     parts: dict[str, list[nn.Module]] = {
         "vision": [model.vision_tower, heads],
         "language": [model.multi_modal_projector, model.language_model, model.lm_head, heads],
         "joint": [model, heads],
     }
-    parameters = [p for module in parts[stage] for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.02)
+    parameters = [p for module in parts[stage.kind] for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=stage.rate, betas=(0.9, 0.95), weight_decay=0.02)
     start, before = 0, 0.0
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
@@ -381,26 +489,28 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
         if start >= steps:
             return before
         optimizer.load_state_dict(state["optimizer"])
-    size = args.batch * 2 if stage == "vision" else args.batch
-    run = torch.compile(decode, dynamic=True) if args.compile else decode
-    data = Batches(stage, start, size, args.seed, talk)
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = decode
+    see: Callable[..., Tensor] = look
+    if args.compile:
+        lead, trail = torch.compile(project, dynamic=True), torch.compile(finish, dynamic=True)
+        run, see = partial(decode, before=lead, behind=trail), torch.compile(look, dynamic=False)
+    data = Batches(stage, start, args.seed, talk)
     loader = iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4))
-    began, saved, mean = time.time(), time.time(), 0.0
+    began, done, marked, saved, mean = time.process_time(), start, time.time(), time.time(), 0.0
     tally = torch.zeros(len(ALL_KINDS), 2, dtype=torch.long, device=device)  # answers asked for, and right ones
     for step in range(start, steps):
         batch = [part.to(device) for part in next(loader)]
-        fall_from = {"vision": 0.6, "language": 1.0, "joint": 0.0}[stage]
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps, peak, fall_from)
-        with torch.set_grad_enabled(stage != "language"):
-            features = model.vision_tower(batch[0], model.config.vision_feature_layer)[:, 1:]
+            group["lr"] = rate(step, steps, stage.rate, FALL_FROM[stage.kind])
+        with torch.set_grad_enabled(stage.kind != "language"):
+            features = see(model, batch[0])
         loss = torch.zeros((), device=device)
-        if stage != "language":
+        if stage.kind != "language":
             answers = {name: heads[name](features) for name in LABELS}
             for i, name in enumerate(LABELS):
                 part = F.cross_entropy(answers[name].flatten(0, 1), batch[1][..., i].flatten())
-                loss = loss + (part if stage == "vision" else 0.2 * part)
-        if stage != "vision":
+                loss = loss + (part if stage.kind == "vision" else 0.2 * part)
+        if stage.kind != "vision":
             talked, right, pointing = answer_loss(model, run, heads, features, batch[2:], batch[1])
             loss = loss + talked + 0.2 * pointing
             tally += torch.stack([torch.stack([(batch[-1] == k).sum(), (right & (batch[-1] == k)).sum()])
@@ -411,24 +521,24 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
         optimizer.step()
         value = loss.item()
         if not math.isfinite(value):
-            raise RuntimeError(f"The loss of stage {stage} became {value} at step {step}; lower --rate.")
+            raise RuntimeError(f"The loss of stage {stage.name} became {value} at step {step}; lower its rate.")
         mean = value if step == start else 0.98 * mean + 0.02 * value
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            pace = (step + 1 - start) / (time.time() - began)
-            left = (steps - step - 1) / pace / 60
+            pace = stage.batch * (step + 1 - done) / (time.time() - marked)
+            left, done, marked = stage.batch * (steps - step - 1) / pace / 60, step + 1, time.time()
             extra = ""
-            if stage != "language":
+            if stage.kind != "language":
                 shares = [(answers[n].argmax(-1) == batch[1][..., i]).float().mean() for i, n in enumerate(LABELS)]
                 extra = " " + " ".join(f"{name} {float(r):.3f}" for name, r in zip(LABELS, shares))
-            if stage != "vision":
+            if stage.kind != "vision":
                 extra += f" pointing {pointing.item():.3f} |" + "".join(
                     f" {kind} {100 * good / max(1, all_):.0f}" for kind, (all_, good) in zip(ALL_KINDS, tally.tolist())
                 )
                 tally.zero_()
-            if stage != "vision" and (step + 1) % 500 == 0:
+            if stage.kind != "vision" and (step + 1) % 500 == 0:
                 extra += " " + heterogeneity(model, batch[0][:8], batch[2][:8])
             print(
-                f"{stage} {step + 1}/{steps} loss {mean:.4f} {pace * size:.1f} samples/s, {left:.0f} min left{extra}",
+                f"{stage.name} {step + 1}/{steps} loss {mean:.4f} {pace:.1f} samples/s, {left:.0f} min left{extra}",
                 flush=True,
             )
         if time.time() - saved > 120 or step + 1 == steps:
@@ -436,11 +546,11 @@ def run_stage(stage: str, model: Llava, heads: nn.ModuleDict, talk: Conversation
             temporary = path.with_suffix(".part")
             torch.save(
                 {"model": model.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
-                 "step": step + 1, "seconds": before + time.time() - began},
+                 "step": step + 1, "seconds": before + time.process_time() - began},
                 temporary,
             )  # fmt: skip
             temporary.replace(path)
-    return before + time.time() - began
+    return before + time.process_time() - began
 
 
 CARD = """---
@@ -463,11 +573,16 @@ Loads with `weights.load` and with `LlavaForConditionalGeneration.from_pretraine
 
     {command}
 
-Scenes and conversations are drawn on the fly (`train/scenes.py`); no data set is needed. Three stages: the vision
-tower learns to label patches ({vision_steps:,} steps of {vision_batch} scenes), then the decoder learns a dozen
-questions about every scene with the tower frozen ({language_steps:,} steps of {batch}), then all of it learns together
-while the learning rate falls ({joint_steps:,} steps of {batch}). In the last two, one attention head of the decoder is
-shown which patches the answer is about. {time}
+Scenes and conversations are drawn on the fly (`train/scenes.py`); no data set is needed. In a vision stage the vision
+tower learns to label patches. In a language stage the decoder learns a dozen questions about every scene, with the
+tower frozen. In a joint stage all of it learns together while the learning rate falls. In the last two kinds, one
+attention head of the decoder is shown which patches the answer is about. {sides}
+
+| stage | kind | picture | steps | scenes a step | peak of the rate |
+|---|---|---|---|---|---|
+{stages}
+
+{time}
 
 ## Scores
 
@@ -539,6 +654,7 @@ def tokenizer_json(model: sentencepiece.SentencePieceProcessor, added: dict[int,
 
 def export(model: Llava, tokenizer: Path, talk: Conversations, folder: Path) -> None:
     """Writes the checkpoint in the layout of a Hub repository, weights in float16."""
+    side = model.config.vision.image_size
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / "model.safetensors", torch.float16)
     write_json(folder / "config.json", config_dict(model.config, "float16"))
@@ -568,10 +684,10 @@ def export(model: Llava, tokenizer: Path, talk: Conversations, folder: Path) -> 
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"shortest_edge": SIDE},
+            "size": {"shortest_edge": side},
             "resample": 3,
             "do_center_crop": True,
-            "crop_size": {"height": SIDE, "width": SIDE},
+            "crop_size": {"height": side, "width": side},
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
@@ -604,10 +720,20 @@ def export(model: Llava, tokenizer: Path, talk: Conversations, folder: Path) -> 
         draw(scene, 384, oversample=4)[0].save(examples / f"scene_{index}.png", optimize=True)
 
 
-def write_card(model: Llava, folder: Path, args: argparse.Namespace, scores: dict[str, float], seconds: float) -> None:
-    """Writes the model card, with the scores as measured."""
+def write_card(
+    model: Llava,
+    folder: Path,
+    args: argparse.Namespace,
+    stages: tuple[Stage, ...],
+    scores: dict[str, float],
+    seconds: float,
+) -> None:
+    """Writes the model card, with the scores as measured, and the processor's seconds that `stages` took."""
     text, vision = model.config.text, model.config.vision
-    threads, processor, blind = torch.get_num_threads(), args.device, commonest()
+    processor, blind = f"{torch.get_num_threads()} threads of the {args.device}", commonest()
+    which = "All stages" if stages[0] == STAGES[0] else f"The stages from {stages[0].name} on"
+    first, last = STAGES[0].side, vision.image_size
+    wider = f"then they grow to {last}, and the position embeddings of the tower are\ninterpolated."
     (folder / "README.md").write_text(
         CARD.format(
             parameters=sum(p.numel() for p in model.parameters()),
@@ -618,15 +744,15 @@ def write_card(model: Llava, folder: Path, args: argparse.Namespace, scores: dic
             heads=text.num_attention_heads,
             kv_heads=text.kv_heads,
             objects=MAX_OBJECTS,
-            command=f"python -m train.train_tiny --vision-steps {args.vision_steps} "
-            f"--language-steps {args.language_steps} --joint-steps {args.joint_steps} "
-            f"--batch {args.batch} --rate {args.rate} --seed {args.seed}" + " --compile" * args.compile,
-            vision_steps=args.vision_steps,
-            language_steps=args.language_steps,
-            joint_steps=args.joint_steps,
-            batch=args.batch,
-            vision_batch=2 * args.batch,
-            time=f"That took {seconds / 60:.0f} minutes of training with {threads} threads on the {processor}.",
+            command=f"python -m train.train_tiny --until {stages[-1].name} --seed {args.seed}"
+            + " --compile" * args.compile,
+            sides=f"Most is learnt\nfrom pictures of {first} pixels a side; {wider}" if last > first else "",
+            stages="\n".join(
+                f"| {stage.name} | {stage.kind} | {stage.side} x {stage.side} | {stage.steps:,} | {stage.batch} "
+                f"| {stage.rate:g} |"
+                for stage in STAGES[: STAGES.index(stages[-1]) + 1]
+            ),
+            time=f"{which} took {seconds / 60:.0f} minutes of processor time, on {processor}.",
             scores="\n".join(
                 f"| {name} | {100 * share:.1f} % | " + (f"{100 * blind[name]:.1f} % |" if name in blind else "|")
                 for name, share in scores.items()
@@ -641,32 +767,36 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder for the state of training")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=16, help="scenes a step (twice as many in the vision stage)")
-    parser.add_argument("--vision-steps", type=int, default=1500)
-    parser.add_argument("--language-steps", type=int, default=1345)
-    parser.add_argument("--joint-steps", type=int, default=1000)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the decoder (about a third faster)")
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate of the decoder")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model (about a third faster)")
+    parser.add_argument("--start", type=Path, help="folder of a checkpoint that the stages of its side have made")
+    parser.add_argument("--until", choices=[stage.name for stage in STAGES], default=STAGES[-1].name,
+                        help="the last stage (default: all); `joint` gives the checkpoint for 96 px")  # fmt: skip
+    parser.add_argument("--limit", type=int, help="at most so many steps a stage, to try it out")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny/checkpoint"), help="folder for the checkpoint")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     tokenizer = args.work / "tokenizer.model"
-    if not tokenizer.exists():
+    if args.start:
+        tokenizer.write_bytes((args.start / "tokenizer.model").read_bytes())
+    elif not tokenizer.exists():
         train_tokenizer(tokenizer, args.seed)
     talk = Conversations(tokenizer)
-    model = Llava(tiny_config(talk.size, talk.image_id, talk.pad_id))
-    initialise(model)
-    model.to(args.device)
-    heads = nn.ModuleDict({name: nn.Linear(128, count) for name, count in LABELS.items()})
-    heads.update({f"pointer {name}": nn.Linear(32, LABELS[name] - 1) for name in ("colour", "shape")})
-    heads.to(args.device)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {talk.size}")
-    seconds = sum(run_stage(stage, model, heads, talk, args) for stage in ("vision", "language", "joint"))
+    stages = STAGES[: [stage.name for stage in STAGES].index(args.until) + 1]
+    if args.start:
+        model = load_model(args.start, fast=False).train()
+        stages = tuple(stage for stage in stages if stage.side > model.config.vision.image_size)
+    else:
+        model = Llava(tiny_config(STAGES[0].side, talk.size, talk.image_id, talk.pad_id))
+        initialise(model)
+    heads = make_heads(model.config.vision.image_size // PATCH)
+    model.to(args.device), heads.to(args.device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {talk.size}", flush=True)
+    seconds = sum(run_stage(stage, model, heads, talk, args) for stage in stages)
     export(model, tokenizer, talk, args.out)
     loaded, processor = load(args.out, device=args.device)
     scores = evaluate(loaded, processor)
-    write_card(model, args.out, args, scores, seconds)
+    write_card(model, args.out, args, stages, scores, seconds)
     print(f"{args.out}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in scores.items()))
 
 

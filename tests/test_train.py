@@ -1,0 +1,106 @@
+"""The training recipe: what depends on the picture's side, and conversations side by side. Nothing is trained here."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from conftest import TINY
+
+from minillava.model import Llava
+from train.scenes import draw, make_scene, short_question
+from train.train_tiny import (
+    LABELS,
+    PATCH,
+    Conversations,
+    Stage,
+    decode,
+    initialise,
+    look,
+    make_heads,
+    patch_labels,
+    pixels,
+    rate,
+    tiny_config,
+    widen,
+    widen_positions,
+)
+from weights import load_processor
+
+SIDES = (96, 192)
+
+
+def test_a_wider_table_of_positions_keeps_what_is_constant_and_the_class_token():
+    table = torch.full((1 + 12**2, 8), 0.7)
+    table[0] = -3.0
+    wide = widen_positions(table, 24)
+    assert wide.shape == (1 + 24**2, 8)
+    torch.testing.assert_close(wide[1:], torch.full((24**2, 8), 0.7))
+    assert (wide[0] == -3.0).all()
+
+
+def test_an_unchanged_grid_keeps_its_positions_and_rows_stay_rows():
+    table = torch.randn(1 + 12**2, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(widen_positions(table, 12), table)
+    rows = torch.arange(12.0).repeat_interleave(12)[:, None]  # a patch's row, the same in all its columns
+    wide = widen_positions(torch.cat([torch.zeros(1, 1), rows]), 24)[1:].view(24, 24)
+    torch.testing.assert_close(wide, wide[:, :1].expand(24, 24))
+    assert (wide[:, 0].diff() > 0).all()
+
+
+def test_widening_makes_model_and_heads_fit_the_stage():
+    model, heads = Llava(tiny_config(96, 320, 310, 311)), make_heads(12)
+    colour = heads["colour"]
+    widen(model, heads, Stage("test", "vision", side=192, steps=1, batch=1, rate=1.0), seed=0)
+    assert model.config.num_image_tokens == 24**2
+    assert heads["row"].out_features == heads["column"].out_features == 24 and heads["colour"] is colour
+    features = look(model, torch.zeros(1, 3, 192, 192))
+    assert features.shape == (1, 24**2, 128)
+    features.sum().backward()
+    assert model.vision_tower.position_embedding.weight.grad is not None
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_pixels_and_labels_have_the_shapes_of_the_stage(side):
+    scene, grid = make_scene(random.Random(1)), side // PATCH
+    image, cover = draw(scene)
+    assert pixels(image, side).shape == (3, side, side)
+    labels = patch_labels(scene, cover, grid)
+    assert labels.shape == (grid**2, len(LABELS))
+    names = list(LABELS)
+    assert labels[:, names.index("row")].tolist() == [row for row in range(grid) for _ in range(grid)]
+    assert labels[:, names.index("centre")].sum() == len(scene.things)
+
+
+def test_pixels_are_what_the_checkpoint_s_processor_makes():
+    processor = load_processor(TINY)
+    image, _ = draw(make_scene(random.Random(2)))
+    assert torch.equal(pixels(image, processor.config.vision.image_size), processor.image_processor(image))
+
+
+def test_a_conversation_beside_others_reads_as_if_it_were_alone():
+    talk = Conversations(TINY / "tokenizer.model")
+    torch.manual_seed(0)
+    model = Llava(tiny_config(96, talk.size, talk.image_id, talk.pad_id))
+    initialise(model)
+    rng = random.Random(3)
+    scene = make_scene(rng)
+    picture = pixels(draw(scene)[0], 96)[None]
+    turns = [short_question(rng, scene) for _ in range(3)]
+    both, alone = talk.encode([turns[:2], turns[2:]], 144), talk.encode([turns[2:]], 144)
+    words = both.branch.count(0)
+    ids, branch, position = (torch.tensor([part]) for part in (both.ids, both.branch, both.position))
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()[words:]
+    mask = causal & ((branch[:, words:, None] == branch[:, None]) | (branch[:, None] == 0))
+    with torch.no_grad():
+        embeddings = model.embed(ids, picture)
+        hidden, _, _ = decode(model, embeddings, model.language_model.rope(position), mask[:, None])
+        expected = model(torch.tensor([alone.ids]), picture)
+    torch.testing.assert_close(model.lm_head(hidden)[0, branch[0, words:] == 2], expected[0, words:])
+
+
+def test_the_rate_rises_and_falls_to_nothing():
+    rates = [rate(step, 950, 5e-4, 0.0) for step in range(950)]
+    assert rates[0] < 1e-5 and rates[-1] < 1e-6
+    assert 3.5e-4 < max(rates) <= 5e-4
