@@ -23,7 +23,7 @@ from minillava.compressors import METHODS
 from minillava.model import Llava, LlavaError
 from minillava.processor import Processor, open_image
 from prefixkv import Plan, PrefixKV
-from weights import load, write_file
+from weights import find_device, load, write_file
 
 WIDTH = 80
 BARS = " ▁▂▃▄▅▆▇█"
@@ -250,8 +250,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens is {args.max_new_tokens}; expected 1 or more")
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+    if not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("sampling needs --temperature 0 or more, --top-k 0 or more, and --top-p above 0 and at most 1")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        parser.error(f"--seed is {args.seed}; expected a number from 0 to {2**63 - 1}")
     if args.plan and (args.budget or args.method or args.save_plan):
         parser.error("--plan takes the place of --method, --budget and --save-plan; give one of them")
     if (args.explore or args.plot) and (args.plan or args.method or args.chat):
@@ -271,16 +273,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def describe(args: argparse.Namespace) -> None:
     """Loads, answers, and shows; raises LlavaError for input that cannot be used."""
-    try:
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise LlavaError(f"The device {args.device!r} cannot be used ({reason}); try --device cpu.") from None
+    device = find_device(args.device)
     compressed = compressors(args)
     paths = args.image or [str(TINY / "examples" / "scene_1.png")]
     images = [open_image(path) for path in paths]
     model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype))
+    if args.plan:  # refused before anything is answered, if it is for another model
+        compressed[0][1].planned(0, model.config.text.num_hidden_layers, torch.ones(1))
     if args.chat:
         return chat(model, processor, images, args)
     question = args.prompt or "Describe the image in detail."

@@ -74,21 +74,20 @@ def priority(scores: Tensor) -> Tensor:
 def search(curve: Tensor, total: int, protected: int) -> tuple[float, Tensor]:
     """The largest threshold p whose sizes sum to at most `total`, and the sizes [L], filled up to sum to `total`.
 
-    curve [L, N + 1] is what `priority` returns. A layer's size is o(p) = min(N, k(p) + protected): its shortest
-    prefix that holds p, k(p) = min{k : P(k) >= p}, and room for the protected tokens, which stay in any case and
-    may not be among the most important. `total` is at least L * protected and at most L * N.
+    curve [L, N + 1] is what `priority` returns. The shortest prefix that holds p has k(p) = min{k : P(k) >= p} tokens,
+    and a layer's size is min(N, k(p) + protected): protected tokens always stay, and not all of them are among the k
+    most important. Tokens left over go one by one to the layer whose prefix holds the smallest share; ties go to the
+    layer whose next prefix holds less. `total` is at least L * protected and at most L * N.
     """
     length = curve.shape[1] - 1
 
     def sizes(threshold: float) -> Tensor:
-        shortest = (curve < threshold).sum(-1)  # [L]: P(0), P(1) .. P(k - 1) are below the threshold, k of them
+        shortest = (curve < threshold).sum(-1)  # [L]: P(0) .. P(k - 1) are the k shares below the threshold
         return (shortest + protected).clamp(max=length)
 
     candidates = curve.unique().tolist()  # sizes change only where p passes one of these. Sorted, from 0 to 1
-    low, high = (
-        0,
-        len(candidates),
-    )  # candidates[low] fits, since p = 0 keeps the protected tokens alone; [high] does not
+    # candidates[low] always fits: p = 0 keeps only the protected tokens. candidates[high] does not, or is past the end.
+    low, high = 0, len(candidates)
     while high - low > 1:
         middle = (low + high) // 2
         if int(sizes(candidates[middle]).sum()) <= total:
@@ -98,15 +97,15 @@ def search(curve: Tensor, total: int, protected: int) -> tuple[float, Tensor]:
     threshold = candidates[low]
     counts, shares = sizes(threshold).tolist(), curve.tolist()
 
-    def least(layer: int) -> tuple[float, float, int]:
+    def held(layer: int) -> tuple[float, float, int]:
         k = counts[layer] - protected
         return shares[layer][k], shares[layer][k + 1], k
 
-    # Tokens are left over only where shares are equal, so they are few. Each goes to the layer whose prefix holds
-    # least, then to the one whose next prefix does: the order in which a growing p would let the layers grow.
-    while sum(counts) < total:
+    # Tokens are left over where several shares equal the threshold; with real scores they are few. A growing p would let
+    # the layers grow in this order, so a larger budget only adds tokens.
+    for _ in range(total - sum(counts)):
         growing = [layer for layer, count in enumerate(counts) if count < length]
-        counts[min(growing, key=least)] += 1
+        counts[min(growing, key=held)] += 1
     return threshold, torch.tensor(counts, device=curve.device)
 
 
@@ -159,12 +158,14 @@ class Plan:
 
 
 class Compressor:
-    """How a KV cache calls a compression method. This one keeps every token; a method overrides what it does otherwise.
+    """The calls that a KV cache makes. This class keeps every token; a method overrides what it does differently.
 
-    1. `score` and `planned`: each layer of a prompt. A plan has the sizes of all layers or of none.
-    2. `allocate`: once all are scored, where there is no plan.
-    3. `retain` and `merge`: each layer, when its size is known.
-    4. `capacity` and `victim`: each new token, for all layers. `observe`: each new token, in each layer.
+    1. `score`, then `planned`: for each layer of a prompt. A plan gives the sizes of all layers, or there is no plan.
+    2. `allocate`: without a plan, once all layers are scored.
+    3. `retain`, then `merge`: for each layer, when its size is known.
+    4. `capacity`, then `victim`: for each new token, for all layers at once. `observe`: for each new token and layer.
+
+    An object may keep notes between these calls, so it serves one text at a time.
     """
 
     budget = 1.0  # the share of the prompt's cache to keep
@@ -175,7 +176,7 @@ class Compressor:
         return torch.zeros_like(present, dtype=torch.float32)
 
     def planned(self, layer: int, layers: int, prompt_lengths: Tensor) -> Tensor | None:
-        """Tokens [B] that this of `layers` layers keeps, where a plan says so; else None."""
+        """How many tokens one of `layers` layers keeps of each prompt, [B], if there is a plan; else None."""
         return None
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
@@ -187,19 +188,19 @@ class Compressor:
         return retain(scores, counts, present, self.start)
 
     def merge(self, key: Tensor, value: Tensor, keep: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value [B, Hkv, N, Dh] to cache where keep [B, N]: dropped ones may be merged into them."""
+        """Key and value [B, Hkv, N, Dh], of which those where keep [B, N] are cached; dropped ones may be merged in."""
         return key, value
 
     def capacity(self, kept: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
-        """How many tokens layers that kept `kept` of the prompt may hold once the text has `lengths` [B]: as `kept`."""
+        """Tokens that a layer may hold once the text has `lengths` [B], if it kept `kept` of the prompt; shape of `kept`."""
         return kept + lengths - prompt_lengths
 
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:
-        """The slot that a full layer overwrites: [L, B]. position [L, B, S] of a slot's token is -1 if it is free."""
-        return torch.zeros_like(kept)
+        """The slot to overwrite in full layers: [L, B]. position [L, B, S] of each slot's token; -1 in free slots."""
+        return torch.zeros_like(kept)  # not used: this class always has room
 
     def observe(self, layer: int, query: Tensor, key: Tensor, position: Tensor) -> None:
-        """Sees a new token's query [B, H, 1, Dh], the keys [B, Hkv, S, Dh] it reads and their positions [B, S]."""
+        """Called with a new token's query [B, H, 1, Dh], the keys [B, Hkv, S, Dh] it reads, their positions [B, S]."""
 
 
 class PrefixKV(Compressor):

@@ -269,6 +269,17 @@ def hub_name(name: str) -> str:
     return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
 
 
+def find_device(name: str) -> torch.device:
+    """The device of that name; raises LlavaError if it cannot be used here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise LlavaError(f"The device {name!r} cannot be used ({reason}); try --device cpu.") from None
+    return device
+
+
 def find(path_or_id: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint: as given, or downloaded from the Hub (and kept in its cache)."""
     name = str(path_or_id)
@@ -529,7 +540,10 @@ def config_dict(config: LlavaConfig, dtype: str) -> dict[str, object]:
 
 
 def write_file(path: str | Path, content: bytes) -> None:
-    """Writes a file, whole or not at all; raises LlavaError where that cannot be done."""
+    """Writes a file, whole or not at all; raises LlavaError where that cannot be done. A link is followed."""
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise LlavaError(f"{path:.200} is no file that can be written; choose another place.")
     temporary = Path(f"{path}.part")
     try:
         try:

@@ -110,7 +110,14 @@ def restore(name: str, root: Path = ROOT) -> None:
         raise SystemExit(f"The body of {exercise.function} is not away.")
     path = root / exercise.file
     source = path.read_text(encoding="utf-8")
-    start, end = body(source, exercise.function)
+    try:
+        start, end = body(source, exercise.function)
+    except (SyntaxError, StopIteration) as error:
+        reason = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else "there is none"
+        raise SystemExit(
+            f"{exercise.function} cannot be found in {exercise.file} ({reason}). Mend that, then restore again. "
+            f"The original body is in {saved.relative_to(root)}."
+        ) from None
     if "NotImplementedError" not in source[start:end]:
         saved.with_suffix(".solution").write_text(source[start:end], encoding="utf-8")
     path.write_text(source[:start] + saved.read_text(encoding="utf-8") + source[end:], encoding="utf-8")

@@ -1,9 +1,9 @@
 """Other ways to choose what a KV cache keeps, as small classes with PrefixKV's interface.
 
-Each class says which paper and which equation it follows, and overrides only what that paper does differently. All of
-them keep as many tokens as the budget allows, counted as PrefixKV counts. All but H2O and Local evict tokens while
-decoding as PrefixKV does, so that only the choice differs. One kept set serves all heads of a layer, in all of them.
-`METHODS` has their names on the command line.
+A class that follows a paper names it, and overrides only what the paper does differently. All keep as many tokens as
+PrefixKV does at the same budget. All but H2O and Local also evict as PrefixKV does while decoding, so that only the
+choice of tokens differs. In every method the heads of a layer share one set of kept tokens. `METHODS` has the names that
+the command line knows them by.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from prefixkv import Compressor, PrefixKV, importance, retain
 
 
-def spread(total: int, weight: Tensor, low: int, high: int) -> Tensor:
-    """Whole numbers [L] near `weight` [L], each in low .. high, that sum to `total`; rounding favours early layers.
+def spread(total: int, target: Tensor, low: int, high: int) -> Tensor:
+    """Whole numbers [L] near `target` [L], each in low .. high, that sum to `total`. Ties in rounding go to early layers.
 
-    `total` lies in low * L .. high * L. What a bound cuts off goes to the layers that are not at it.
+    `total` lies in low * L .. high * L. If a layer is stopped at a bound, the others share the difference equally.
     """
-    shares, counts = weight.double(), torch.zeros(len(weight), dtype=torch.double)
-    free = torch.ones(len(weight), dtype=torch.bool)
+    shares, counts = target.double(), torch.zeros(len(target), dtype=torch.double)
+    free = torch.ones(len(target), dtype=torch.bool)
     while free.any():
-        # Every free layer moves by the same amount, so that their differences stay; then bounds bind.
+        # Shift all free layers equally to reach the total. Then fix those past a bound, on the side that is off by more.
         counts[free] = shares[free] + (total - counts[~free].sum() - shares[free].sum()) / free.sum()
         over, under = free & (counts > high), free & (counts < low)
         bound = over if (counts[over] - high).sum() >= (low - counts[under]).sum() else under
@@ -56,14 +56,17 @@ class Recorder(Compressor):
 
 
 class Uniform(PrefixKV):
-    """PrefixKV's importance and retention, with every layer the same size: what the search over layers adds."""
+    """PrefixKV with the same size for every layer. The difference to PrefixKV is what the search adds."""
 
     def sizes(self, total: int, layers: int, low: int, high: int) -> Tensor:
-        """Sizes [L] that sum to `total`; equal, but for one token."""
+        """Sizes [L] that sum to `total`: equal, or one token apart."""
         return spread(total, torch.ones(layers), low, high)
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
-        """Tokens that each layer of each sample keeps, from the budget alone: [L, B]."""
+        """Tokens that each layer keeps of each prompt: scores [L, B, N] -> [L, B], from `sizes`, whatever the scores.
+
+        The total of a prompt is PrefixKV's: round(budget * L * n), and never less than the protected tokens.
+        """
         layers, counts = len(scores), []
         for length in present.sum(-1).tolist():
             protected = min(length, self.start + 1)
@@ -75,7 +78,7 @@ class Uniform(PrefixKV):
 class Local(Uniform):
     """Attention sinks and the most recent tokens, as a window that moves on while decoding.
 
-    StreamingLLM (arXiv 2309.17453), section 3.2: four first tokens, then the newest.
+    StreamingLLM (arXiv 2309.17453), section 3.2: the first four tokens, then the newest.
     """
 
     def __init__(self, budget: float = 0.2, start: int = 4):
@@ -85,12 +88,12 @@ class Local(Uniform):
         return present.cumsum(-1).float()  # the later the better
 
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:
-        """The oldest token that is no sink."""
+        """The oldest token that is not a sink. Free slots have position -1, below all sinks."""
         return position.masked_fill(position < self.start, torch.iinfo(position.dtype).max).argmin(-1)
 
 
 class Random(Uniform):
-    """Tokens drawn at random, other ones in every layer and for every seed."""
+    """Tokens drawn at random, different ones in every layer and for every seed."""
 
     def __init__(self, budget: float = 0.2, seed: int = 0):
         super().__init__(budget)
@@ -110,10 +113,9 @@ class Random(Uniform):
 
 
 class H2O(Uniform):
-    """Heavy hitters by accumulated attention, and as many recent tokens; the attention of new tokens counts on.
+    """Half of the kept tokens have the most accumulated attention; half are the most recent. New tokens add theirs.
 
-    H2O (arXiv 2306.14048), algorithm 1, with the budget split evenly between the two. Out of a full layer goes the
-    token with the least attention so far among those that are not recent.
+    H2O (arXiv 2306.14048), algorithm 1. A full layer drops the token with the least attention so far that is not recent.
     """
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
@@ -145,10 +147,10 @@ class H2O(Uniform):
 
 
 class SnapKV(Uniform):
-    """What the end of the prompt looks at, blurred over neighbours; the end itself stays.
+    """Keeps what the last tokens of the prompt attend to, with its neighbours; these last tokens stay too.
 
-    SnapKV (arXiv 2404.14469), section 4: attention of the last `window` queries, summed, then max-pooled. A budget that
-    could not hold the window twice gets a window of half of what it holds.
+    SnapKV (arXiv 2404.14469), section 4: attention of the last `window` queries, summed and max-pooled. If the budget is
+    less than two windows, the window is half the budget.
     """
 
     def __init__(self, budget: float = 0.2, window: int = 32, kernel: int = 7):
@@ -177,7 +179,7 @@ class SnapKV(Uniform):
 
 
 class PyramidKV(SnapKV):
-    """SnapKV's choice in sizes that fall from the first layer to the last in equal steps.
+    """SnapKV's scores, with sizes that fall in equal steps from the first layer to the last.
 
     PyramidKV (arXiv 2406.02069), its arithmetic sequence: k / (beta * L) tokens for the last layer and
     2 * k / L - k / (beta * L) for the first, of k in all, with beta 20.
@@ -189,7 +191,7 @@ class PyramidKV(SnapKV):
 
 
 class Elastic(Uniform):
-    """Dropped tokens leave the mean of their keys and values in the nearest token that stays.
+    """Merges dropped tokens: each anchor becomes the mean of itself and the dropped tokens nearest to it.
 
     Elastic Cache (arXiv 2407.18121), its cache merging: importance is accumulated attention, a bucket is an anchor
     and the dropped tokens to which it is the nearest; its fixed-point elimination is PrefixKV's way to decode.
@@ -198,7 +200,7 @@ class Elastic(Uniform):
     def merge(self, key: Tensor, value: Tensor, keep: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value [B, Hkv, N, Dh] with every anchor replaced by its bucket's mean; keep, present [B, N].
 
-        The first tokens and the last one are kept but are no anchors. Of two anchors as near, the earlier one takes.
+        The first tokens and the last one are kept but are no anchors. If two anchors are equally near, the earlier one wins.
         """
         length = keep.shape[1]
         order = present.long().cumsum(-1)
@@ -209,11 +211,13 @@ class Elastic(Uniform):
         dropped = present & ~keep & anchor.any(-1, keepdim=True)
         index = torch.where(dropped, nearest, place)[:, None, :, None]  # the others are their own bucket
 
-        def mean(source: Tensor) -> Tensor:
-            where = index.expand_as(source)
-            return torch.zeros_like(source).scatter_reduce(2, where, source, "mean", include_self=False)
+        def merged(source: Tensor) -> Tensor:
+            means = torch.zeros_like(source).scatter_reduce(
+                2, index.expand_as(source), source, "mean", include_self=False
+            )
+            return torch.where(anchor[:, None, :, None], means, source)
 
-        return tuple(torch.where(anchor[:, None, :, None], mean(source), source) for source in (key, value))  # type: ignore[return-value]
+        return merged(key), merged(value)
 
 
 METHODS: dict[str, type[PrefixKV]] = {

@@ -1,11 +1,9 @@
-"""The same tokens sooner: everything in this project that is there for speed alone.
+"""Everything in this project that is there for speed alone. It changes how tokens are computed, not which.
 
-`speed_up(model)` changes the classes of a loaded model's modules; the names and values of its weights stay.
-`weights.load` calls it on a CPU, unless it is told `fast=False`. `compile_steps(model)` compiles the decode step too.
+`speed_up(model)` swaps the classes of a loaded model's modules for the faster ones below. The weights keep their names
+and values. `weights.load` calls it on a CPU unless told `fast=False`. `compile_steps(model)` compiles the decode step too.
 
-What each class gains, as a decode step (`FastTopLayer`: the prefill) without it over one with all of them:
-
-    python -m bench.speed --contenders full "full without FastLinear" "full without FastAttention" ...
+    python -m bench.speed --parts    # what each class gains: the model without it, beside the model with all of them
 
 GAINS
 """
@@ -25,44 +23,45 @@ from prefixkv import Compressor
 
 
 def times(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """A matrix [..., R, C] times a few vectors [..., G, C]: [..., G, R]. Reads the matrix once, row by row.
+    """A matrix [..., rows, width] times a few vectors [..., count, width]: [..., count, rows]. Reads the matrix once.
 
-    Compiled, it is one loop over the matrix that keeps a running sum for each vector, and the operations around it
-    become part of that loop.
+    Compiled, it is one loop over the matrix with a running sum for each vector, and the operations before and after it
+    join that loop.
     """
     if torch.compiler.is_compiling():
         return torch.stack([(matrix * vector[..., None, :]).sum(-1) for vector in vectors.unbind(-2)], dim=-2)
-    # Rows of the values with many free slots between them are read faster by the product the other way round.
+    # The rows of value.mT have the layer's free slots between them. With more than 64, `vectors @ matrix.mT` is faster.
     gaps = matrix.stride(-2) - matrix.shape[-1] > 64
     return vectors @ matrix.mT if gaps else (matrix @ vectors.mT).mT
 
 
 class FastLinear(nn.Linear):
-    """nn.Linear that uses every thread of a CPU when there is one token a sample.
+    """nn.Linear that uses every thread of a CPU for one token per sample.
 
-    Such a product takes as long as reading the weights does, and the matrix library leaves that to one thread. Cut into
-    up to 16 parts, the weights become a batch of products, which it shares out. Up to 4 samples are faster by `times`.
-    Small weights lie in the caches, and there is nothing to gain.
+    Reading the weights takes most of the time, and the matrix library reads them with one thread. Cut into up to 16 equal
+    parts, they form a batch of products, and the library shares a batch among threads. For up to 4 samples, `times` is
+    faster still. Small weights fit in the processor's own cache, and there is nothing to gain.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, in] -> [B, N, out]."""
-        one_loop = torch.compiler.is_compiling() and len(x) <= 8  # with more sums the processor's registers run out
+        one_loop = torch.compiler.is_compiling() and len(x) <= 8  # more sums do not fit in the registers
         if not (x.is_cpu and x.shape[1] == 1 and (one_loop or self.weight.numel() >= 2**16)):
             return F.linear(x, self.weight, self.bias)
         parts = 1 if one_loop else math.gcd(self.out_features, 16)
         weight = self.weight.view(parts, -1, self.in_features)  # [parts, rows, width]
         vectors = x[:, 0].expand(parts, -1, -1)  # [parts, B, width]
         product = times(weight, vectors) if one_loop or len(x) <= 4 else vectors @ weight.mT  # [parts, B, rows]
-        # Contiguous: `times` leaves a token's numbers B apart in memory, which would slow down what follows.
+        # `times` leaves neighbouring numbers of a token B places apart, which would slow down what follows.
         product = product.transpose(0, 1).reshape(len(x), 1, -1).contiguous()  # [B, 1, out]
         return product if self.bias is None else product + self.bias
 
 
 class FastAttention(Attention):
-    """One new token reads the cache in two products of a matrix and the G queries of a group; no key is repeated.
+    """For one new token, two products per KV head: keys with its G queries, then values with their weights.
 
-    Its query and key are turned together, which halves the small operations of RoPE.
+    No key is copied for the queries that share it. RoPE rotates query and key in one call, which halves its small
+    operations.
     """
 
     def project(self, x: Tensor, rope: CosSin) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +89,10 @@ class FastAttention(Attention):
 
 
 class FastTopLayer(DecoderLayer):
-    """The top layer computes the last token of a prompt alone, since nothing reads the others."""
+    """Computes the output of a prompt's last token only, since no layer above reads the others.
+
+    The keys and values of all tokens still go to the cache, and their queries to the compressor's scores.
+    """
 
     def forward(self, hidden: Tensor, rope: CosSin, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """[B, N, D] -> [B, 1, D] with a cache, else as `DecoderLayer`."""
@@ -106,9 +108,10 @@ class FastTopLayer(DecoderLayer):
 
 
 class FastKVCache(KVCache):
-    """Values lie as `times` reads them, and how many slots are filled is asked once a step, not once a layer.
+    """Stores values in the order in which `times` reads them, and counts filled slots once per step, not once per layer.
 
-    compiled: steps are compiled, so each reads all slots under a mask: shapes that change would be compiled again.
+    compiled: the step is compiled. Each layer then reads all its slots under a mask, so that shapes stay the same from
+    step to step.
     """
 
     def __init__(self, *arguments: Any, compiled: bool = False):
@@ -118,21 +121,25 @@ class FastKVCache(KVCache):
     def store(self, key: Tensor, value: Tensor, keep: Tensor) -> None:
         """As `KVCache.store`."""
         super().store(key, value, keep)
-        if value.dtype == torch.float32:  # columns of the values are read from end to end
-            self.value[-1] = self.value[-1].mT.contiguous().mT  # [B, Hkv, S, Dh]
-        # A spare column: if the table were as wide as a layer, torch.compile would take the two for one size, and
-        # compile again for caches in which another layer is the widest.
-        if self.position.shape[2] == self.key[-1].shape[2]:
+        if value.dtype == torch.float32:  # `times` reads one dimension of all slots, then the next
+            columns = self.value[-1].mT  # [B, Hkv, Dh, S]
+            self.value[-1] = columns.new_zeros(columns.shape).copy_(columns).mT  # [B, Hkv, S, Dh]
+        # torch.compile takes equal sizes for one. If `position` were as wide as a layer, a cache in which another layer is
+        # the widest would be compiled again. One spare column keeps the sizes different.
+        if self.compiled and self.position.shape[2] == self.key[-1].shape[2]:
             self.position = F.pad(self.position, (0, 1), value=-1)
 
     def advance(self) -> None:
         """As `KVCache.advance`."""
         super().advance()
         if not self.compiled:
-            self.most, self.fewest = self.held.amax(1).tolist(), self.held.amin(1).tolist()
+            self.most, self.fewest = (
+                self.held.amax(1).tolist(),
+                self.held.amin(1).tolist(),
+            )  # over prompts; of each layer
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `KVCache.read`, or all slots."""
+        """As `KVCache.read`; if compiled, all slots, always with a mask."""
         key, value = self.key[layer], self.value[layer]
         filled = key.shape[2] if self.compiled else self.most[layer]
         even = not self.compiled and filled == self.fewest[layer]
@@ -141,13 +148,13 @@ class FastKVCache(KVCache):
 
 
 class FastLlava(Llava):
-    """`Llava` with the cache above, and its decode step compiled after `compile_steps`."""
+    """`Llava` with a FastKVCache. After `compile_steps`, its decode step runs compiled."""
 
     compiled_step: Callable[[Llava, Tensor, KVCache], Tensor] | None = None
 
     def new_cache(self, present: Tensor, max_new_tokens: int, compressor: Any) -> KVCache:
-        """A method that observes every token runs uncompiled: its code is not made for torch.compile."""
-        observes = isinstance(compressor, Compressor) and type(compressor).observe is not Compressor.observe
+        """Steps run uncompiled if the compressor has an `observe` of its own, which torch.compile may not handle."""
+        observes = compressor is not None and type(compressor).observe is not Compressor.observe
         compiled = self.compiled_step is not None and not observes
         return FastKVCache(present, self.config.text.num_hidden_layers, max_new_tokens, compressor, compiled=compiled)
 
@@ -159,9 +166,14 @@ class FastLlava(Llava):
 
 
 def speed_up(model: Llava) -> Llava:
-    """Changes the classes of the model's modules, in place; returns the model. Everything gives the same tokens."""
-    model.__class__ = FastLlava
-    model.language_model.layers[-1].__class__ = FastTopLayer
+    """Swaps the classes of the model's modules in place; returns the model. Classes of your own are left as they are.
+
+    The vision tower stays plain: it always reads many patches at once.
+    """
+    if type(model) is Llava:
+        model.__class__ = FastLlava
+    if type(model.language_model.layers[-1]) is DecoderLayer:
+        model.language_model.layers[-1].__class__ = FastTopLayer
     for module in [*model.language_model.modules(), model.lm_head]:
         if type(module) is nn.Linear:
             module.__class__ = FastLinear
@@ -171,15 +183,16 @@ def speed_up(model: Llava) -> Llava:
 
 
 def compile_steps(model: Llava) -> None:
-    """Compiles the decode step: few kernels, so that less of a step is launching them and passing data on.
+    """Compiles the decode step into a few kernels, to save launches and passes over memory.
 
-    The first steps then take a minute or two, with a compressor and without it, and for every batch of up to eight
-    anew. On a CPU a C++ compiler is needed.
+    The first step then takes a minute or two, for each batch size up to eight, with a compressor and without one. On a
+    CPU a C++ compiler is needed.
     """
     speed_up(model)
     assert isinstance(model, FastLlava)
-    # A graph for each batch size and method; beyond its own limit of eight torch would go on uncompiled.
+    # One graph per batch size and compression method. After its default of eight, torch would silently run uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    # Threshold 0: what several products read is computed once, before them, and not again for every row.
+    # Threshold 0: what several products read is computed once, not again for every row.
     options: dict[str, Any] = {"realize_reads_threshold": 0}
+    # The plain method, since FastLlava's own calls the compiled one. It is kept as a function, so it needs the model.
     model.compiled_step = torch.compile(Llava.next_logits, dynamic=True, options=options)

@@ -376,10 +376,10 @@ class Decoder(nn.Module):
 class KVCache:
     """Keys and values of every layer, in slots that are allocated once and overwritten in place.
 
-    The first `update` of a layer brings its prompt, every later one a single new token. The prompt is stored whole, or
-    as the compressor says, an object with the methods of `Compressor`. A new token takes a free slot, or that of a
-    token which the compressor drops; nothing is ever moved. Keys are cached after RoPE, so the order of slots does not
-    matter. Layers and prompts may hold different numbers of tokens.
+    The first `update` of a layer brings its prompt; every later one brings a single new token. Without a compressor the
+    whole prompt is stored. A compressor (an object with the methods of `Compressor`) chooses which of its tokens are. A
+    new token takes a free slot, or that of a token which the compressor drops; nothing is ever moved. Keys are cached
+    after RoPE, so the order of slots does not matter. Layers and prompts may hold different numbers of tokens.
     """
 
     def __init__(self, present: Tensor, num_layers: int, new_tokens: int, compressor: Any = None):
@@ -395,17 +395,21 @@ class KVCache:
         self.value: list[Tensor] = []
         self.kept = self.prompt_lengths.repeat(num_layers, 1)  # [L, B]: tokens of the prompt; set by `store`
         self.held = self.kept.clone()  # [L, B]: tokens now
-        self.position = self.lengths.new_full((num_layers, len(present), 0), -1)  # of each slot's token, -1 if free
-        self.slot = self.held  # [L, B]: where the coming token goes; set by `advance`
+        # [L, B, S]: the position of each slot's token, -1 if it is free; S slots as in the widest layer.
+        self.position = self.lengths.new_full((num_layers, len(present), 0), -1)
+        self.slot = self.held  # [L, B]: where the next token goes; set by `advance`
 
     def update(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Takes a layer's key and value [B, Hkv, N, Dh]; returns the key, value and mask that attention reads.
 
-        For a prompt these are its own, uncompressed. For a new token (N = 1) they are what the layer holds.
+        For a prompt they are the ones passed in, uncompressed. For a new token (N = 1) they are all that the layer holds.
         """
         if len(self.key) < self.num_layers:  # the prompt is still being read
+            mask = self.mask
             self.read_prompt(layer, query, key, value)
-            return key, value, self.mask
+            if len(self.key) == self.num_layers:
+                self.mask = None  # N x N numbers that nobody needs any more
+            return key, value, mask
         row, slot = torch.arange(len(key), device=key.device), self.slot[layer]  # [B], [B]
         self.key[layer][row, :, slot] = key.squeeze(2)
         self.value[layer][row, :, slot] = value.squeeze(2)
@@ -435,7 +439,9 @@ class KVCache:
             key, value = self.compressor.merge(key, value, keep, self.present)
         layer, count = len(self.key), keep.sum(-1)  # count: [B]
         self.kept[layer] = self.held[layer] = count
-        slots = int(self.capacity(count, self.prompt_lengths + self.new_tokens).max())  # what the largest will need
+        slots = int(
+            self.capacity(count, self.prompt_lengths + self.new_tokens).max()
+        )  # for the prompt that will need most
         self.position = F.pad(self.position, (0, max(0, slots - self.position.shape[2])), value=-1)
         for cached, source in ((self.key, key), (self.value, value)):
             cached.append(source.new_zeros(*source.shape[:2], slots, source.shape[3]))  # [B, Hkv, S, Dh]
@@ -446,15 +452,18 @@ class KVCache:
             self.position[layer, row, :filled] = self.prompt_positions[row, tokens]
 
     def capacity(self, kept: Tensor, lengths: Tensor) -> Tensor:
-        """How many tokens layers that kept `kept` of the prompt may hold once the text has `lengths` [B]: as `kept`."""
+        """Tokens that a layer may hold once the text has `lengths` [B], if it kept `kept` of the prompt; shape of `kept`."""
         if self.compressor is None:
             return kept + lengths - self.prompt_lengths
         return self.compressor.capacity(kept, self.prompt_lengths, lengths)
 
     def advance(self) -> None:
-        """Chooses each layer's slot for the coming token: a free one while there is room, else that of the victim."""
+        """Gives the next token a slot in every layer: the first free one while there is room, else the victim's.
+
+        Sets `slot` and `held` [L, B], writes the token's position into `position` [L, B, S], adds 1 to `lengths` [B].
+        """
         capacity = self.capacity(self.kept, self.lengths + 1)  # [L, B]
-        self.slot = self.held  # [L, B]: slots fill up in order, so this is the first free one
+        self.slot = self.held  # [L, B]: slots fill up in order; without a compressor there is always a free one
         if self.compressor is not None:
             victim = self.compressor.victim(self.position, self.kept)  # [L, B]
             self.slot = torch.where(self.held < capacity, self.held, victim)  # [L, B]
@@ -463,7 +472,7 @@ class KVCache:
         self.lengths = self.lengths + 1
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A layer's filled slots, key and value [B, Hkv, S, Dh], and a mask [B, 1, 1, S] if some prompt fills fewer."""
+        """The slots that the fullest prompt fills, key and value [B, Hkv, S, Dh]; a mask [B, 1, 1, S] if others fill fewer."""
         held = self.held[layer]  # [B]
         filled = int(held.max())
         mask = None if (held == filled).all() else (self.position[layer, :, :filled] >= 0)[:, None, None]
@@ -472,8 +481,7 @@ class KVCache:
     @property
     def held_bytes(self) -> int:
         """Bytes of the keys and values held now; free slots are not counted."""
-        key = self.key[0]
-        return int(self.held.sum()) * 2 * key.shape[1] * key.shape[3] * key.element_size()
+        return int(self.held.sum()) * (self.key[0][0, :, 0].nbytes + self.value[0][0, :, 0].nbytes)
 
     @property
     def allocated_bytes(self) -> int:
@@ -551,11 +559,12 @@ class Llava(nn.Module):
     def check(self, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int = 0) -> Tensor:
         """Raises LlavaError for a prompt that cannot be read; returns which tokens are no padding, bool [B, N]."""
         shape, vocabulary = list(input_ids.shape), self.config.text.vocab_size
-        usable = len(shape) == 2 and 0 not in shape and not input_ids.is_floating_point()
-        require(usable, f"input_ids are {input_ids.dtype} {shape}; expected whole numbers [B, N], one prompt or more.")
+        usable = len(shape) == 2 and 0 not in shape and input_ids.dtype in (torch.int64, torch.int32)
+        require(usable, f"input_ids are {input_ids.dtype} {shape}; expected int64 [B, N], one prompt or more.")
         known = ((input_ids >= 0) & (input_ids < vocabulary)).all()
         require(known, f"input_ids hold ids outside the vocabulary; expected 0 to {vocabulary - 1}.")
-        require(new_tokens >= 0, f"max_new_tokens is {new_tokens}; expected 0 or more.")
+        whole = isinstance(new_tokens, int) and new_tokens >= 0
+        require(whole, f"max_new_tokens is {new_tokens}; expected a whole number, 0 or more.")
         limit = self.config.text.max_position_embeddings
         require(
             shape[1] + new_tokens <= limit,

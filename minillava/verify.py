@@ -34,7 +34,7 @@ from minillava import TINY
 from minillava.model import Llava, LlavaConfig, LlavaError
 from minillava.processor import open_image
 from prefixkv import PrefixKV
-from weights import find, load_model, load_processor, read_config
+from weights import find, find_device, load_model, load_processor, read_config
 
 EXAMPLE = TINY / "examples" / "scene_1.png"
 PROMPT = "USER: <image>\nDescribe the image in detail. ASSISTANT:"
@@ -399,6 +399,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.new_tokens < 2:
             raise LlavaError(f"--new-tokens is {args.new_tokens}; expected 2 or more.")
+        find_device(args.device)
         folder, dtype = find(args.model), getattr(torch, args.dtype)
         if args.against == "ours":
             model = load_model(folder, args.device, dtype)

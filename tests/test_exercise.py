@@ -66,6 +66,22 @@ def test_a_docstring_stays_and_a_solution_is_kept(tree):
     assert (tree / ".exercises" / "search.solution").read_text().strip() == "return 0.0, curve.sum(-1)"
 
 
+@pytest.mark.parametrize(
+    "broken, reason",
+    [("def search(curve:\n", "line "), ("def seek(curve, total, protected):\n    pass\n", "there is none")],
+)
+def test_a_solution_that_cannot_be_read_is_told_and_the_original_named(tree, broken, reason):
+    remove("search", tree)
+    path = tree / "prefixkv.py"
+    hollow = path.read_text()
+    path.write_text(broken)
+    with pytest.raises(SystemExit, match=rf"search cannot be found in prefixkv.py \({reason}.*.exercises.search"):
+        restore("search", tree)
+    path.write_text(hollow)
+    restore("search", tree)
+    assert "candidates" in path.read_text()
+
+
 def test_what_is_away_is_not_taken_again_nor_what_is_there_put_back(tree):
     with pytest.raises(SystemExit, match="not away"):
         restore("rope", tree)

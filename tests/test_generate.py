@@ -113,7 +113,8 @@ def test_a_mask_of_any_dtype_means_the_same(small, dtype):
         ({"attention_mask": torch.tensor([[1, 2, 1]])}, "expected 1 for a token and 0 for padding"),
         ({"attention_mask": torch.tensor([[1, 1]])}, r"int64 \[1, 2\]; expected \[1, 3\]"),
         ({"attention_mask": torch.tensor([1, 1, 1])}, r"int64 \[3\]; expected \[1, 3\]"),
-        ({"input_ids": torch.tensor([3, 4, 5])}, r"int64 \[3\]; expected whole numbers \[B, N\]"),
+        ({"input_ids": torch.tensor([3, 4, 5])}, r"int64 \[3\]; expected int64 \[B, N\]"),
+        ({"input_ids": torch.ones(1, 3, dtype=torch.bool)}, "torch.bool"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "one prompt or more"),
         ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, "one prompt or more"),
         ({"input_ids": torch.tensor([[3.0, 4.0]])}, "float32"),
@@ -127,8 +128,9 @@ def test_ids_and_masks_that_cannot_be_used_are_refused(small, call, wrong, word)
 
 
 def test_a_negative_number_of_new_tokens_is_refused(small):
-    with pytest.raises(LlavaError, match="max_new_tokens is -1; expected 0 or more"):
-        small[2].generate(torch.tensor([[3, 4, 5]]), max_new_tokens=-1)
+    for wrong in (-1, 1.5):
+        with pytest.raises(LlavaError, match=f"max_new_tokens is {wrong}; expected a whole number, 0 or more"):
+            small[2].generate(torch.tensor([[3, 4, 5]]), max_new_tokens=wrong)
 
 
 @pytest.mark.parametrize("compressor", [None, PrefixKV(0.5)])
@@ -159,6 +161,9 @@ def test_autocast_reaches_through_images_cache_and_compression(small):
         for compressor in (None, PrefixKV(0.5)):
             made = model.generate(ids, pixels, max_new_tokens=3, eos_token_id=(), compressor=compressor)
             assert made.token_ids.shape == (1, 3)
+            # Keys are float32 there, values bfloat16: 2 and 4 bytes a number.
+            tokens = made.cache_bytes / (model.config.text.kv_heads * model.config.text.head_size * 6)
+            assert made.cache_bytes <= made.allocated_bytes and tokens == int(tokens)
     # bfloat16 has 8 bits; logits reach 5, after 7 layers
     torch.testing.assert_close(logits.float(), model(ids, pixels), atol=0.5, rtol=0)
 

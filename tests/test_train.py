@@ -95,7 +95,7 @@ def test_a_conversation_beside_others_reads_as_if_it_were_alone():
     mask = causal & ((branch[:, words:, None] == branch[:, None]) | (branch[:, None] == 0))
     with torch.no_grad():
         embeddings = model.embed(ids, picture)
-        hidden, _, _ = decode(model, embeddings, model.language_model.rope(position), mask[:, None])
+        hidden, _, _ = decode(model, embeddings, model.language_model.cos_sin(position), mask[:, None])
         expected = model(torch.tensor([alone.ids]), picture)
     torch.testing.assert_close(model.lm_head(hidden)[0, branch[0, words:] == 2], expected[0, words:])
 

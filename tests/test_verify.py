@@ -183,6 +183,7 @@ BAD = {
     "no folder": ["--model", "/nowhere"],
     "no image": ["--image", "none.png"],
     "2 or more": ["--new-tokens", "1"],
+    "cannot be used": ["--device", "quantum"],
     "<image>": ["--prompt", "no picture"],
     "budget": ["--against", "ours", "--budget", "0"],
 }
