@@ -101,8 +101,8 @@ def search(curve: Tensor, total: int, protected: int) -> tuple[float, Tensor]:
         k = counts[layer] - protected
         return shares[layer][k], shares[layer][k + 1], k
 
-    # Tokens are left over where several shares equal the threshold; with real scores they are few. A growing p would let
-    # the layers grow in this order, so a larger budget only adds tokens.
+    # Tokens are left over where several shares equal the threshold; with real scores they are few. A growing p would
+    # let the layers grow in this order, so a larger budget only adds tokens.
     for _ in range(total - sum(counts)):
         growing = [layer for layer, count in enumerate(counts) if count < length]
         counts[min(growing, key=held)] += 1
@@ -192,7 +192,7 @@ class Compressor:
         return key, value
 
     def capacity(self, kept: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
-        """Tokens that a layer may hold once the text has `lengths` [B], if it kept `kept` of the prompt; shape of `kept`."""
+        """Tokens that a layer may hold after `lengths` [B] in all, if it kept `kept` of the prompt. Shaped as `kept`."""
         return kept + lengths - prompt_lengths
 
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:

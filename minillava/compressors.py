@@ -2,8 +2,8 @@
 
 A class that follows a paper names it, and overrides only what the paper does differently. All keep as many tokens as
 PrefixKV does at the same budget. All but H2O and Local also evict as PrefixKV does while decoding, so that only the
-choice of tokens differs. In every method the heads of a layer share one set of kept tokens. `METHODS` has the names that
-the command line knows them by.
+choice of tokens differs. In every method the heads of a layer share one set of kept tokens. `METHODS` has their names
+on the command line.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from prefixkv import Compressor, PrefixKV, importance, retain
 
 
 def spread(total: int, target: Tensor, low: int, high: int) -> Tensor:
-    """Whole numbers [L] near `target` [L], each in low .. high, that sum to `total`. Ties in rounding go to early layers.
+    """Whole numbers [L] near `target` [L], each in low .. high, that sum to `total`. Early layers win ties in rounding.
 
     `total` lies in low * L .. high * L. If a layer is stopped at a bound, the others share the difference equally.
     """
     shares, counts = target.double(), torch.zeros(len(target), dtype=torch.double)
     free = torch.ones(len(target), dtype=torch.bool)
     while free.any():
-        # Shift all free layers equally to reach the total. Then fix those past a bound, on the side that is off by more.
+        # Shift all free layers equally to reach the total. Then fix those past a bound, on the side that is off most.
         counts[free] = shares[free] + (total - counts[~free].sum() - shares[free].sum()) / free.sum()
         over, under = free & (counts > high), free & (counts < low)
         bound = over if (counts[over] - high).sum() >= (low - counts[under]).sum() else under
@@ -113,9 +113,9 @@ class Random(Uniform):
 
 
 class H2O(Uniform):
-    """Half of the kept tokens have the most accumulated attention; half are the most recent. New tokens add theirs.
+    """Half of the kept tokens have received most attention so far; half are the most recent. New tokens add theirs.
 
-    H2O (arXiv 2306.14048), algorithm 1. A full layer drops the token with the least attention so far that is not recent.
+    H2O (arXiv 2306.14048), algorithm 1. A full layer drops, of the tokens not recent, the one with least attention.
     """
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
@@ -149,8 +149,8 @@ class H2O(Uniform):
 class SnapKV(Uniform):
     """Keeps what the last tokens of the prompt attend to, with its neighbours; these last tokens stay too.
 
-    SnapKV (arXiv 2404.14469), section 4: attention of the last `window` queries, summed and max-pooled. If the budget is
-    less than two windows, the window is half the budget.
+    SnapKV (arXiv 2404.14469), section 4: attention of the last `window` queries, summed and max-pooled. If the budget
+    is less than two windows, the window is half the budget.
     """
 
     def __init__(self, budget: float = 0.2, window: int = 32, kernel: int = 7):
@@ -200,7 +200,7 @@ class Elastic(Uniform):
     def merge(self, key: Tensor, value: Tensor, keep: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value [B, Hkv, N, Dh] with every anchor replaced by its bucket's mean; keep, present [B, N].
 
-        The first tokens and the last one are kept but are no anchors. If two anchors are equally near, the earlier one wins.
+        The first tokens and the last one are kept but are no anchors. Of two equally near anchors the earlier one wins.
         """
         length = keep.shape[1]
         order = present.long().cumsum(-1)

@@ -1,7 +1,8 @@
 """Everything in this project that is there for speed alone. It changes how tokens are computed, not which.
 
 `speed_up(model)` swaps the classes of a loaded model's modules for the faster ones below. The weights keep their names
-and values. `weights.load` calls it on a CPU unless told `fast=False`. `compile_steps(model)` compiles the decode step too.
+and values. `weights.load` calls it on a CPU unless told `fast=False`. `compile_steps(model)` also compiles the decode
+step.
 
     python -m bench.speed --parts    # what each class gains: the model without it, beside the model with all of them
 
@@ -38,9 +39,9 @@ def times(matrix: Tensor, vectors: Tensor) -> Tensor:
 class FastLinear(nn.Linear):
     """nn.Linear that uses every thread of a CPU for one token per sample.
 
-    Reading the weights takes most of the time, and the matrix library reads them with one thread. Cut into up to 16 equal
-    parts, they form a batch of products, and the library shares a batch among threads. For up to 4 samples, `times` is
-    faster still. Small weights fit in the processor's own cache, and there is nothing to gain.
+    Reading the weights takes most of the time, and the matrix library reads them with one thread. Cut into up to 16
+    equal parts, they form a batch of products, and the library shares a batch among threads. For up to 4 samples,
+    `times` is faster still. Small weights fit in the processor's own cache, and there is nothing to gain.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class FastTopLayer(DecoderLayer):
 
 
 class FastKVCache(KVCache):
-    """Stores values in the order in which `times` reads them, and counts filled slots once per step, not once per layer.
+    """Stores values in the order in which `times` reads them, and counts filled slots once per step, not per layer.
 
     compiled: the step is compiled. Each layer then reads all its slots under a mask, so that shapes stay the same from
     step to step.
@@ -124,8 +125,8 @@ class FastKVCache(KVCache):
         if value.dtype == torch.float32:  # `times` reads one dimension of all slots, then the next
             columns = self.value[-1].mT  # [B, Hkv, Dh, S]
             self.value[-1] = columns.new_zeros(columns.shape).copy_(columns).mT  # [B, Hkv, S, Dh]
-        # torch.compile takes equal sizes for one. If `position` were as wide as a layer, a cache in which another layer is
-        # the widest would be compiled again. One spare column keeps the sizes different.
+        # torch.compile takes equal sizes for one. If `position` were as wide as a layer, a cache in which another layer
+        # is the widest would be compiled again. One spare column keeps the sizes different.
         if self.compiled and self.position.shape[2] == self.key[-1].shape[2]:
             self.position = F.pad(self.position, (0, 1), value=-1)
 

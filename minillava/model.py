@@ -402,7 +402,7 @@ class KVCache:
     def update(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Takes a layer's key and value [B, Hkv, N, Dh]; returns the key, value and mask that attention reads.
 
-        For a prompt they are the ones passed in, uncompressed. For a new token (N = 1) they are all that the layer holds.
+        For a prompt they are the ones passed in, uncompressed. For a new token (N = 1) they are what the layer holds.
         """
         if len(self.key) < self.num_layers:  # the prompt is still being read
             mask = self.mask
@@ -452,7 +452,7 @@ class KVCache:
             self.position[layer, row, :filled] = self.prompt_positions[row, tokens]
 
     def capacity(self, kept: Tensor, lengths: Tensor) -> Tensor:
-        """Tokens that a layer may hold once the text has `lengths` [B], if it kept `kept` of the prompt; shape of `kept`."""
+        """Tokens that a layer may hold after `lengths` [B] in all, if it kept `kept` of the prompt. Shaped as `kept`."""
         if self.compressor is None:
             return kept + lengths - self.prompt_lengths
         return self.compressor.capacity(kept, self.prompt_lengths, lengths)
@@ -472,7 +472,7 @@ class KVCache:
         self.lengths = self.lengths + 1
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The slots that the fullest prompt fills, key and value [B, Hkv, S, Dh]; a mask [B, 1, 1, S] if others fill fewer."""
+        """Key and value [B, Hkv, S, Dh] of the filled slots, and a mask [B, 1, 1, S] if some prompt fills fewer."""
         held = self.held[layer]  # [B]
         filled = int(held.max())
         mask = None if (held == filled).all() else (self.position[layer, :, :filled] >= 0)[:, None, None]

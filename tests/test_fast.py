@@ -18,7 +18,7 @@ from torch import nn
 from minillava import fast
 from minillava.compressors import H2O
 from minillava.fast import FastKVCache, FastLinear, FastTopLayer, compile_steps, speed_up, times
-from minillava.model import Attention, DecoderLayer, KVCache, Llava
+from minillava.model import Attention, DecoderLayer, KVCache
 from prefixkv import PrefixKV
 from weights import load, load_model
 
