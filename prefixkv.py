@@ -192,7 +192,7 @@ class Compressor:
         return key, value
 
     def capacity(self, kept: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
-        """Tokens that a layer may hold after `lengths` [B] in all, if it kept `kept` of the prompt. Shaped as `kept`."""
+        """Tokens a layer may hold after `lengths` [B] in all, if it kept `kept` of the prompt. Shaped as `kept`."""
         return kept + lengths - prompt_lengths
 
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:

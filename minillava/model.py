@@ -452,7 +452,7 @@ class KVCache:
             self.position[layer, row, :filled] = self.prompt_positions[row, tokens]
 
     def capacity(self, kept: Tensor, lengths: Tensor) -> Tensor:
-        """Tokens that a layer may hold after `lengths` [B] in all, if it kept `kept` of the prompt. Shaped as `kept`."""
+        """Tokens a layer may hold after `lengths` [B] in all, if it kept `kept` of the prompt. Shaped as `kept`."""
         if self.compressor is None:
             return kept + lengths - self.prompt_lengths
         return self.compressor.capacity(kept, self.prompt_lengths, lengths)
