@@ -119,12 +119,16 @@ class FastKVCache(KVCache):
         super().__init__(*arguments)
         self.compiled = compiled
 
+    def allocate(self, like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """As `KVCache.allocate`."""
+        key, value = super().allocate(like, slots)
+        if like.dtype == torch.float32:  # `times` reads one dimension of all slots, then the next
+            value = value.view(*value.shape[:2], value.shape[3], slots).mT  # [B, Hkv, S, Dh]
+        return key, value
+
     def store(self, key: Tensor, value: Tensor, keep: Tensor) -> None:
         """As `KVCache.store`."""
         super().store(key, value, keep)
-        if value.dtype == torch.float32:  # `times` reads one dimension of all slots, then the next
-            columns = self.value[-1].mT  # [B, Hkv, Dh, S]
-            self.value[-1] = columns.new_zeros(columns.shape).copy_(columns).mT  # [B, Hkv, S, Dh]
         # torch.compile takes equal sizes for one. If `position` were as wide as a layer, a cache in which another layer
         # is the widest would be compiled again. One spare column keeps the sizes different.
         if self.compiled and self.position.shape[2] == self.key[-1].shape[2]:

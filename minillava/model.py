@@ -443,13 +443,19 @@ class KVCache:
             self.capacity(count, self.prompt_lengths + self.new_tokens).max()
         )  # for the prompt that will need most
         self.position = F.pad(self.position, (0, max(0, slots - self.position.shape[2])), value=-1)
-        for cached, source in ((self.key, key), (self.value, value)):
-            cached.append(source.new_zeros(*source.shape[:2], slots, source.shape[3]))  # [B, Hkv, S, Dh]
+        new_key, new_value = self.allocate(key, slots)
+        self.key.append(new_key)  # [B, Hkv, S, Dh]
+        self.value.append(new_value)  # [B, Hkv, S, Dh]
         for row, tokens in enumerate(keep):
             filled = int(count[row])
             self.key[layer][row, :, :filled] = key[row, :, tokens]
             self.value[layer][row, :, :filled] = value[row, :, tokens]
             self.position[layer, row, :filled] = self.prompt_positions[row, tokens]
+
+    def allocate(self, like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """Free slots for keys and values of the shape and dtype of `like` [B, Hkv, N, Dh]: twice [B, Hkv, S, Dh]."""
+        shape = (*like.shape[:2], slots, like.shape[3])
+        return like.new_zeros(shape), like.new_zeros(shape)  # zeros, since a masked NaN would still be a NaN
 
     def capacity(self, kept: Tensor, lengths: Tensor) -> Tensor:
         """Tokens a layer may hold after `lengths` [B] in all, if it kept `kept` of the prompt. Shaped as `kept`."""
