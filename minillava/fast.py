@@ -119,12 +119,12 @@ class FastKVCache(KVCache):
         super().__init__(*arguments)
         self.compiled = compiled
 
-    def allocate(self, like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    def allocate(self, key: Tensor, value: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         """As `KVCache.allocate`."""
-        key, value = super().allocate(like, slots)
-        if like.dtype == torch.float32:  # `times` reads one dimension of all slots, then the next
-            value = value.view(*value.shape[:2], value.shape[3], slots).mT  # [B, Hkv, S, Dh]
-        return key, value
+        keys, values = super().allocate(key, value, slots)
+        if values.dtype == torch.float32:  # `times` reads one dimension of all slots, then the next
+            values = values.view(*values.shape[:2], values.shape[3], slots).mT  # [B, Hkv, S, Dh]
+        return keys, values
 
     def store(self, key: Tensor, value: Tensor, keep: Tensor) -> None:
         """As `KVCache.store`."""

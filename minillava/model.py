@@ -443,7 +443,7 @@ class KVCache:
             self.capacity(count, self.prompt_lengths + self.new_tokens).max()
         )  # for the prompt that will need most
         self.position = F.pad(self.position, (0, max(0, slots - self.position.shape[2])), value=-1)
-        new_key, new_value = self.allocate(key, slots)
+        new_key, new_value = self.allocate(key, value, slots)
         self.key.append(new_key)  # [B, Hkv, S, Dh]
         self.value.append(new_value)  # [B, Hkv, S, Dh]
         for row, tokens in enumerate(keep):
@@ -452,10 +452,10 @@ class KVCache:
             self.value[layer][row, :, :filled] = value[row, :, tokens]
             self.position[layer, row, :filled] = self.prompt_positions[row, tokens]
 
-    def allocate(self, like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        """Free slots for keys and values of the shape and dtype of `like` [B, Hkv, N, Dh]: twice [B, Hkv, S, Dh]."""
-        shape = (*like.shape[:2], slots, like.shape[3])
-        return like.new_zeros(shape), like.new_zeros(shape)  # zeros, since a masked NaN would still be a NaN
+    def allocate(self, key: Tensor, value: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """Free slots for keys and values like these [B, Hkv, N, Dh]: two of [B, Hkv, S, Dh]."""
+        shape = (*key.shape[:2], slots, key.shape[3])
+        return key.new_zeros(shape), value.new_zeros(shape)  # zeros, since a masked NaN would still be a NaN
 
     def capacity(self, kept: Tensor, lengths: Tensor) -> Tensor:
         """Tokens a layer may hold after `lengths` [B] in all, if it kept `kept` of the prompt. Shaped as `kept`."""
@@ -557,9 +557,7 @@ class Llava(nn.Module):
         require(found == expected, f"input_ids hold {found} image tokens, but {images} images make {expected}.")
         if pixel_values is None:
             return embeddings
-        features = self.image_features(
-            pixel_values.to(embeddings.dtype)
-        )  # [I, P, D]; autocast may have made it bfloat16
+        features = self.image_features(pixel_values.to(embeddings.dtype))  # [I, P, D]; bfloat16 under autocast
         return embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
 
     def check(self, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int = 0) -> Tensor:
