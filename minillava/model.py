@@ -439,9 +439,7 @@ class KVCache:
             key, value = self.compressor.merge(key, value, keep, self.present)
         layer, count = len(self.key), keep.sum(-1)  # count: [B]
         self.kept[layer] = self.held[layer] = count
-        slots = int(
-            self.capacity(count, self.prompt_lengths + self.new_tokens).max()
-        )  # for the prompt that will need most
+        slots = int(self.capacity(count, self.prompt_lengths + self.new_tokens).max())  # of the prompt that needs most
         self.position = F.pad(self.position, (0, max(0, slots - self.position.shape[2])), value=-1)
         new_key, new_value = self.allocate(key, value, slots)
         self.key.append(new_key)  # [B, Hkv, S, Dh]

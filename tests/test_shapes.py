@@ -19,7 +19,7 @@ from minillava.fast import FastLinear, speed_up
 from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig, manual_attention
 from prefixkv import Plan, PrefixKV
 
-COMMENT = re.compile(r"#\s*\[([^\]]+)\]$")
+COMMENT = re.compile(r"\S\s+#\s*\[([^\]]+)\](?:: .*)?$")  # a reason may follow behind a colon
 SOURCES = [Path(module.__file__) for module in (minillava.model, minillava.fast, minillava.compressors, prefixkv)]
 
 # Sizes that no two dimensions share, so that a comment cannot be right by accident.
