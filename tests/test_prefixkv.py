@@ -11,7 +11,7 @@ from conftest import GOLDEN, PLANS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefixkv import Plan, PrefixKV, importance, priority, retain, search
+from prefixkv import Compressor, Plan, PrefixKV, importance, priority, retain, search
 
 seeds = st.integers(0, 2**32 - 1)
 budgets = st.floats(0.01, 1.0)
@@ -318,6 +318,22 @@ def test_other_arguments_out_of_range_are_refused(wrong, sentence):
 def test_the_defaults_are_a_fifth_of_the_cache_one_first_token_and_eviction():
     compressor = PrefixKV()
     assert (compressor.budget, compressor.start, compressor.decode, compressor.plan) == (0.2, 1, "ratio", None)
+
+
+def test_the_base_class_keeps_every_token_and_leaves_all_as_it_is():
+    compressor, present = Compressor(), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    query, key, value = torch.randn(2, 4, 5, 6), torch.randn(2, 2, 5, 6), torch.randn(2, 2, 5, 6)
+    assert (compressor.budget, compressor.start) == (1.0, 1)
+    scores = compressor.score(query, key, present)
+    assert scores.dtype == torch.float32 and torch.equal(scores, torch.zeros(2, 5))
+    assert compressor.planned(0, 3, present.sum(-1)) is None
+    counts = compressor.allocate(torch.stack([scores] * 3), present)
+    assert counts.tolist() == [[3, 5]] * 3
+    assert torch.equal(compressor.retain(scores, counts[0], present), present)
+    assert all(one is other for one, other in zip(compressor.merge(key, value, present, present), (key, value)))
+    assert compressor.capacity(counts, counts[0], counts[0] + 4).tolist() == [[7, 9]] * 3
+    assert compressor.victim(torch.zeros(3, 2, 9), counts).tolist() == [[0, 0]] * 3
+    assert compressor.observe(0, query[:, :, :1], key, torch.arange(5).expand(2, 5)) is None
 
 
 # ---------------------------------------------------------------- eviction
