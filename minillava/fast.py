@@ -194,7 +194,7 @@ def compile_steps(model: Llava) -> None:
     """Compiles the decode step into a few kernels, to save launches and passes over memory.
 
     The first step then takes a minute or two, for each batch size up to eight, with a compressor and without one. On a
-    CPU a C++ compiler is needed.
+    CPU a C++ compiler is needed. In 16 bits a compiled step may round otherwise than an eager one.
     """
     speed_up(model)
     assert isinstance(model, FastLlava)
