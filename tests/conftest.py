@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -19,7 +20,19 @@ PLANS = ROOT.parent / "shared" / "paper" / "published_plans"
 
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
-torch.set_num_threads(min(2, torch.get_num_threads()))
+if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n`: as many processes as cores, each with one thread
+    os.environ["OMP_NUM_THREADS"] = "1"  # what the tests start has one, too
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Processes of `pytest -n auto`: one a core, but no more than four, since each takes up to 2 GB."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
 
 LAYOUTS = ("hub", "memory", "disk5")
 IMAGE_ID = 310

@@ -18,9 +18,9 @@ def blocks(language: str) -> list[str]:
 
 def test_there_are_exactly_two_set_up_commands():
     commands = blocks("sh")
-    assert [command.split("&& ")[-1].strip() for command in commands] == ["python demo.py", "pytest"]
+    assert [command.split("&& ")[-1].strip() for command in commands] == ["python demo.py", "pytest -n auto"]
     assert all(command.startswith("pip install -c constraints.txt -e ") for command in commands)
-    assert r"grep -m 1 '&& pytest$' README.md" in (ROOT / ".ci" / "run").read_text()
+    assert r"grep -m 1 '&& pytest -n auto$' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_the_python_example_runs(monkeypatch, capsys):
