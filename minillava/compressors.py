@@ -243,7 +243,8 @@ class VLCache(Uniform):
     """
 
     def begin(self, present: Tensor, image: Tensor) -> None:
-        self.asking, self.density = asking(present, image), []
+        self.asking = asking(present, image)  # [B, N]
+        self.density: list[Tensor] = []  # of each layer [B]
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
         width = present.shape[1] - int(self.asking.any(0).long().argmax())
@@ -266,7 +267,8 @@ class TGVKV(Uniform):
     """
 
     def begin(self, present: Tensor, image: Tensor) -> None:
-        self.asking, self.image, self.looks = asking(present, image), image, []
+        self.asking, self.image = asking(present, image), image  # [B, N]
+        self.looks: list[Tensor] = []  # of each layer [B]
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
         width = present.shape[1] - int(self.asking.any(0).long().argmax())
