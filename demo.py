@@ -174,8 +174,10 @@ def compressors(args: argparse.Namespace) -> list[tuple[str, PrefixKV]]:
     """What to run beside the full cache, with its method: the plan, or every method at every budget."""
     if args.plan:
         return [("prefixkv", PrefixKV(plan=Plan.load(args.plan)))]
-    budgets = args.budget or [0.5, 0.2]
-    return [(name, METHODS[name](budget)) for name in args.method or ["prefixkv"] for budget in budgets]
+    pairs = [(name, budget) for name in args.method or ["prefixkv"] for budget in args.budget or [0.5, 0.2]]
+    if not args.method and not args.budget:
+        pairs.append(("cover", 0.2))
+    return [(name, METHODS[name](budget)) for name, budget in pairs]
 
 
 def chat(model: Llava, processor: Processor, images: list[Image.Image], args: argparse.Namespace) -> None:
@@ -224,11 +226,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image", action="append", help="image file; repeat for several (default: an example scene)")
     parser.add_argument("--prompt", help="question about the images (default: describe in detail)")
     parser.add_argument(
-        "--budget", action="append", type=share, help="share of the cache to keep; repeatable (50%%, 20%%)"
+        "--budget",
+        action="append",
+        type=share,
+        help="share of the cache to keep; repeatable (50%%, 20%%)",
     )
     parser.add_argument(
         "--method", action="append", choices=METHODS, metavar="NAME",
-        help=f"what compresses the cache; repeatable (prefixkv): {', '.join(METHODS)}",
+        help=f"what compresses the cache; repeatable (prefixkv, and cover at 20%%): {', '.join(METHODS)}",
     )  # fmt: skip
     parser.add_argument(
         "--plan", metavar="FILE", help="keep what a plan says in place of a budget (also published ones)"
@@ -299,7 +304,7 @@ def describe(args: argparse.Namespace) -> None:
         plan = Plan.estimate(run.budget, kept, prompt_tokens, args.model)
         write_file(args.save_plan, plan.to_json().encode())
     if args.explore or args.plot:
-        budgets = [run.budget for run in runs[1:]]
+        budgets = [run.budget for run in runs if run.method == "prefixkv"]
         data = explore.collect(model, processor, prompt, images, budgets, args.max_new_tokens, args.model)
         if args.explore:
             write_file(args.explore, explore.page(data).encode())

@@ -160,16 +160,20 @@ class Plan:
 class Compressor:
     """The calls that a KV cache makes. This class keeps every token; a method overrides what it does differently.
 
-    1. `score`, then `planned`: for each layer of a prompt. A plan gives the sizes of all layers, or there is no plan.
-    2. `allocate`: without a plan, once all layers are scored.
-    3. `retain`, then `merge`: for each layer, when its size is known.
-    4. `capacity`, then `victim`: for each new token, for all layers at once. `observe`: for each new token and layer.
+    1. `begin`: once, before a prompt is read.
+    2. `score`, then `planned`: for each layer of a prompt. A plan gives the sizes of all layers, or there is no plan.
+    3. `allocate`: without a plan, once all layers are scored.
+    4. `retain`, then `merge`: for each layer, when its size is known.
+    5. `capacity`, then `victim`: for each new token, for all layers at once. `observe`: for each new token and layer.
 
     An object may keep notes between these calls, so it serves one text at a time.
     """
 
     budget = 1.0  # the share of the prompt's cache to keep
     start = 1  # first tokens that `retain` always keeps
+
+    def begin(self, present: Tensor, image: Tensor) -> None:
+        """Tells which tokens of the prompts are no padding, and which are an image's: both bool [B, N]."""
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
         """How much each key matters: query [B, H, N, Dh], key [B, Hkv, N, Dh] -> [B, N]."""

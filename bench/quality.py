@@ -31,9 +31,9 @@ from tqdm import tqdm
 from minillava import TINY
 from minillava.compressors import METHODS as COMPRESSORS
 from minillava.compressors import Random, Recorder
-from minillava.model import Llava, LlavaError
+from minillava.model import KVCache, Llava, LlavaError
 from minillava.processor import Processor, open_image
-from prefixkv import Plan, PrefixKV, priority
+from prefixkv import Compressor, Plan, PrefixKV, priority
 from train.scenes import DESCRIBE, describe, draw, make_scene
 from weights import find, load, write_file, write_json
 
@@ -118,22 +118,46 @@ def encode(model: Llava, processor: Processor, samples: list[Sample]) -> dict[st
     return {name: tensor.to(model.lm_head.weight.device) for name, tensor in inputs.items()}
 
 
-def likelihood(
-    model: Llava, inputs: dict[str, Tensor], answers: list[list[int]], compressor: PrefixKV | None
-) -> tuple[list[float], list[list[int]]]:
-    """Negative log-likelihood of each answer [B], token after token through the cache, and tokens kept [B][L]."""
-    longest = max(map(len, answers))
-    device = inputs["input_ids"].device
+class Collector(Compressor):
+    """Keeps every token, and notes what each layer of the prompt hands to the cache."""
+
+    def begin(self, present: Tensor, image: Tensor) -> None:
+        self.present, self.image = present, image  # [B, N]
+        self.layers: list[tuple[Tensor, ...]] = []  # of each layer: query [B, H, N, Dh], key and value [B, Hkv, N, Dh]
+
+    def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
+        self.layers.append((query,))
+        return super().score(query, key, present)
+
+    def merge(self, key: Tensor, value: Tensor, keep: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        at = next(index for index, layer in enumerate(self.layers) if len(layer) == 1)
+        self.layers[at] += (key, value)
+        return key, value
+
+
+@torch.inference_mode()
+def fill(model: Llava, prompt: Collector, max_new_tokens: int, compressor: PrefixKV | None) -> KVCache:
+    """The cache that `model.prefill` would return, without running the model on the prompt once more."""
+    cache = model.new_cache(prompt.present, max_new_tokens, compressor)
+    if compressor is not None:
+        compressor.begin(prompt.present, prompt.image)
+    for number, layer in enumerate(prompt.layers):
+        cache.update(number, *layer)
+    return cache
+
+
+def likelihood(model: Llava, logits: Tensor, cache: KVCache, answers: list[list[int]]) -> list[float]:
+    """Negative log-likelihood of each answer [B], token after token through the cache; logits [B, V] of the first."""
+    longest, device = max(map(len, answers)), logits.device
     ids = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers], device=device)
     lengths = torch.tensor([len(answer) for answer in answers], device=device)
-    logits, cache = model.prefill(**inputs, max_new_tokens=longest, compressor=compressor)
     total = torch.zeros(len(answers), dtype=torch.float64, device=device)
     for step in range(longest):
         surprise = -logits.double().log_softmax(-1).gather(1, ids[:, step : step + 1])[:, 0]
         total += surprise * (step < lengths)
         if step + 1 < longest:
             logits = model.decode_step(ids[:, step], cache)
-    return total.tolist(), cache.kept.T.tolist()
+    return total.tolist()
 
 
 def rouge_l(text: str, reference: str) -> float:
@@ -177,11 +201,14 @@ def measure(
     inputs = encode(model, processor, chosen)
     answers = [processor.tokenizer.model.encode(sample.answer) for sample in chosen]
     references: list[str] = []
+    prompt = Collector()
+    logits, _ = model.prefill(**inputs, max_new_tokens=0, compressor=prompt)
     for method, budget in runs:
         compressor = compressor_for(method, budget, args.seed + batch[0], plans)
-        losses, kept = likelihood(model, inputs, answers, compressor)
-        made = model.generate(**inputs, max_new_tokens=args.max_new_tokens, compressor=compressor)
-        texts = [text.strip() for text in processor.decode(made.token_ids)]
+        cache = fill(model, prompt, max(map(len, answers)), compressor)
+        losses, kept = likelihood(model, logits, cache, answers), cache.kept.T.tolist()
+        tokens = list(model.decode(logits, fill(model, prompt, args.max_new_tokens, compressor)))
+        texts = [text.strip() for text in processor.decode(torch.stack(tokens, dim=1))]
         references = references or texts  # of the full cache, which comes first
         yield [
             {"sample": index, "method": method, "budget": budget, "nll": loss, "tokens": len(answer),

@@ -85,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
             compressor = method(budget, decode=decode)
             if isinstance(compressor, Images):
                 compressor.words = ~image & inputs["attention_mask"].bool()
-            losses, _ = likelihood(model, inputs, answers, compressor)
+            logits, cache = model.prefill(**inputs, max_new_tokens=max(map(len, answers)), compressor=compressor)
+            losses = likelihood(model, logits, cache, answers)
             records = [{"nll": loss, "tokens": len(answer)} for loss, answer in zip(losses, answers)]
             cells.append(f"{perplexity(records):.3g}")
             if budget == args.budgets[0]:

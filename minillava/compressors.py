@@ -44,6 +44,23 @@ def last(present: Tensor, count: Tensor) -> Tensor:
     return present & (order > order[:, -1:] - count[:, None])
 
 
+def asking(present: Tensor, image: Tensor, window: int = 32) -> Tensor:
+    """The words behind the image, which ask about it: bool [B, N]. Without any, the last `window` tokens."""
+    behind = present & (image.flip(1).cumsum(1).flip(1) == 0) & image.any(1, keepdim=True)
+    return torch.where(behind.any(1, keepdim=True), behind, last(present, torch.full_like(present.sum(-1), window)))
+
+
+def last_attention(query: Tensor, key: Tensor, present: Tensor, width: int) -> Tensor:
+    """Attention weights of the last `width` queries: query [B, H, N, Dh], key [B, Hkv, N, Dh] -> [B, H, width, N]."""
+    length = present.shape[1]
+    grouped = query[:, :, length - width :].unflatten(1, (key.shape[1], -1))  # [B, Hkv, G, width, Dh]
+    scores = (grouped @ key[:, :, None].mT).float() * key.shape[-1] ** -0.5  # [B, Hkv, G, width, N]
+    causal = torch.ones(width, length, dtype=torch.bool, device=key.device).tril(length - width)
+    seen = (causal & present[:, None])[:, None, None]  # [B, 1, 1, width, N]
+    # Not -infinity: padding may see no key, and its softmax would be NaN.
+    return scores.masked_fill(~seen, torch.finfo(torch.float32).min).softmax(-1).flatten(1, 2)
+
+
 class Recorder(Compressor):
     """Keeps everything, and remembers the importance of every key: `scores` [L, B, N] and `present` [B, N]."""
 
@@ -58,20 +75,21 @@ class Recorder(Compressor):
 class Uniform(PrefixKV):
     """PrefixKV with the same size for every layer. The difference to PrefixKV is what the search adds."""
 
-    def sizes(self, total: int, layers: int, low: int, high: int) -> Tensor:
-        """Sizes [L] that sum to `total`: equal, or one token apart."""
-        return spread(total, torch.ones(layers), low, high)
+    def shares(self, layers: int, batch: int) -> Tensor:
+        """How the layers share a prompt's budget, in any unit: [L, B]."""
+        return torch.ones(layers, batch)
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
-        """Tokens that each layer keeps of each prompt: scores [L, B, N] -> [L, B], from `sizes`, whatever the scores.
+        """Tokens that each layer keeps of each prompt: scores [L, B, N] -> [L, B], from `shares`, whatever the scores.
 
         The total of a prompt is PrefixKV's: round(budget * L * n), and never less than the protected tokens.
         """
         layers, counts = len(scores), []
-        for length in present.sum(-1).tolist():
+        shares = self.shares(*scores.shape[:2]).double().cpu()  # [L, B]
+        for share, length in zip(shares.unbind(1), present.sum(-1).tolist()):
             protected = min(length, self.start + 1)
             total = max(round(self.budget * layers * length), layers * protected)
-            counts.append(self.sizes(total, layers, protected, length))
+            counts.append(spread(total, total * share / share.sum(), protected, length))
         return torch.stack(counts, dim=1).to(present.device)
 
 
@@ -137,12 +155,15 @@ class H2O(Uniform):
             self.received = F.pad(self.received, (0, longest - self.received.shape[2] + 64))
         self.received[layer].scatter_add_(1, position.clamp(min=0), scores.softmax(-1).mean(dim=(1, 2)))
 
+    def newest(self, kept: Tensor) -> Tensor:
+        """How many of the newest tokens are spared: [L, B]. Half of those kept, less the one that is about to enter."""
+        return (kept // 2 - 1).clamp(min=0)
+
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:
         at = position.clamp(min=0)
         received = self.received.gather(2, at.clamp(max=self.received.shape[2] - 1))
-        # Recent ones: half of what the layer kept, less the token that is about to enter.
         rank = position.argsort(-1, descending=True).argsort(-1)
-        spared = (position < self.start) | (rank < (kept // 2 - 1).clamp(min=0)[..., None])
+        spared = (position < self.start) | (rank < self.newest(kept)[..., None])
         return received.masked_fill(spared, torch.inf).argmin(-1)
 
 
@@ -163,12 +184,7 @@ class SnapKV(Uniform):
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
         in_window = last(present, self.width(present))[:, -self.window :]  # [B, W]
-        width, length = in_window.shape[1], present.shape[1]
-        grouped = query[:, :, -width:].unflatten(1, (key.shape[1], -1))  # [B, Hkv, G, W, Dh]
-        scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * key.shape[-1] ** -0.5
-        causal = torch.ones(width, length, dtype=torch.bool, device=key.device).tril(length - width)
-        seen = (causal & present[:, None])[:, None, None]  # [B, 1, 1, W, N]
-        weight = scores.masked_fill(~seen, torch.finfo(torch.float32).min).softmax(-1).mean(dim=(1, 2))  # [B, W, N]
+        weight = last_attention(query, key, present, in_window.shape[1]).mean(1)  # [B, W, N]
         received = (weight * in_window[..., None]).sum(1).masked_fill(~present, 0.0)
         pooled = F.max_pool1d(received[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
         return pooled.masked_fill(~present, 0.0)
@@ -185,9 +201,8 @@ class PyramidKV(SnapKV):
     2 * k / L - k / (beta * L) for the first, of k in all, with beta 20.
     """
 
-    def sizes(self, total: int, layers: int, low: int, high: int) -> Tensor:
-        mean = total / layers
-        return spread(total, torch.linspace(2 * mean - mean / 20, mean / 20, layers, dtype=torch.double), low, high)
+    def shares(self, layers: int, batch: int) -> Tensor:
+        return torch.linspace(2 - 1 / 20, 1 / 20, layers, dtype=torch.double)[:, None].expand(-1, batch)
 
 
 class Elastic(Uniform):
@@ -220,7 +235,104 @@ class Elastic(Uniform):
         return merged(key), merged(value)
 
 
+class VLCache(Uniform):
+    """Keeps what the words behind the image attend to; a layer's size follows from how dense that attention is.
+
+    VL-Cache (arXiv 2410.23317), sections 4.1 and 4.2: dense is the share of a word's attention weights that are at
+    least a hundredth of its largest one, a mean over heads.
+    """
+
+    def begin(self, present: Tensor, image: Tensor) -> None:
+        self.asking = asking(present, image)  # [B, N]
+        self.density: list[Tensor] = []  # of each layer [B]
+
+    def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
+        width = present.shape[1] - int(self.asking.any(0).long().argmax())
+        weight = last_attention(query, key, present, width)  # [B, H, W, N]
+        asked = self.asking[:, None, -width:, None]  # [B, 1, W, 1]
+        seen = present.long().cumsum(-1)[:, None, -width:, None]  # [B, 1, W, 1]: keys that each query sees
+        dense = (weight >= 0.01 * weight.amax(-1, keepdim=True)) & asked & present[:, None, None]  # [B, H, W, N]
+        self.density.append(dense.sum((1, 2, 3)) / (seen * asked).sum((1, 2, 3)) / query.shape[1])
+        return (weight * asked).mean(1).sum(1).masked_fill(~present, 0.0)
+
+    def shares(self, layers: int, batch: int) -> Tensor:
+        return torch.stack(self.density)
+
+
+class TGVKV(Uniform):
+    """Keeps all words, and the patches that weighty words attend to; a layer's size follows from that attention.
+
+    TGV-KV (arXiv 2606.03075), equations 7 and 8: a word weighs what later words attend to it, on average. A layer's
+    share of the budget is the words' attention to the image.
+    """
+
+    def begin(self, present: Tensor, image: Tensor) -> None:
+        self.asking, self.image = asking(present, image), image  # [B, N]
+        self.looks: list[Tensor] = []  # of each layer [B]
+
+    def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
+        width = present.shape[1] - int(self.asking.any(0).long().argmax())
+        asked = self.asking[:, -width:]  # [B, W]
+        weight = last_attention(query, key, present, width).mean(1) * asked[..., None]  # [B, W, N]
+        later = asked.flip(1).cumsum(1).flip(1)  # [B, W]: a word itself included
+        weighty = weight[..., -width:].sum(1) / later.clamp(min=1) * asked  # [B, W]
+        self.looks.append((weight.sum(1) * self.image).sum(-1))
+        return (weighty[..., None] * weight).sum(1).masked_fill(~present, 0.0)
+
+    def shares(self, layers: int, batch: int) -> Tensor:
+        looks = torch.stack(self.looks)  # [L, B]
+        return torch.where(looks.sum(0) > 0, looks, 1.0)  # without an image all layers are alike
+
+    def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
+        words = present & ~self.image if self.image.any() else self.asking
+        return super().retain(scores + words * present.shape[1], counts, present)
+
+
+class Cover(H2O):
+    """Keeps the words, a little of what they look at, and an even cover of the picture; drops what is least looked at.
+
+    Of a layer's tokens, the prompt's words take up to half. Of the rest, `share` are those that the words behind the
+    image attend to most (VL-Cache, TGV-KV). All others are evenly spaced over the picture, shifted from layer to
+    layer, so that the layers together see all of it. While decoding, the token goes that has least attention from the
+    question's and the new words (H2O's eviction with their queries); the prompt's words and the newest 8 are spared.
+    """
+
+    share = 0.15
+
+    def begin(self, present: Tensor, image: Tensor) -> None:
+        self.asking, self.layer = asking(present, image), 0
+        self.words = torch.where(image.any(1, keepdim=True), present & ~image, self.asking)
+
+    def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
+        width = present.shape[1] - int(self.asking.any(0).long().argmax())
+        weight = last_attention(query, key, present, width).mean(1)  # [B, W, N]
+        return (weight * self.asking[:, -width:, None]).sum(1).masked_fill(~present, 0.0)
+
+    def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
+        self.layers = len(scores)
+        return super().allocate(scores + self.words * 1e6, present)  # words go last
+
+    def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
+        kept = torch.zeros_like(present)
+        for row, count in enumerate(counts.tolist()):
+            own, words = present[row].nonzero()[:, 0], self.words[row].nonzero()[:, 0]
+            kept[row, own[: self.start]] = True
+            kept[row, words[max(0, len(words) - max(1, count // 2)) :]] = True  # the last of them
+            others = own[~kept[row, own]]
+            room = count - int(kept[row].sum())
+            looked = scores[row, others].argsort(descending=True, stable=True)[: round(self.share * room)]
+            kept[row, others[looked]] = True
+            others, room = own[~kept[row, own]], room - len(looked)
+            at = (torch.arange(room, device=own.device) + self.layer / self.layers) * len(others) / max(room, 1)
+            kept[row, others[at.long()]] = True
+        self.layer += 1
+        return kept
+
+    def newest(self, kept: Tensor) -> Tensor:
+        return (kept // 4).clamp(max=8)
+
+
 METHODS: dict[str, type[PrefixKV]] = {
     "random": Random, "local": Local, "h2o": H2O, "snapkv": SnapKV, "pyramidkv": PyramidKV, "elastic": Elastic,
-    "uniform": Uniform, "prefixkv": PrefixKV,
+    "vlcache": VLCache, "tgvkv": TGVKV, "cover": Cover, "uniform": Uniform, "prefixkv": PrefixKV,
 }  # fmt: skip

@@ -601,6 +601,8 @@ class Llava(nn.Module):
         left = present[:, -1].all() and (present.long().diff(dim=-1) >= 0).all()
         require(left, "attention_mask has padding in or after the prompt; pad prompts on the left to generate.")
         cache = self.new_cache(present, max_new_tokens, compressor)
+        if compressor is not None:
+            compressor.begin(present, input_ids == self.config.image_token_id)
         hidden = self.language_model(self.embed(input_ids, pixel_values), cache.prompt_positions, cache=cache)
         logits = self.lm_head(hidden[:, -1:])[:, 0]  # [B, V]
         require(logits.isfinite().all(), "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")

@@ -7,7 +7,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillava.compressors import H2O, METHODS, Elastic, Local, PyramidKV, Recorder, SnapKV, Uniform, spread
+from minillava.compressors import (
+    H2O,
+    METHODS,
+    TGVKV,
+    Cover,
+    Elastic,
+    Local,
+    PyramidKV,
+    Recorder,
+    SnapKV,
+    Uniform,
+    VLCache,
+    asking,
+    last_attention,
+    spread,
+)
 from minillava.model import KVCache
 from prefixkv import Compressor, PrefixKV, importance
 
@@ -26,8 +41,15 @@ def attention(seed: int, layers: int, lengths: list[int]):
     return query, key, torch.arange(longest) >= torch.tensor([[longest - n] for n in lengths])
 
 
+def picture(present):
+    """The image in prompts like these: bool [B, N]. Two words stand before it, a quarter of the prompt behind it."""
+    number = present.cumsum(-1)
+    return present & (number > 2) & (4 * number <= 3 * number[:, -1:])
+
+
 def choose(compressor, query, key, present):
     """Counts [L, B] and kept tokens [L, B, N]."""
+    compressor.begin(present, picture(present))
     scores = torch.stack([compressor.score(q, k, present) for q, k in zip(query, key)])
     counts = compressor.allocate(scores, present)
     return counts, torch.stack([compressor.retain(s, c, present) for s, c in zip(scores, counts)])
@@ -149,6 +171,93 @@ def test_elastic_merges_every_dropped_token_into_the_nearest_anchor(seed, length
                 torch.testing.assert_close(merged[b][:, j], expected, rtol=1e-5, atol=1e-5)
 
 
+def weights_of(query, key):
+    """The definition of attention for one prompt without padding, in float64: [H, N, N]."""
+    heads, length, size = query.shape[1:]
+    key = key[0].repeat_interleave(heads // key.shape[1], 0).double()
+    scores = query[0].double() @ key.mT / size**0.5
+    return scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
+
+
+@given(st.lists(st.lists(st.sampled_from("wi"), min_size=1, max_size=50), min_size=1, max_size=3))
+def test_the_words_behind_the_last_image_ask_or_the_last_tokens(prompts):
+    longest = max(map(len, prompts))
+    rows = [["-"] * (longest - len(prompt)) + prompt for prompt in prompts]
+    present = torch.tensor([[kind != "-" for kind in row] for row in rows])
+    image = torch.tensor([[kind == "i" for kind in row] for row in rows])
+    for row, found in zip(rows, asking(present, image).tolist()):
+        text = "".join(row)
+        behind = len(text) - 1 - text.rfind("i") if "i" in text else 0
+        expected = behind or min(32, len(text.lstrip("-")))
+        assert found == [index >= len(text) - expected for index in range(len(text))]
+
+
+@given(seeds, st.integers(2, 50), st.data())
+def test_attention_of_the_last_queries_is_that_of_the_definition(seed, length, data):
+    query, key, present = attention(seed, 1, [length])
+    width = data.draw(st.integers(1, length))
+    found = last_attention(query[0], key[0], present, width)[0]
+    # float32 softmax of at most 50 weights
+    torch.testing.assert_close(found.double(), weights_of(query[0], key[0])[:, -width:], rtol=1e-5, atol=1e-6)
+
+
+@given(seeds, st.integers(8, 60))
+def test_vlcache_scores_and_densities_are_those_of_its_equations(seed, length):
+    query, key, present = attention(seed, 2, [length])
+    compressor = VLCache(0.4)
+    choose(compressor, query, key, present)
+    first = int(picture(present)[0].nonzero()[-1]) + 1
+    for layer in range(2):
+        rows = weights_of(query[layer], key[layer])[:, first:]  # [H, W, N]
+        found = compressor.score(query[layer], key[layer], present)[0].double()
+        torch.testing.assert_close(found, rows.mean(0).sum(0), rtol=1e-5, atol=1e-6)
+        dense = sum(float(w) >= 0.01 * float(row.max()) for head in rows for row in head for w in row if w > 0)
+        pairs = rows.shape[0] * sum(range(first + 1, length + 1))
+        # a weight within rounding of a hundredth of the largest may fall on either side
+        assert float(compressor.density[layer]) == pytest.approx(dense / pairs, abs=2 / pairs)
+
+
+@given(seeds, st.integers(8, 60))
+def test_tgvkv_scores_are_those_of_its_equations(seed, length):
+    query, key, present = attention(seed, 1, [length])
+    compressor, image = TGVKV(0.4), picture(present)[0]
+    _, kept = choose(compressor, query, key, present)
+    weight = weights_of(query[0], key[0]).mean(0)  # [N, N]
+    words = range(int(image.nonzero()[-1]) + 1, length)
+    weighty = {i: sum(float(weight[k, i]) for k in words if k >= i) / sum(k >= i for k in words) for i in words}
+    expected = sum(weighty[i] * weight[i] for i in words)
+    found = compressor.score(query[0], key[0], present)[0].double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert float(compressor.looks[0]) == pytest.approx(float(weight[words.start :, image].sum()), rel=1e-5)
+    assert kept[0, 0, ~image].all() or not kept[0, 0, image].any()  # words first
+
+
+@given(seeds, st.integers(20, 90), st.floats(0.1, 0.9))
+def test_cover_keeps_words_a_little_attention_and_sees_all_of_the_picture(seed, length, budget):
+    query, key, present = attention(seed, 8, [length])
+    counts, kept = choose(Cover(budget), query, key, present)
+    image = picture(present)[0]
+    words = (~image).nonzero()[:, 0]
+    for layer in range(8):
+        count = int(counts[layer, 0])
+        assert kept[layer, 0, words[-min(len(words), count // 2) :]].all()
+        rows = weights_of(query[layer], key[layer])[:, int(image.nonzero()[-1]) + 1 :].mean(0).sum(0)
+        others = [j for j in range(1, length) if j not in words[-min(len(words), count // 2) :]]
+        room = count - (length - len(others))
+        best = sorted(others, key=lambda j: -float(rows[j]))[: round(0.15 * room)]
+        assert kept[layer, 0, best].all()
+
+    class Even(Cover):
+        share = 0.0
+
+    counts, kept = choose(Even(budget), query, key, present)
+    room = int(counts.min()) - len(words)
+    if (
+        int(counts.min()) // 2 >= len(words) and int(image.sum()) <= 8 * room
+    ):  # a spacing of eight at most: eight layers
+        assert kept.any(0)[0].all()
+
+
 @methods
 def test_a_full_budget_gives_the_text_of_the_full_cache(small, method):
     _, _, model, processor = small
@@ -171,18 +280,20 @@ def test_a_sample_gets_the_same_text_alone_and_in_a_batch(small, method):
         assert torch.equal(alone.token_ids[0], together.token_ids[index])
 
 
+@pytest.mark.parametrize("method", [H2O, Cover])
 @settings(max_examples=30)
 @given(seeds, st.integers(6, 40), st.integers(1, 50))
-def test_h2o_evicts_by_attention_that_goes_on_accumulating(seed, length, steps):
+def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(method, seed, length, steps):
     """The cache in place against lists: a token's attention is its own wherever it stands."""
     generator = torch.Generator().manual_seed(seed)
     query, key, present = attention(seed, 1, [length])
-    compressor = H2O(0.5)
+    compressor = method(0.5)
     counts, kept = choose(compressor, query, key, present)
     cache = KVCache(present, 1, steps, compressor)
     cache.store(key[0], key[0], kept[0])
     count = int(counts[0, 0])
-    scores = importance(query[0], key[0], present)[0]
+    scores = compressor.score(query[0], key[0], present)[0]
+    words = set((~picture(present)[0]).nonzero()[:, 0].tolist()) if method is Cover else set()  # go last
     rows = [(j, key[0, 0, :, j], float(scores[j])) for j in kept[0, 0].nonzero()[:, 0].tolist()]
     for step in range(steps):
         new_key, new_query = torch.randn(1, 2, 1, 6, generator=generator), torch.randn(1, 4, 1, 6, generator=generator)
@@ -191,9 +302,9 @@ def test_h2o_evicts_by_attention_that_goes_on_accumulating(seed, length, steps):
         position = cache.position[0]
         room = int(compressor.capacity(counts, torch.tensor([length]), torch.tensor([length + step + 1])))
         if len(rows) == room:
-            spared = count // 2 - 1
+            spared = min(8, count // 4) if method is Cover else count // 2 - 1
             candidates = [row for row in rows[: len(rows) - spared] if row[0] > 0]
-            rows.remove(min(candidates, key=lambda row: row[2]))
+            rows.remove(min(candidates, key=lambda row: (row[0] in words, row[2])))
         rows.append((length + step, new_key[0, :, 0], 0.0))
         held = torch.stack([row[1] for row in rows], 1)  # [2, S, 6]
         weights = (new_query[0, :, 0].view(2, 2, 6) @ held.transpose(-1, -2) / 6**0.5).softmax(-1).mean((0, 1))
@@ -235,5 +346,5 @@ def test_a_cache_asks_in_the_order_that_the_base_class_tells(small):
     _, _, model, processor = small
     asked, layers = Asked(), len(model.language_model.layers)
     model.generate(**processor("a cat"), max_new_tokens=2, eos_token_id=(), compressor=asked)
-    prompt = ["score", "planned"] * layers + ["allocate"] + ["retain", "merge", "capacity"] * layers
+    prompt = ["begin"] + ["score", "planned"] * layers + ["allocate"] + ["retain", "merge", "capacity"] * layers
     assert asked.calls == [*prompt, "capacity", "victim", *["observe"] * layers]

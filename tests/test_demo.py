@@ -34,18 +34,20 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-def test_the_demo_without_arguments_gives_three_descriptions_and_a_table_in_80_columns():
+def test_the_demo_without_arguments_gives_four_descriptions_and_a_table_in_80_columns():
     done = subprocess.run([sys.executable, "demo.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert [line for line in lines if not line.startswith(" ") and line][:3] == [
+    assert [line for line in lines if not line.startswith(" ") and line][:4] == [
         "full cache",
         "PrefixKV, 50% of the cache",
         "PrefixKV, 20% of the cache",
+        "cover, 20% of the cache",
     ]
     assert max(map(len, lines)) <= 80
     assert "\x1b" not in done.stdout  # no colour, no cursor movement
-    table = [line.split() for line in lines[-3:]]
-    assert [row[:2] for row in table] == [["full", "cache"], ["prefixkv", "50%"], ["prefixkv", "20%"]]
+    table = [line.split() for line in lines[-4:]]
+    named = [["full", "cache"], ["prefixkv", "50%"], ["prefixkv", "20%"], ["cover", "20%"]]
+    assert [row[:2] for row in table] == named
     assert table[0][-1] == "100%"
     assert done.stderr == ""
 
@@ -129,7 +131,7 @@ def test_a_seed_makes_sampling_repeatable(capsys):
 
 def test_a_tiny_temperature_is_no_error(capsys):
     code, out, err = run(capsys, "--json", "--temperature", "1e-40", "--max-new-tokens", "4")
-    assert (code, err) == (0, "") and len(json.loads(out)["runs"]) == 3
+    assert (code, err) == (0, "") and len(json.loads(out)["runs"]) == 4
 
 
 @pytest.mark.parametrize("method", METHODS)

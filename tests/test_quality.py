@@ -16,7 +16,7 @@ from PIL import Image
 
 from bench import quality, why
 from bench.quality import curves, gini, interval, likelihood, main, read_results, rouge_l
-from minillava.compressors import Recorder
+from minillava.compressors import METHODS, Recorder
 from minillava.model import LlavaError
 from prefixkv import Plan, PrefixKV
 
@@ -36,7 +36,8 @@ def test_likelihood_of_the_full_cache_is_that_of_one_forward_pass(tiny):
     model, processor = tiny
     samples = quality.scenes(3, seed=1)
     answers = [processor.tokenizer.model.encode(sample.answer) for sample in samples]
-    found, kept = likelihood(model, quality.encode(model, processor, samples), answers, None)
+    logits, cache = model.prefill(**quality.encode(model, processor, samples))
+    found, kept = likelihood(model, logits, cache, answers), cache.kept.T.tolist()
     for sample, answer, loss in zip(samples, answers, found):
         inputs = processor(sample.prompt, [sample.image()])
         length = inputs["input_ids"].shape[1]
@@ -47,6 +48,22 @@ def test_likelihood_of_the_full_cache_is_that_of_one_forward_pass(tiny):
         # float32 logits of up to 30, about 100 of them summed, each a few units in the last place off
         assert loss == pytest.approx(float(expected), abs=2e-3)
     assert kept == [[processor(s.prompt, [s.image()])["input_ids"].shape[1]] * 8 for s in samples]
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_a_cache_filled_from_notes_is_that_of_a_prefill(small, method):
+    _, _, model, processor = small
+    inputs = processor(["USER: What is in the image? ASSISTANT: a cat.", "two red"])
+    prompt = quality.Collector()
+    logits, _ = model.prefill(**inputs, max_new_tokens=0, compressor=prompt)
+    expected, cache = model.prefill(**inputs, max_new_tokens=9, compressor=method and METHODS[method](0.4))
+    assert torch.equal(logits, expected)
+    found = quality.fill(model, prompt, 9, method and METHODS[method](0.4))
+    for _ in range(9):
+        assert torch.equal(found.position, cache.position)
+        token = expected.argmax(-1)
+        expected, logits = model.decode_step(token, cache), model.decode_step(token, found)
+        assert torch.equal(logits, expected)
 
 
 def test_every_run_is_there_once_and_the_tables_show_each(quick):
