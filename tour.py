@@ -139,7 +139,7 @@ kept = torch.cat([retain(row[None], count[None], present) for row, count in zip(
 order = table[0].clone()
 order[0] = order[-1] = torch.inf
 by_hand = order.argsort(descending=True, stable=True)[: counts[0]].sort().values
-print(f"layer 0 keeps positions {by_hand.tolist()}")
+print(f"layer 0 keeps {len(by_hand)} positions, the first of them {by_hand[:8].tolist()}")
 assert torch.equal(kept[0].nonzero()[:, 0], by_hand)
 
 # %% 13. Prefill with PrefixKV does all of this and fills a cache of slots

@@ -19,6 +19,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from bench.variants import VARIANTS
 from minillava import TINY
 from minillava.compressors import METHODS as COMPRESSORS
 from minillava.compressors import Random, Recorder
@@ -38,7 +40,7 @@ from train.scenes import DESCRIBE, describe, draw, make_scene
 from weights import find, load, write_file, write_json
 
 METHODS = ("full", *COMPRESSORS, "plan")
-BUDGETS = tuple(tenth / 10 for tenth in range(1, 10))
+BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7)
 # The published evaluation of LLaVA-1.5 puts Vicuna's instruction before the first turn.
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -177,7 +179,7 @@ def compressor_for(method: str, budget: float, seed: int, plans: dict[float, Pla
         return Random(budget, seed)
     if method == "plan":
         return PrefixKV(plan=plans[budget])
-    return COMPRESSORS[method](budget)
+    return (COMPRESSORS | VARIANTS)[method](budget)
 
 
 def runs_of(methods: Iterable[str], budgets: Iterable[float]) -> list[tuple[str, float]]:
@@ -294,7 +296,7 @@ def tables(records: list[Record]) -> str:
     by_run: dict[tuple[str, float], list[Record]] = {}
     for record in sorted(records, key=lambda record: record["sample"]):
         by_run.setdefault((record["method"], record["budget"]), []).append(record)
-    methods = [name for name in METHODS if any(method == name for method, _ in by_run)]
+    methods = [name for name in (*METHODS, *VARIANTS) if any(method == name for method, _ in by_run)]
     budgets = sorted({budget for method, budget in by_run if method != "full"})
     losses = {run: torch.tensor([(r["nll"], r["tokens"]) for r in rows], dtype=torch.float64)
               for run, rows in by_run.items()}  # fmt: skip
@@ -317,8 +319,8 @@ def tables(records: list[Record]) -> str:
         low, high = interval(rouges[run], lambda values: values.mean(-1))
         return f"{float(rouges[run].mean()):.3f} ({low:.3f}–{high:.3f})"
 
-    def difference_cell(run: tuple[str, float]) -> str:
-        ours = ("prefixkv", run[1])
+    def difference_cell(method: str, run: tuple[str, float]) -> str:
+        ours = (method, run[1])
         pair = torch.cat([losses[ours], losses[run]], -1)
         worse = interval(pair, lambda v: log_perplexity(v[..., 2:]) - log_perplexity(v[..., :2]))
         better = interval(rouges[ours] - rouges[run], lambda values: values.mean(-1))
@@ -329,11 +331,12 @@ def tables(records: list[Record]) -> str:
     lines = [f"{len(full)} samples. Full cache: perplexity {perplexity(full):.4f}.", ""]
     lines += grid("Perplexity of the reference answer (lower is better; 95 % interval)", perplexity_cell, compared)
     lines += grid("ROUGE-L F against the full cache's answer (higher is better; 95 % interval)", rouge_cell, compared)
-    if "prefixkv" in methods:
-        title = (
-            "PrefixKV against each on the same samples, perplexity then ROUGE-L: + better, − worse, = neither (95 %)"
-        )
-        lines += grid(title, difference_cell, [method for method in compared if method != "prefixkv"])
+    for ours in ("prefixkv", "cover"):
+        if ours in methods:
+            title = (
+                f"{ours} against each on the same samples, perplexity then ROUGE-L: + better, − worse, = neither (95 %)"
+            )
+            lines += grid(title, partial(difference_cell, ours), [method for method in compared if method != ours])
     return "\n".join(lines)
 
 
@@ -369,8 +372,10 @@ def plot(records: list[Record], curve: Tensor, folder: Path) -> None:
         by_run.setdefault((record["method"], record["budget"]), []).append(record)
     budgets = sorted({budget for method, budget in by_run if method != "full"})
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for method in [name for name in METHODS if (name, budgets[0]) in by_run]:
-        style = {"linewidth": 2.4, "zorder": 3} if method in ("prefixkv", "plan") else {"linewidth": 1.2}
+    hues = iter(plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
+    for method in [name for name in (*METHODS, *VARIANTS) if budgets and (name, budgets[0]) in by_run]:
+        style = {"linewidth": 2.4, "zorder": 3} if method in ("prefixkv", "cover") else {"linewidth": 1.2}
+        style["color"] = next(hues)
         rows = [by_run[method, budget] for budget in budgets]
         left.plot(budgets, [perplexity(part) for part in rows], marker="o", markersize=3, label=method, **style)
         means = [sum(r["rouge"] for r in part) / len(part) for part in rows]
@@ -541,8 +546,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default=str(TINY), help="folder of a checkpoint, or Hub id (default: the embedded)")
     parser.add_argument("--data", default="scenes", help="JSON in a published format (default: scenes made on the fly)")
     parser.add_argument("--images", type=Path, default=Path("."), help="folder that the JSON's images are named from")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD",
-                        help=", ".join(METHODS))  # fmt: skip
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=(*METHODS, *VARIANTS),
+                        metavar="METHOD", help=f"{', '.join(METHODS)} (default); {', '.join(VARIANTS)}")  # fmt: skip
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), metavar="SHARE")
     parser.add_argument("--samples", type=int, default=100, metavar="N")
     parser.add_argument("--batch-size", type=int, default=20, metavar="N")

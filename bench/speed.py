@@ -73,7 +73,7 @@ LLAVA_13B = llava(5120, 13824, 40, 40, 32064, CLIP_L)
 PRESETS = {  # those called paper have the batches and lengths of the published efficiency table
     "cpu": Preset(SMALL, 8, 1024, 64),
     "cpu-long": Preset(SMALL, 8, 1024, 512),
-    "tiny": Preset(None, 1, 160, 128),
+    "tiny": Preset(None, 1, 592, 128),
     "paper-7b-1024": Preset(LLAVA_7B, 16, 1024, 512, "cuda", "bfloat16"),
     "paper-7b-624": Preset(LLAVA_7B, 48, 624, 256, "cuda", "bfloat16"),
     "paper-13b-1024": Preset(LLAVA_13B, 8, 1024, 512, "cuda", "bfloat16"),

@@ -61,6 +61,12 @@ def last_attention(query: Tensor, key: Tensor, present: Tensor, width: int) -> T
     return scores.masked_fill(~seen, torch.finfo(torch.float32).min).softmax(-1).flatten(1, 2)
 
 
+def asked_attention(query: Tensor, key: Tensor, present: Tensor, asking: Tensor) -> Tensor:
+    """Attention weights of the queries where `asking` [B, N] is True: [B, H, W, N]. The other rows of the W are 0."""
+    width = present.shape[1] - int(asking.any(0).long().argmax())
+    return last_attention(query, key, present, width) * asking[:, None, -width:, None]
+
+
 class Recorder(Compressor):
     """Keeps everything, and remembers the importance of every key: `scores` [L, B, N] and `present` [B, N]."""
 
@@ -247,13 +253,11 @@ class VLCache(Uniform):
         self.density: list[Tensor] = []  # of each layer [B]
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        width = present.shape[1] - int(self.asking.any(0).long().argmax())
-        weight = last_attention(query, key, present, width)  # [B, H, W, N]
-        asked = self.asking[:, None, -width:, None]  # [B, 1, W, 1]
-        seen = present.long().cumsum(-1)[:, None, -width:, None]  # [B, 1, W, 1]: keys that each query sees
-        dense = (weight >= 0.01 * weight.amax(-1, keepdim=True)) & asked & present[:, None, None]  # [B, H, W, N]
-        self.density.append(dense.sum((1, 2, 3)) / (seen * asked).sum((1, 2, 3)) / query.shape[1])
-        return (weight * asked).mean(1).sum(1).masked_fill(~present, 0.0)
+        weight = asked_attention(query, key, present, self.asking)  # [B, H, W, N]
+        dense = (weight > 0) & (weight >= 0.01 * weight.amax(-1, keepdim=True))  # [B, H, W, N]
+        seen = (present.cumsum(-1) * self.asking).sum(-1)  # [B]: keys that each word sees, over all words
+        self.density.append(dense.sum((1, 2, 3)) / (seen * query.shape[1]))
+        return weight.mean(1).sum(1)
 
     def shares(self, layers: int, batch: int) -> Tensor:
         return torch.stack(self.density)
@@ -267,17 +271,16 @@ class TGVKV(Uniform):
     """
 
     def begin(self, present: Tensor, image: Tensor) -> None:
-        self.asking, self.image = asking(present, image), image  # [B, N]
+        self.asking = asking(present, image)  # [B, N]
+        self.image = image
         self.looks: list[Tensor] = []  # of each layer [B]
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        width = present.shape[1] - int(self.asking.any(0).long().argmax())
-        asked = self.asking[:, -width:]  # [B, W]
-        weight = last_attention(query, key, present, width).mean(1) * asked[..., None]  # [B, W, N]
-        later = asked.flip(1).cumsum(1).flip(1)  # [B, W]: a word itself included
-        weighty = weight[..., -width:].sum(1) / later.clamp(min=1) * asked  # [B, W]
+        weight = asked_attention(query, key, present, self.asking).mean(1)  # [B, W, N]
+        later = self.asking.flip(1).cumsum(1).flip(1)  # [B, N]: words from here on, this one included
+        weighty = (weight.sum(1) / later.clamp(min=1))[:, -weight.shape[1] :]  # [B, W]
         self.looks.append((weight.sum(1) * self.image).sum(-1))
-        return (weighty[..., None] * weight).sum(1).masked_fill(~present, 0.0)
+        return (weighty[..., None] * weight).sum(1)
 
     def shares(self, layers: int, batch: int) -> Tensor:
         looks = torch.stack(self.looks)  # [L, B]
@@ -304,9 +307,7 @@ class Cover(H2O):
         self.words = torch.where(image.any(1, keepdim=True), present & ~image, self.asking)
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        width = present.shape[1] - int(self.asking.any(0).long().argmax())
-        weight = last_attention(query, key, present, width).mean(1)  # [B, W, N]
-        return (weight * self.asking[:, -width:, None]).sum(1).masked_fill(~present, 0.0)
+        return asked_attention(query, key, present, self.asking).mean(1).sum(1)
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
         self.layers = len(scores)
