@@ -212,8 +212,8 @@ def test_every_image_token_becomes_as_many_as_the_image_has_patches(tiny):
     model, processor = tiny
     inputs = processor("USER: <image>\nOne <image> two ASSISTANT:", [picture(0, 30, 20), picture(1, 20, 50)])
     count = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    assert count == 2 * model.config.num_image_tokens == 2 * 144
-    assert inputs["pixel_values"].shape == (2, 3, 96, 96)
+    assert count == 2 * model.config.num_image_tokens == 2 * 576
+    assert inputs["pixel_values"].shape == (2, 3, 192, 192)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def test_a_small_run_of_every_kind_of_contender(tmp_path, capsys):
     assert set(names) < set(rows)
     rounds = json.loads((tmp_path / "speed.json").read_text())["rounds"]
     kept = {name: rounds[name][0]["kv_bytes"] for name in names}
-    assert kept["transformers DynamicCache"] == kept["full"] == 163 * 8 * 2 * 2 * 32 * 4  # tokens, layers, K V, heads
+    assert kept["transformers DynamicCache"] == kept["full"] == 595 * 8 * 2 * 2 * 32 * 4  # tokens, layers, K V, heads
     assert kept["PrefixKV 20%"] == pytest.approx(0.2 * kept["full"], rel=0.05)
     weights = rounds["full"][0]["weight_bytes"]
     assert weights == rounds["transformers DynamicCache"][0]["weight_bytes"]

@@ -115,7 +115,7 @@ def tiny_config(side: int, vocab_size: int, image_token_id: int, pad_token_id: i
         ),
         text=TextConfig(
             vocab_size=vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=8,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, rms_norm_eps=1e-5,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, rms_norm_eps=1e-5,
         ),
         image_token_id=image_token_id,
         pad_token_id=pad_token_id,
@@ -565,7 +565,8 @@ A LLaVA of {parameters:,} parameters that describes scenes of coloured shapes: a
 ({side} x {side} pixels, patches of {patch}, {patches} image tokens), a two-layer projector, and a Llama decoder of
 {layers} layers with grouped-query attention ({heads} query heads, {kv_heads} key-value heads). It exists so that the
 demo, the tests and the benchmarks of minillava run on trained weights without a download. It knows nothing but its
-scenes: up to {objects} objects on a plain background, each in a cell of a 3 x 3 grid.
+scenes: up to {objects} objects on a plain background, each in a cell of a 3 x 3 grid. It has only ever seen one
+picture in a prompt.
 
 Loads with `weights.load` and with `LlavaForConditionalGeneration.from_pretrained`.
 
@@ -770,7 +771,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the model (about a third faster)")
     parser.add_argument("--start", type=Path, help="folder of a checkpoint that the stages of its side have made")
     parser.add_argument("--until", choices=[stage.name for stage in STAGES], default=STAGES[-1].name,
-                        help="the last stage (default: all); `joint` gives the checkpoint for 96 px")  # fmt: skip
+                        help="the last stage (default: all); `joint` gives a checkpoint for 96 px")  # fmt: skip
     parser.add_argument("--limit", type=int, help="at most so many steps a stage, to try it out")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny/checkpoint"), help="folder for the checkpoint")
     args = parser.parse_args()
