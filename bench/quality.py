@@ -550,7 +550,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         metavar="METHOD", help=f"{', '.join(METHODS)} (default); {', '.join(VARIANTS)}")  # fmt: skip
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), metavar="SHARE")
     parser.add_argument("--samples", type=int, default=100, metavar="N")
-    parser.add_argument("--batch-size", type=int, default=20, metavar="N")
+    parser.add_argument("--batch-size", type=int, default=50, metavar="N")
     parser.add_argument("--max-new-tokens", type=int, default=160, metavar="N")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--device", default="cpu")
