@@ -428,7 +428,7 @@ def read_results(folder: Path) -> list[Record]:
 def fingerprint(folder: Path) -> str:
     """A short name for the weights: a hash of the sizes and first megabyte of the files."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
         with path.open("rb") as file:
             digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
     return digest.hexdigest()[:16]
@@ -438,7 +438,12 @@ def settle(args: argparse.Namespace) -> None:
     """Notes what the results in `--out` are of, or refuses to mix two kinds of results."""
     names = ("model", "data", "images", "samples", "batch_size", "max_new_tokens", "dtype", "device", "seed", "plans")
     settings = {name: str(getattr(args, name)) for name in names} | {"weights": fingerprint(find(args.model))}
-    path = args.out / "settings.json"
+    keep_apart(args.out, settings)
+
+
+def keep_apart(folder: Path, settings: dict[str, str]) -> None:
+    """Writes the settings of a folder's results beside them; raises LlavaError if they are of other settings."""
+    path = folder / "settings.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [
@@ -446,9 +451,9 @@ def settle(args: argparse.Namespace) -> None:
         ]
         if changed:
             raise LlavaError(
-                f"{args.out} holds results of other settings ({', '.join(changed)}); choose another --out or delete it."
+                f"{folder} holds results of other settings ({', '.join(changed)}); choose another --out or delete it."
             )
-    args.out.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("RANK", 0)) == 0:
         write_json(path, settings)
 

@@ -27,7 +27,6 @@ else:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """Processes of `pytest -n auto`: one a core, but no more than four, since each takes up to 2 GB."""

