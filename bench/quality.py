@@ -429,11 +429,9 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Notes what the results in `--out` are of, or refuses to mix two kinds of results."""
-    names = ("model", "data", "images", "samples", "batch_size", "max_new_tokens", "dtype", "device", "seed", "plans")
-    settings = {name: str(getattr(args, name)) for name in names} | {"weights": fingerprint(find(args.model))}
-    path = args.out / "settings.json"
+def settle(out: Path, settings: dict[str, str]) -> None:
+    """Notes what the results in `out` are of, or refuses to mix two kinds of results."""
+    path = out / "settings.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [
@@ -441,9 +439,9 @@ def settle(args: argparse.Namespace) -> None:
         ]
         if changed:
             raise LlavaError(
-                f"{args.out} holds results of other settings ({', '.join(changed)}); choose another --out or delete it."
+                f"{out} holds results of other settings ({', '.join(changed)}); choose another --out or delete it."
             )
-    args.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("RANK", 0)) == 0:
         write_json(path, settings)
 
@@ -491,7 +489,8 @@ def evaluate(args: argparse.Namespace) -> int:
         calibration = scenes(10, args.seed, "calibration")
         plans, _ = estimate(model, processor, calibration, args.budgets, str(args.model), args.batch_size)
     methods = [method for method in args.methods if method != "plan" or plans]
-    settle(args)
+    names = ("model", "data", "images", "samples", "batch_size", "max_new_tokens", "dtype", "device", "seed", "plans")
+    settle(args.out, {name: str(getattr(args, name)) for name in names} | {"weights": fingerprint(find(args.model))})
     runs = runs_of(methods, args.budgets)
     parts = gather(read_results(args.out) if rank == 0 or not dist.is_initialized() else [])
     done = {(r["sample"], r["method"], r["budget"]): r for part in parts for r in part}
