@@ -436,7 +436,7 @@ def evaluate(args: argparse.Namespace) -> None:
     data = data_of(args)
     names = ("model", "real", "split", "samples", "batch_size", "max_new_tokens", "device", "seed")
     settings = {name: str(getattr(args, name)) for name in names}
-    quality.settle(args.out, settings | {"weights": "" if args.real else quality.fingerprint(find(args.model))})
+    quality.keep_apart(args.out, settings | {"weights": "" if args.real else quality.fingerprint(find(args.model))})
     runs = [Run(*parts) for parts in itertools.product(args.budgets, args.scores, args.sizes, args.evictions)]
     done = {(record["sample"], run_of(record)): record for record in quality.read_results(args.out)}
     batches = [list(range(args.samples))[at : at + args.batch_size] for at in range(0, args.samples, args.batch_size)]

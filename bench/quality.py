@@ -423,15 +423,22 @@ def read_results(folder: Path) -> list[Record]:
 def fingerprint(folder: Path) -> str:
     """A short name for the weights: a hash of the sizes and first megabyte of the files."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
         with path.open("rb") as file:
             digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
     return digest.hexdigest()[:16]
 
 
-def settle(out: Path, settings: dict[str, str]) -> None:
-    """Notes what the results in `out` are of, or refuses to mix two kinds of results."""
-    path = out / "settings.json"
+def settle(args: argparse.Namespace) -> None:
+    """Notes what the results in `--out` are of, or refuses to mix two kinds of results."""
+    names = ("model", "data", "images", "samples", "batch_size", "max_new_tokens", "dtype", "device", "seed", "plans")
+    settings = {name: str(getattr(args, name)) for name in names} | {"weights": fingerprint(find(args.model))}
+    keep_apart(args.out, settings)
+
+
+def keep_apart(folder: Path, settings: dict[str, str]) -> None:
+    """Writes the settings of a folder's results beside them; raises LlavaError if they are of other settings."""
+    path = folder / "settings.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [
@@ -439,9 +446,9 @@ def settle(out: Path, settings: dict[str, str]) -> None:
         ]
         if changed:
             raise LlavaError(
-                f"{out} holds results of other settings ({', '.join(changed)}); choose another --out or delete it."
+                f"{folder} holds results of other settings ({', '.join(changed)}); choose another --out or delete it."
             )
-    out.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("RANK", 0)) == 0:
         write_json(path, settings)
 
@@ -489,8 +496,7 @@ def evaluate(args: argparse.Namespace) -> int:
         calibration = scenes(10, args.seed, "calibration")
         plans, _ = estimate(model, processor, calibration, args.budgets, str(args.model), args.batch_size)
     methods = [method for method in args.methods if method != "plan" or plans]
-    names = ("model", "data", "images", "samples", "batch_size", "max_new_tokens", "dtype", "device", "seed", "plans")
-    settle(args.out, {name: str(getattr(args, name)) for name in names} | {"weights": fingerprint(find(args.model))})
+    settle(args)
     runs = runs_of(methods, args.budgets)
     parts = gather(read_results(args.out) if rank == 0 or not dist.is_initialized() else [])
     done = {(r["sample"], r["method"], r["budget"]): r for part in parts for r in part}
