@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bench import quality, why
+from bench import quality
 from bench.quality import curves, gini, interval, likelihood, main, read_results, rouge_l
 from minillava.compressors import METHODS, Recorder
 from minillava.model import LlavaError
@@ -234,12 +234,3 @@ def test_intervals_hold_the_mean_and_shrink_with_samples():
         assert low < values.mean() < high
         widths.append(high - low)
     assert widths[0] / widths[1] == pytest.approx(4, rel=0.3)  # as the square root of 16
-
-
-def test_why_names_every_part_it_changes(capsys):
-    assert why.main(["--samples", "2", "--budgets", "0.2"]) == 0
-    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    found = {row[1].strip(): (float(row[2]), float(row[3])) for row in rows[1:]}
-    assert len(found) == 8
-    assert found["no eviction while decoding"][0] < found["PrefixKV"][0]  # it holds more
-    assert all(perplexity >= 1 and 0 <= place <= 1 for perplexity, place in found.values())
