@@ -11,7 +11,9 @@ Results go to `--out`: `results*.jsonl` (a line for every sample, method and bud
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -207,9 +209,11 @@ def measure(
     logits, _ = model.prefill(**inputs, max_new_tokens=0, compressor=prompt)
     for method, budget in runs:
         compressor = compressor_for(method, budget, args.seed + batch[0], plans)
-        cache = fill(model, prompt, max(map(len, answers)), compressor)
+        cache = fill(model, prompt, max(args.max_new_tokens, *map(len, answers)), compressor)
+        with torch.inference_mode():
+            twin = copy.deepcopy(cache)  # with its compressor: one reads the answer, the other writes its own
         losses, kept = likelihood(model, logits, cache, answers), cache.kept.T.tolist()
-        tokens = list(model.decode(logits, fill(model, prompt, args.max_new_tokens, compressor)))
+        tokens = list(itertools.islice(model.decode(logits, twin), args.max_new_tokens))
         texts = [text.strip() for text in processor.decode(torch.stack(tokens, dim=1))]
         references = references or texts  # of the full cache, which comes first
         yield [
