@@ -266,10 +266,10 @@ def plot(found: dict[str, Results], budgets: list[float], path: Path) -> None:
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     places = [(budget, method) for budget in budgets for method in SELECTIONS]
-    height = 1.6 + 0.3 * len(places)
+    height = 2 + 0.3 * len(places)
     figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), height), layout="constrained", squeeze=False)
     for axis, (title, results) in zip(axes[0], found.items()):
         for y, (budget, method) in enumerate(places):
@@ -288,12 +288,13 @@ def plot(found: dict[str, Results], budgets: list[float], path: Path) -> None:
         axis.axvline(perplexity(results[FULL]), color="grey", linestyle=":", label="full cache")
         axis.set(xscale="log", title=title, xlabel="perplexity, lower is better", ylim=(len(places) - 0.5, -0.5))
         axis.set_yticks(range(len(places)), [f"{TITLES[method]}  {budget:.0%}" for budget, method in places])
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         for y in range(len(SELECTIONS), len(places), len(SELECTIONS)):
             axis.axhline(y - 0.5, color="lightgrey", linewidth=0.8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(found) == 1 else 3, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=1 if len(found) == 1 else 3, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

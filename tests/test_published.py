@@ -143,21 +143,21 @@ def short(monkeypatch, small):
     monkeypatch.setattr(real, "passages", passages)
 
 
-QUICK = ["--scenes", "1", "--passages", "3", "--budgets", "0.5", "0.2"]
+QUICK = ["--scenes", "1", "--passages", "3", "--budgets", "0.2"]
 
 
 def test_every_rule_is_measured_once_and_a_stopped_run_goes_on_to_the_same_table(short, tmp_path, capsys):
     assert main([*QUICK, "--out", str(tmp_path)]) == 0
     text = (tmp_path / "table.md").read_text()
     assert text.count("| PrefixKV | true | correct |") == text.count("| H2O | as published | as published |") == 2
-    assert text.count("\n| ") == 2 * 13 and "| 20% | 50% |" in text
+    assert text.count("\n| ") == 2 * 13 and "| selection | 20% |" in text
     assert Image.open(tmp_path / "published.png").size[0] > 500
     path = tmp_path / "pretrained" / "results-0.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     found = [(r["sample"], Run(*(r[name] for name in Run._fields))) for r in read_results(path.parent)]
-    wanted = [FULL, *(row._replace(budget=budget) for row in published.rows() for budget in (0.2, 0.5))]
+    wanted = [FULL, *(row._replace(budget=0.2) for row in published.rows())]
     assert sorted(found) == sorted((sample, run) for sample in range(3) for run in wanted)
-    path.write_text("".join(lines[:30]) + lines[30][:20])
+    path.write_text("".join(lines[:20]) + lines[20][:20])
     assert main([*QUICK, "--out", str(tmp_path)]) == 0
     assert (tmp_path / "table.md").read_text() == text
     assert sorted(path.read_text().splitlines()) == sorted(line.strip() for line in lines)
@@ -306,13 +306,14 @@ def test_a_file_that_is_none_or_another_model_is_refused(tmp_path):
 
 
 @needs_extra
-def test_the_pretrained_decoder_gives_the_logits_and_the_tokens_of_transformers(monkeypatch):
+def test_the_pretrained_decoder_gives_the_logits_of_transformers(monkeypatch):
     import gguf
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     path = real.find()
-    monkeypatch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))  # it takes seconds
+    read = functools.cache(gguf.GGUFReader)  # it takes seconds
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: read(str(path)))
     expected = LlamaForCausalLM(AutoConfig.from_pretrained(path.parent, gguf_file=path.name)).eval()
     # What from_pretrained(gguf_file=...) reads, which itself needs the package accelerate.
     state = load_gguf_checkpoint(path, return_tensors=True, model_to_load=expected)["tensors"]
@@ -325,6 +326,3 @@ def test_the_pretrained_decoder_gives_the_logits_and_the_tokens_of_transformers(
     with torch.no_grad():
         ours, theirs = model(torch.tensor([ids[:64]])), expected(torch.tensor([ids[:64]])).logits
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    oracle = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)  # it does not split digits
-    words = "".join(character for character in text if not character.isdigit())
-    assert tokenizer.encode(words).ids == oracle(words, add_special_tokens=False)["input_ids"]
