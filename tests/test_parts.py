@@ -149,13 +149,18 @@ def test_the_full_run_is_the_full_cache(read):
 @pytest.mark.parametrize("budget", [0.3, 0.6])
 @pytest.mark.parametrize("name, method", [("h2o", H2O), ("least", Cover)])
 def test_an_eviction_that_is_a_methods_drops_what_the_method_drops(read, budget, name, method):
-    """From the tokens of the prompt that the method itself keeps."""
+    """From tokens of the prompt that neither of them chose."""
     model, inputs, prompt, answers = read
-    logits, expected = model.prefill(**inputs, max_new_tokens=40, compressor=method(budget))
-    keep = [((held[:, :, None] == expected.prompt_positions[:, None]).any(1) & prompt.present)
-            for held in expected.position]  # fmt: skip
-    found = parts.fill(model, prompt, keep, 40, evictor(prompt, Run(budget, "sum", "same", name)))
-    assert torch.equal(found.position, expected.position)
+    run = Run(budget, "even", "same", name)
+    keep = choose(prompt, run)
+    given = iter(keep)
+
+    class Given(method):
+        def retain(self, scores, counts, present):
+            return next(given)
+
+    logits, expected = model.prefill(**inputs, max_new_tokens=40, compressor=Given(budget))
+    found = parts.fill(model, prompt, keep, 40, evictor(prompt, run))
     losses = quality.likelihood(model, prompt.logits, found, answers)
     assert losses == quality.likelihood(model, logits, expected, answers)
     assert torch.equal(found.position, expected.position)
@@ -380,7 +385,7 @@ def test_arguments_that_make_no_sense_end_with_2(arguments):
 
 
 def test_a_folder_without_results_cannot_be_chosen_from(tmp_path, capsys):
-    assert main(["--chosen", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert main([*QUICK, "--chosen", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "lacks results" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
