@@ -248,7 +248,7 @@ def data_of(args: argparse.Namespace) -> Data:
         model, tokenizer = real.load(path)
         model.language_model.to(args.device)
         model.lm_head.to(args.device)
-        passages = real.passages(tokenizer, args.samples, args.split)
+        passages = real.passages(tokenizer, args.samples, args.split, 768 + ANSWER)
 
         def texts(indices: list[int]) -> Batch:
             ids = torch.tensor([passages[index] for index in indices], device=args.device)

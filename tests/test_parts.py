@@ -351,8 +351,8 @@ def test_the_pretrained_decoder_reads_passages_and_is_told_by_perplexity_alone(s
     model, asked = small[2], []
     ids = torch.randint(3, 300, (5, 60), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def passages(tokenizer, count, split):
-        asked.append((tokenizer, count, split))
+    def passages(tokenizer, count, split, length):
+        asked.append((tokenizer, count, split, length))
         return ids[:count]
 
     real = SimpleNamespace(find=lambda: "file", load=lambda path: (model, path), passages=passages)
@@ -360,7 +360,7 @@ def test_the_pretrained_decoder_reads_passages_and_is_told_by_perplexity_alone(s
     monkeypatch.setattr(parts, "ANSWER", 20)
     arguments = [*QUICK, "--real", "--split", "testing", "--out", str(tmp_path)]
     assert main(arguments) == 0
-    assert asked == [("file", 3, "testing")]
+    assert asked == [("file", 3, "testing", 768 + 20)]
     table = capsys.readouterr().out
     assert "| score | sizes | eviction | perplexity |\n" in table
     losses = [r["nll"] for r in quality.read_results(tmp_path) if r["score"] == "full"]
