@@ -149,13 +149,18 @@ def test_the_full_run_is_the_full_cache(read):
 @pytest.mark.parametrize("budget", [0.3, 0.6])
 @pytest.mark.parametrize("name, method", [("h2o", H2O), ("least", Cover)])
 def test_an_eviction_that_is_a_methods_drops_what_the_method_drops(read, budget, name, method):
-    """From the tokens of the prompt that the method itself keeps."""
+    """From tokens of the prompt that neither of them chose."""
     model, inputs, prompt, answers = read
-    logits, expected = model.prefill(**inputs, max_new_tokens=40, compressor=method(budget))
-    keep = [((held[:, :, None] == expected.prompt_positions[:, None]).any(1) & prompt.present)
-            for held in expected.position]  # fmt: skip
-    found = parts.fill(model, prompt, keep, 40, evictor(prompt, Run(budget, "sum", "same", name)))
-    assert torch.equal(found.position, expected.position)
+    run = Run(budget, "even", "same", name)
+    keep = choose(prompt, run)
+    given = iter(keep)
+
+    class Given(method):
+        def retain(self, scores, counts, present):
+            return next(given)
+
+    logits, expected = model.prefill(**inputs, max_new_tokens=40, compressor=Given(budget))
+    found = parts.fill(model, prompt, keep, 40, evictor(prompt, run))
     losses = quality.likelihood(model, prompt.logits, found, answers)
     assert losses == quality.likelihood(model, logits, expected, answers)
     assert torch.equal(found.position, expected.position)
@@ -357,7 +362,7 @@ def test_the_pretrained_decoder_reads_passages_and_is_told_by_perplexity_alone(s
     monkeypatch.setattr(parts, "ANSWER", 20)
     arguments = [*QUICK, "--real", "--split", "testing", "--out", str(tmp_path)]
     assert main(arguments) == 0
-    assert asked == [("file", 3, "testing", 788)]
+    assert asked == [("file", 3, "testing", 768 + 20)]
     table = capsys.readouterr().out
     assert "| score | sizes | eviction | perplexity |\n" in table
     losses = [r["nll"] for r in quality.read_results(tmp_path) if r["score"] == "full"]
@@ -382,7 +387,7 @@ def test_arguments_that_make_no_sense_end_with_2(arguments):
 
 
 def test_a_folder_without_results_cannot_be_chosen_from(tmp_path, capsys):
-    assert main(["--chosen", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert main([*QUICK, "--chosen", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "lacks results" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
