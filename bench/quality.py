@@ -387,7 +387,7 @@ def plot(records: list[Record], curve: Tensor, folder: Path) -> None:
     left.axhline(perplexity(by_run["full", 1.0]), color="grey", linestyle=":", label="full cache")
     left.set(yscale="log", xlabel="budget", ylabel="perplexity of the reference answer")
     right.set(xlabel="budget", ylabel="ROUGE-L F against the full cache's answer")
-    right.legend(fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.savefig(folder / "quality.png", dpi=110)
     plt.close(figure)
 

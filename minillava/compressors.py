@@ -295,9 +295,10 @@ class Cover(H2O):
     """Keeps the words, a little of what they look at, and an even cover of the picture; drops what is least looked at.
 
     Of a layer's tokens, the prompt's words take up to half. Of the rest, `share` are those that the words behind the
-    image attend to most (VL-Cache, TGV-KV). All others are evenly spaced over the picture, shifted from layer to
-    layer, so that the layers together see all of it. While decoding, the token goes that has least attention from the
-    question's and the new words (H2O's eviction with their queries); the prompt's words and the newest 8 are spared.
+    image attend to most (VL-Cache, TGV-KV). All others are evenly spaced over the picture. The spacing is shifted from
+    layer to layer, so that together the layers see nearly all of it. While decoding, the token goes that has least
+    attention from the question's and the new words (H2O's eviction, with their queries alone). The prompt's words and
+    the newest 8 tokens are spared.
     """
 
     share = 0.15
