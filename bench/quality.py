@@ -173,12 +173,12 @@ def rouge_l(text: str, reference: str) -> float:
     return float(Rouge(metrics=["rouge-l"]).get_scores(text, reference)[0]["rouge-l"]["f"])
 
 
-def compressor_for(method: str, budget: float, seed: int, plans: dict[float, Plan]) -> PrefixKV | None:
-    """The compressor that a row and column of the table stand for."""
+def compressor_for(method: str, budget: float, seeds: list[int], plans: dict[float, Plan]) -> PrefixKV | None:
+    """The compressor that a row and column of the table stand for; `seeds` of the prompts of a batch."""
     if method == "full":
         return None
     if method == "random":
-        return Random(budget, seed)
+        return Random(budget, seeds)
     if method == "plan":
         return PrefixKV(plan=plans[budget])
     return (COMPRESSORS | VARIANTS)[method](budget)
@@ -208,7 +208,7 @@ def measure(
     prompt = Collector()
     logits, _ = model.prefill(**inputs, max_new_tokens=0, compressor=prompt)
     for method, budget in runs:
-        compressor = compressor_for(method, budget, args.seed + batch[0], plans)
+        compressor = compressor_for(method, budget, [args.seed + index for index in batch], plans)
         cache = fill(model, prompt, max(args.max_new_tokens, *map(len, answers)), compressor)
         with torch.inference_mode():
             twin = copy.deepcopy(cache)  # with its compressor: one reads the answer, the other writes its own

@@ -1,12 +1,14 @@
 """Other ways to choose what a KV cache keeps, as small classes with PrefixKV's interface.
 
 A class that follows a paper names it, and overrides only what the paper does differently. All keep as many tokens as
-PrefixKV does at the same budget. All but H2O and Local also evict as PrefixKV does while decoding, so that only the
-choice of tokens differs. In every method the heads of a layer share one set of kept tokens. `METHODS` has their names
-on the command line.
+PrefixKV does at the same budget. All but H2O, Local and Cover also evict as PrefixKV does while decoding, so that only
+the choice of tokens differs. In every method the heads of a layer share one set of kept tokens. `METHODS` has their
+names on the command line.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -119,14 +121,16 @@ class Local(Uniform):
 class Random(Uniform):
     """Tokens drawn at random, different ones in every layer and for every seed."""
 
-    def __init__(self, budget: float = 0.2, seed: int = 0):
+    def __init__(self, budget: float = 0.2, seed: int | Sequence[int] = 0):
+        """seed: one for all prompts, or one for each prompt of the batch."""
         super().__init__(budget)
         self.seed, self.layer = seed, 0
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
         drawn = torch.zeros(present.shape)
-        for row, mask in zip(drawn, present.cpu()):  # a sample draws the same alone and in a batch
-            generator = torch.Generator().manual_seed(self.seed * 1000 + self.layer)
+        seeds = [self.seed] * len(present) if isinstance(self.seed, int) else self.seed
+        for row, mask, seed in zip(drawn, present.cpu(), seeds):  # a sample draws the same alone and in a batch
+            generator = torch.Generator().manual_seed(seed * 1000 + self.layer)
             row[mask] = torch.rand(int(mask.sum()), generator=generator)
         self.layer += 1
         return drawn.to(present.device)
@@ -287,7 +291,7 @@ class TGVKV(Uniform):
         return torch.where(looks.sum(0) > 0, looks, 1.0)  # without an image all layers are alike
 
     def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
-        words = present & ~self.image if self.image.any() else self.asking
+        words = torch.where(self.image.any(1, keepdim=True), present & ~self.image, self.asking)
         return super().retain(scores + words * present.shape[1], counts, present)
 
 
