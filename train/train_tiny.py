@@ -293,7 +293,7 @@ class Batches(torch.utils.data.IterableDataset):
 
 
 def initialise(model: nn.Module) -> None:
-    """Normal weights of width^-1/2 / 2; layers that write to the residual stream a little smaller."""
+    """Normal weights of deviation fan_in^-1/2; half of that in layers that write to the residual stream."""
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             scale = 0.5 if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")) else 1
