@@ -270,8 +270,8 @@ class VLCache(Uniform):
 class TGVKV(Uniform):
     """Keeps all words, and the patches that weighty words attend to; a layer's size follows from that attention.
 
-    TGV-KV (arXiv 2606.03075), equations 7 and 8: a word weighs what it and later words attend to it, on average. A layer's
-    share of the budget is the words' attention to the image.
+    TGV-KV (arXiv 2606.03075), equations 7 and 8: a word weighs what it and later words attend to it, on average. A
+    layer's share of the budget is the words' attention to the image.
     """
 
     def begin(self, present: Tensor, image: Tensor) -> None:
