@@ -122,6 +122,15 @@ def retain(scores: Tensor, counts: Tensor, present: Tensor, start: int = 1) -> T
     return torch.zeros_like(present).scatter(1, ranked, chosen)
 
 
+def require_finite(scores: Tensor) -> None:
+    """Raises ValueError if the scores [L, B, N] hold NaN or infinity."""
+    if len(broken := (~scores.isfinite()).nonzero()):
+        raise ValueError(
+            f"The importance of layer {int(broken[0, 0])} holds NaN or infinity; expected finite numbers. "
+            "Check the weights and the dtype of the model."
+        )
+
+
 @dataclass(frozen=True)
 class Plan:
     """The share of a prompt that each layer keeps; the paper estimates it offline on about ten samples."""
@@ -238,11 +247,7 @@ class PrefixKV(Compressor):
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
         """A prompt of n tokens gets round(budget * L * n) in all, or the protected ones if they are more."""
-        if len(broken := (~scores.isfinite()).nonzero()):
-            raise ValueError(
-                f"The importance of layer {int(broken[0, 0])} holds NaN or infinity; expected finite numbers. "
-                "Check the weights and the dtype of the model."
-            )
+        require_finite(scores)
         counts = []
         for padded, tokens in zip(scores.unbind(1), present):
             own = padded[:, tokens]  # without the padding

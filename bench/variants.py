@@ -21,15 +21,15 @@ class WithoutWords(Cover):
 
 
 class WithoutAttention(Cover):
-    """All but the words is evenly spaced."""
+    """All but the words is evenly spaced; eviction still goes by attention."""
 
-    share = 0.0
+    LOOKED_AT = 0.0
 
 
 class WithoutSpacing(Cover):
-    """All but the words is what they attend to."""
+    """All but the words is what those behind the image attend to most."""
 
-    share = 1.0
+    LOOKED_AT = 1.0
 
 
 class WithoutShift(Cover):
@@ -51,7 +51,7 @@ class WithoutLooking(Cover):
 
 
 class WithPrefixSizes(Cover):
-    """PrefixKV's sizes: one threshold for the words' attention in all layers."""
+    """Layers have the sizes of PrefixKV's search, made of the words' attention."""
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
         super().allocate(scores, present)

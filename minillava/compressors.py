@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefixkv import Compressor, PrefixKV, importance, retain
+from prefixkv import Compressor, PrefixKV, importance, require_finite, retain
 
 
 def spread(total: int, target: Tensor, low: int, high: int) -> Tensor:
@@ -46,27 +46,39 @@ def last(present: Tensor, count: Tensor) -> Tensor:
     return present & (order > order[:, -1:] - count[:, None])
 
 
-def asking(present: Tensor, image: Tensor, window: int = 32) -> Tensor:
-    """The words behind the image, which ask about it: bool [B, N]. Without any, the last `window` tokens."""
+def question(present: Tensor, image: Tensor, window: int = 32) -> Tensor:
+    """The tokens behind the last image, which ask about it: bool [B, N]. Where there are none, the last `window`."""
     behind = present & (image.flip(1).cumsum(1).flip(1) == 0) & image.any(1, keepdim=True)
     return torch.where(behind.any(1, keepdim=True), behind, last(present, torch.full_like(present.sum(-1), window)))
 
 
+def words(present: Tensor, image: Tensor) -> Tensor:
+    """What a method keeps first: bool [B, N]. All tokens that are not an image's; without an image, the `question`."""
+    return torch.where(image.any(1, keepdim=True), present & ~image, question(present, image))
+
+
 def last_attention(query: Tensor, key: Tensor, present: Tensor, width: int) -> Tensor:
-    """Attention weights of the last `width` queries: query [B, H, N, Dh], key [B, Hkv, N, Dh] -> [B, H, width, N]."""
+    """Attention weights of the last `width` queries: query [B, H, N, Dh], key [B, Hkv, N, Dh] -> [B, H, width, N].
+
+    All of these numbers are in memory at once, in float32; unlike `importance`, it is meant for few queries.
+    """
     length = present.shape[1]
-    grouped = query[:, :, length - width :].unflatten(1, (key.shape[1], -1))  # [B, Hkv, G, width, Dh]
-    scores = (grouped @ key[:, :, None].mT).float() * key.shape[-1] ** -0.5  # [B, Hkv, G, width, N]
+    query = query[:, :, length - width :] * key.shape[-1] ** -0.5  # [B, H, width, Dh]
+    grouped = query.unflatten(1, (key.shape[1], -1))  # [B, Hkv, G, width, Dh]
+    scores = (grouped @ key[:, :, None].mT).float()  # [B, Hkv, G, width, N]
     causal = torch.ones(width, length, dtype=torch.bool, device=key.device).tril(length - width)
     seen = (causal & present[:, None])[:, None, None]  # [B, 1, 1, width, N]
     # Not -infinity: padding may see no key, and its softmax would be NaN.
     return scores.masked_fill(~seen, torch.finfo(torch.float32).min).softmax(-1).flatten(1, 2)
 
 
-def asked_attention(query: Tensor, key: Tensor, present: Tensor, asking: Tensor) -> Tensor:
-    """Attention weights of the queries where `asking` [B, N] is True: [B, H, W, N]. The other rows of the W are 0."""
-    width = present.shape[1] - int(asking.any(0).long().argmax())
-    return last_attention(query, key, present, width) * asking[:, None, -width:, None]
+def question_attention(query: Tensor, key: Tensor, present: Tensor, asked: Tensor) -> Tensor:
+    """Attention weights of the queries where `asked` [B, N] is True: [B, H, W, N].
+
+    The W queries are those from the first one asked in any prompt to the end. Rows of others among them are 0.
+    """
+    width = present.shape[1] - int(asked.any(0).long().argmax())
+    return last_attention(query, key, present, width) * asked[:, None, -width:, None]
 
 
 class Recorder(Compressor):
@@ -81,10 +93,13 @@ class Recorder(Compressor):
 
 
 class Uniform(PrefixKV):
-    """PrefixKV with the same size for every layer. The difference to PrefixKV is what the search adds."""
+    """PrefixKV with the same size for every layer, so without a plan. Comparing the two shows what the search adds."""
+
+    def __init__(self, budget: float = 0.2, start: int = 1, decode: str = "ratio"):
+        super().__init__(budget, start, decode)
 
     def shares(self, layers: int, batch: int) -> Tensor:
-        """How the layers share a prompt's budget, in any unit: [L, B]."""
+        """How the layers share a prompt's budget: [L, B], of which only the ratios count."""
         return torch.ones(layers, batch)
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
@@ -92,6 +107,7 @@ class Uniform(PrefixKV):
 
         The total of a prompt is PrefixKV's: round(budget * L * n), and never less than the protected tokens.
         """
+        require_finite(scores)
         layers, counts = len(scores), []
         shares = self.shares(*scores.shape[:2]).double().cpu()  # [L, B]
         for share, length in zip(shares.unbind(1), present.sum(-1).tolist()):
@@ -124,7 +140,10 @@ class Random(Uniform):
     def __init__(self, budget: float = 0.2, seed: int | Sequence[int] = 0):
         """seed: one for all prompts, or one for each prompt of the batch."""
         super().__init__(budget)
-        self.seed, self.layer = seed, 0
+        self.seed = seed
+
+    def begin(self, present: Tensor, image: Tensor) -> None:
+        self.layer = 0
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
         drawn = torch.zeros(present.shape)
@@ -135,13 +154,9 @@ class Random(Uniform):
         self.layer += 1
         return drawn.to(present.device)
 
-    def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
-        self.layer = 0
-        return super().allocate(scores, present)
-
 
 class H2O(Uniform):
-    """Half of the kept tokens have received most attention so far; half are the most recent. New tokens add theirs.
+    """Half of the kept tokens have received the most attention so far, half are the newest. New tokens add theirs.
 
     H2O (arXiv 2306.14048), algorithm 1. A full layer drops, of the tokens not recent, the one with least attention.
     """
@@ -157,8 +172,8 @@ class H2O(Uniform):
 
     def observe(self, layer: int, query: Tensor, key: Tensor, position: Tensor) -> None:
         """Adds the attention of a new token's query [B, H, 1, Dh] to the keys [B, Hkv, S, Dh] at `position` [B, S]."""
-        grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # [B, Hkv, G, Dh]
-        scores = (grouped @ key.transpose(-1, -2)).float() * key.shape[-1] ** -0.5
+        grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3) * key.shape[-1] ** -0.5  # [B, Hkv, G, Dh]
+        scores = (grouped @ key.mT).float()  # [B, Hkv, G, S]
         scores = scores.masked_fill(position[:, None, None] < 0, torch.finfo(torch.float32).min)
         longest = int(position.max()) + 1
         if longest > self.received.shape[2]:
@@ -180,8 +195,8 @@ class H2O(Uniform):
 class SnapKV(Uniform):
     """Keeps what the last tokens of the prompt attend to, with its neighbours; these last tokens stay too.
 
-    SnapKV (arXiv 2404.14469), section 4: attention of the last `window` queries, summed and max-pooled. If the budget
-    is less than two windows, the window is half the budget.
+    SnapKV (arXiv 2404.14469), section 4: attention of the last `window` queries to the keys before them, summed and
+    max-pooled. If the budget is less than two windows, the window is half the budget.
     """
 
     def __init__(self, budget: float = 0.2, window: int = 32, kernel: int = 7):
@@ -193,11 +208,11 @@ class SnapKV(Uniform):
         return ((self.budget * present.sum(-1)).long() // 2).clamp(min=1, max=self.window)
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        in_window = last(present, self.width(present))[:, -self.window :]  # [B, W]
-        weight = last_attention(query, key, present, in_window.shape[1]).mean(1)  # [B, W, N]
-        received = (weight * in_window[..., None]).sum(1).masked_fill(~present, 0.0)
-        pooled = F.max_pool1d(received[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
-        return pooled.masked_fill(~present, 0.0)
+        window = last(present, self.width(present))  # [B, N]
+        received = question_attention(query, key, present, window).mean(1).sum(1)  # [B, N]
+        before = received.masked_fill(window, 0.0)[:, None]  # [B, 1, N]: the window's own keys are not pooled
+        pooled = F.max_pool1d(before, self.kernel, stride=1, padding=self.kernel // 2)[:, 0]  # [B, N]
+        return torch.where(window, received, pooled).masked_fill(~present, 0.0)
 
     def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
         window = last(present, self.width(present).minimum(counts - self.start))
@@ -248,18 +263,18 @@ class Elastic(Uniform):
 class VLCache(Uniform):
     """Keeps what the words behind the image attend to; a layer's size follows from how dense that attention is.
 
-    VL-Cache (arXiv 2410.23317), sections 4.1 and 4.2: dense is the share of a word's attention weights that are at
-    least a hundredth of its largest one, a mean over heads.
+    VL-Cache (arXiv 2410.23317), sections 4.1 and 4.2: a layer's density is the share, over all words and heads, of
+    the weights that are at least a hundredth of a word's largest one.
     """
 
     def begin(self, present: Tensor, image: Tensor) -> None:
-        self.asking = asking(present, image)  # [B, N]
+        self.asked = question(present, image)  # [B, N]
         self.density: list[Tensor] = []  # of each layer [B]
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        weight = asked_attention(query, key, present, self.asking)  # [B, H, W, N]
+        weight = question_attention(query, key, present, self.asked)  # [B, H, W, N]
         dense = (weight > 0) & (weight >= 0.01 * weight.amax(-1, keepdim=True))  # [B, H, W, N]
-        seen = (present.cumsum(-1) * self.asking).sum(-1)  # [B]: keys that each word sees, over all words
+        seen = (present.cumsum(-1) * self.asked).sum(-1)  # [B]: keys that each word sees, over all words
         self.density.append(dense.sum((1, 2, 3)) / (seen * query.shape[1]))
         return weight.mean(1).sum(1)
 
@@ -268,20 +283,20 @@ class VLCache(Uniform):
 
 
 class TGVKV(Uniform):
-    """Keeps all words, and the patches that weighty words attend to; a layer's size follows from that attention.
+    """Keeps words first, and the patches that weighty words attend to; a layer's size follows from that attention.
 
     TGV-KV (arXiv 2606.03075), equations 7 and 8: a word weighs what it and later words attend to it, on average. A
     layer's share of the budget is the words' attention to the image.
     """
 
     def begin(self, present: Tensor, image: Tensor) -> None:
-        self.asking = asking(present, image)  # [B, N]
+        self.asked = question(present, image)  # [B, N]
         self.image = image
         self.looks: list[Tensor] = []  # of each layer [B]
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        weight = asked_attention(query, key, present, self.asking).mean(1)  # [B, W, N]
-        later = self.asking.flip(1).cumsum(1).flip(1)  # [B, N]: words from here on, this one included
+        weight = question_attention(query, key, present, self.asked).mean(1)  # [B, W, N]
+        later = self.asked.flip(1).cumsum(1).flip(1)  # [B, N]: words from here on, this one included
         weighty = (weight.sum(1) / later.clamp(min=1))[:, -weight.shape[1] :]  # [B, W]
         self.looks.append((weight.sum(1) * self.image).sum(-1))
         return (weighty[..., None] * weight).sum(1)
@@ -291,42 +306,42 @@ class TGVKV(Uniform):
         return torch.where(looks.sum(0) > 0, looks, 1.0)  # without an image all layers are alike
 
     def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
-        words = torch.where(self.image.any(1, keepdim=True), present & ~self.image, self.asking)
-        return super().retain(scores + words * present.shape[1], counts, present)
+        return super().retain(scores + words(present, self.image) * present.shape[1], counts, present)
 
 
 class Cover(H2O):
-    """Keeps the words, a little of what they look at, and an even cover of the picture; drops what is least looked at.
+    """Keeps the words, a little of what they attend to, and an even cover of the picture.
 
-    Of a layer's tokens, the prompt's words take up to half. Of the rest, `share` are those that the words behind the
-    image attend to most (VL-Cache, TGV-KV). All others are evenly spaced over the picture. The spacing is shifted from
-    layer to layer, so that together the layers see nearly all of it. While decoding, the token goes that has least
-    attention from the question's and the new words (H2O's eviction, with their queries alone). The prompt's words and
-    the newest 8 tokens are spared.
+    Of a layer's tokens, the prompt's words take up to half. Of the rest, a share of LOOKED_AT are those that the words
+    behind the image attend to most (VL-Cache, TGV-KV). All others are evenly spaced over what is left, the picture. The
+    spacing is shifted from layer to layer, so that together the layers see nearly all of it. While decoding, the token
+    is dropped that has the least attention from the question's and the new words (H2O's eviction, with their queries
+    alone). The prompt's words and the newest tokens, a quarter but 8 at most, are spared.
     """
 
-    share = 0.15
+    LOOKED_AT = 0.15
 
     def begin(self, present: Tensor, image: Tensor) -> None:
-        self.asking, self.layer = asking(present, image), 0
-        self.words = torch.where(image.any(1, keepdim=True), present & ~image, self.asking)
+        self.asked, self.layer = question(present, image), 0
+        self.words = torch.where(image.any(1, keepdim=True), present & ~image, self.asked)
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        return asked_attention(query, key, present, self.asking).mean(1).sum(1)
+        return question_attention(query, key, present, self.asked).mean(1).sum(1)
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
         self.layers = len(scores)
-        return super().allocate(scores + self.words * 1e6, present)  # words go last
+        return super().allocate(scores + self.words * 1e6, present)  # words are dropped last
 
     def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
         kept = torch.zeros_like(present)
         for row, count in enumerate(counts.tolist()):
-            own, words = present[row].nonzero()[:, 0], self.words[row].nonzero()[:, 0]
+            own, spoken = present[row].nonzero()[:, 0], self.words[row].nonzero()[:, 0]
             kept[row, own[: self.start]] = True
-            kept[row, words[max(0, len(words) - max(1, count // 2)) :]] = True  # the last of them
+            most = min(max(1, count // 2), count - int(kept[row].sum()))
+            kept[row, spoken[max(0, len(spoken) - most) :]] = True  # the last of them
             others = own[~kept[row, own]]
             room = count - int(kept[row].sum())
-            looked = scores[row, others].argsort(descending=True, stable=True)[: round(self.share * room)]
+            looked = scores[row, others].argsort(descending=True, stable=True)[: round(self.LOOKED_AT * room)]
             kept[row, others[looked]] = True
             others, room = own[~kept[row, own]], room - len(looked)
             at = (torch.arange(room, device=own.device) + self.layer / self.layers) * len(others) / max(room, 1)

@@ -15,12 +15,13 @@ from minillava.compressors import (
     Elastic,
     Local,
     PyramidKV,
+    Random,
     Recorder,
     SnapKV,
     Uniform,
     VLCache,
-    asking,
     last_attention,
+    question,
     spread,
 )
 from minillava.model import KVCache
@@ -47,9 +48,9 @@ def picture(present):
     return present & (number > 2) & (4 * number <= 3 * number[:, -1:])
 
 
-def choose(compressor, query, key, present):
+def choose(compressor, query, key, present, image=None):
     """Counts [L, B] and kept tokens [L, B, N]."""
-    compressor.begin(present, picture(present))
+    compressor.begin(present, picture(present) if image is None else image)
     scores = torch.stack([compressor.score(q, k, present) for q, k in zip(query, key)])
     counts = compressor.allocate(scores, present)
     return counts, torch.stack([compressor.retain(s, c, present) for s, c in zip(scores, counts)])
@@ -80,12 +81,13 @@ def test_the_first_tokens_and_the_last_survive(method, seed, layers, length, bud
 @given(seeds, st.integers(1, 3), st.lists(st.integers(1, 80), min_size=2, max_size=3), budgets)
 def test_the_choice_is_the_same_again_and_alone_and_in_a_batch(method, seed, layers, lengths, budget):
     query, key, present = attention(seed, layers, lengths)
-    counts, kept = choose(METHODS[method](budget), query, key, present)
-    again = choose(METHODS[method](budget), query, key, present)
+    image = picture(present) & (present.sum(-1, keepdim=True) % 2 == 1)  # some prompts have none
+    counts, kept = choose(METHODS[method](budget), query, key, present, image)
+    again = choose(METHODS[method](budget), query, key, present, image)
     assert torch.equal(counts, again[0]) and torch.equal(kept, again[1])
     for b, length in enumerate(lengths):
         alone = choose(METHODS[method](budget), *(t[:, b : b + 1, :, -length:] for t in (query, key)),
-                       torch.ones(1, length, dtype=torch.bool))  # fmt: skip
+                       torch.ones(1, length, dtype=torch.bool), image[b : b + 1, -length:])  # fmt: skip
         assert torch.equal(counts[:, b], alone[0][:, 0])
         assert torch.equal(kept[:, b, -length:], alone[1][:, 0])
 
@@ -135,7 +137,10 @@ def test_snapkv_scores_are_the_pooled_attention_of_the_window(seed, length):
     scores = query[0, 0].double() @ key[0, 0].repeat_interleave(2, 0).double().transpose(-1, -2) / 6**0.5
     weights = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
     received = weights[:, -window:].mean(0).sum(0)
-    expected = torch.stack([received[max(0, j - 3) : j + 4].max() for j in range(length)])
+    before = received.clone()
+    before[-window:] = 0  # SnapKV pools what stands before its window
+    pooled = [before[max(0, j - 3) : j + 4].max() for j in range(length - window)]
+    expected = torch.stack([*pooled, *received[-window:]])
     # float32 softmax of at most 60 weights
     torch.testing.assert_close(compressor.score(query[0], key[0], present)[0].double(), expected, rtol=1e-5, atol=1e-6)
     _, kept = choose(compressor, query, key, present)
@@ -185,7 +190,7 @@ def test_the_words_behind_the_last_image_ask_or_the_last_tokens(prompts):
     rows = [["-"] * (longest - len(prompt)) + prompt for prompt in prompts]
     present = torch.tensor([[kind != "-" for kind in row] for row in rows])
     image = torch.tensor([[kind == "i" for kind in row] for row in rows])
-    for row, found in zip(rows, asking(present, image).tolist()):
+    for row, found in zip(rows, question(present, image).tolist()):
         text = "".join(row)
         behind = len(text) - 1 - text.rfind("i") if "i" in text else 0
         expected = behind or min(32, len(text.lstrip("-")))
@@ -248,7 +253,7 @@ def test_cover_keeps_words_a_little_attention_and_sees_all_of_the_picture(seed, 
         assert kept[layer, 0, best].all()
 
     class Even(Cover):
-        share = 0.0
+        LOOKED_AT = 0.0
 
     counts, kept = choose(Even(budget), query, key, present)
     room = int(counts.min()) - len(words)
@@ -257,6 +262,34 @@ def test_cover_keeps_words_a_little_attention_and_sees_all_of_the_picture(seed, 
         int(counts.min()) // 2 >= len(words) and int(image.sum()) <= 8 * room
     ):  # a spacing of eight at most: eight layers
         assert int((~kept.any(0)[0]).sum()) <= missed
+
+
+@given(seeds, st.integers(1, 60), st.integers(0, 6), budgets)
+def test_cover_meets_the_budget_with_any_number_of_first_tokens(seed, length, start, budget):
+    compressor = Cover(budget, start)
+    counts, kept = choose(compressor, *attention(seed, 2, [length]))
+    assert torch.equal(kept.sum(-1), counts)
+    assert kept[..., :start].all()
+
+
+@methods
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_refused(method, value):
+    present = torch.ones(1, 6, dtype=torch.bool)
+    scores = torch.ones(3, 1, 6)
+    scores[2, 0, 4] = value
+    compressor = METHODS[method](0.5)
+    compressor.begin(present, picture(present))
+    with pytest.raises(ValueError, match="importance of layer 2 holds NaN or infinity"):
+        compressor.allocate(scores, present)
+
+
+def test_each_prompt_of_a_batch_may_draw_with_a_seed_of_its_own():
+    query, key, present = attention(0, 2, [40, 40])
+    _, alike = choose(Random(0.3, 5), query, key, present)
+    _, apart = choose(Random(0.3, [5, 6]), query, key, present)
+    assert torch.equal(alike[:, 0], alike[:, 1]) and torch.equal(apart[:, 0], alike[:, 0])
+    assert not torch.equal(apart[:, 0], apart[:, 1])
 
 
 @methods
