@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import demo
 from bench import quality
 from bench.quality import Collector, Record, interval, log_perplexity, perplexity
 from minillava import TINY
@@ -120,9 +121,9 @@ def read_prompt(model: Llava, inputs: dict[str, Tensor], seeds: list[int], new_t
     count = min(512, max(1, decoder.config.max_position_embeddings - present.shape[1]))
     cos, sin = decoder.cos_sin(cache.prompt_lengths[:, None] + torch.arange(count, device=present.device))
     coming = cos.float().mean(2, keepdim=True), sin.float().mean(2, keepdim=True)  # [B, 1, 1, Dh]
-    words, weighted, draws = VLCache(1.0), TGVKV(1.0), [Random(1.0, seed) for seed in seeds]
-    words.begin(present, prompt.image)
-    weighted.begin(present, prompt.image)
+    words, weighted, drawn = VLCache(1.0), TGVKV(1.0), Random(1.0, seeds)
+    for method in (words, weighted, drawn):
+        method.begin(present, prompt.image)
 
     def score(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
         total = importance(query, key, present)
@@ -137,7 +138,7 @@ def read_prompt(model: Llava, inputs: dict[str, Tensor], seeds: list[int], new_t
             "expected": expected_attention(query, key, value, present, rope, coming),
             "value": total * value.float().norm(dim=(1, 3)),
             "distance": (1 - torch.cosine_similarity(key.float(), middle, dim=-1)).mean(1).clamp(min=0),
-            "random": torch.cat([draw.score(query, key, row[None]) for draw, row in zip(draws, present)]),
+            "random": drawn.score(query, key, present),
             "even": present.float(),  # all alike: `choose` spaces them, once it is known how many there are
         }
 
@@ -426,13 +427,16 @@ def plot(records: list[Record], path: Path) -> None:
 # ---------------------------------------------------------------- the command line
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(args: argparse.Namespace) -> int:
     """Runs what is missing, then writes and prints the tables."""
     chosen = quality.read_results(args.chosen) if args.chosen else []
     known = not args.chosen or {*args.budgets} <= {*budgets_of(chosen)}
     require(
         known, f"{args.chosen} lacks results of these budgets; expected the --out of a run of them on another split."
     )
+    if args.chosen:
+        other = json.loads((args.chosen / "settings.json").read_text(encoding="utf-8"))["split"]
+        require(other != args.split, f"{args.chosen} is of the split {other}, too; give results of the other split.")
     data = data_of(args)
     names = ("model", "real", "split", "samples", "batch_size", "max_new_tokens", "device", "seed")
     settings = {name: str(getattr(args, name)) for name in names}
@@ -458,6 +462,7 @@ def evaluate(args: argparse.Namespace) -> None:
     write_file(args.out / "table.md", text.encode())
     plot(records, args.out / "parts.png")
     print(text)
+    return 0
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -470,7 +475,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--chosen", type=Path, metavar="FOLDER", help="show the ten that are best in the results of this folder")
     for option, levels in (("--scores", SCORES), ("--sizes", SIZES), ("--evictions", EVICTIONS)):
         add(option, nargs="+", default=list(levels), choices=levels, metavar="NAME", help=", ".join(levels))
-    add("--budgets", nargs="+", type=float, default=[0.2], metavar="SHARE")
+    add("--budgets", nargs="+", type=demo.share, default=[0.2], metavar="SHARE")
     add("--samples", type=int, default=24, metavar="N")
     add("--batch-size", type=int, default=24, metavar="N")
     add("--max-new-tokens", type=int, default=160, metavar="N", help="of the greedy answer")
@@ -481,22 +486,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args.out = args.out or Path("runs") / f"parts{'-real' * args.real}-{args.split}"
     if min(args.samples, args.batch_size, args.max_new_tokens) < 1:
         parser.error("--samples, --batch-size and --max-new-tokens must be 1 or more")
-    for budget in args.budgets:
-        if not 0 < budget <= 1:
-            parser.error(f"{budget} is no budget; expected a share above 0 and at most 1")
+    args.budgets = sorted(set(args.budgets))
     return args
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2, with one sentence, for input that cannot be used."""
-    try:
-        evaluate(parse(arguments))
-    except ValueError as error:
-        print(f"bench.parts: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return quality.finish("bench.parts", lambda: evaluate(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import demo
 from bench import real
 from bench.quality import (
     Collector,
@@ -34,6 +35,7 @@ from bench.quality import (
     encode,
     fill,
     fingerprint,
+    finish,
     interval,
     keep_apart,
     likelihood,
@@ -302,7 +304,7 @@ def plot(found: dict[str, Results], budgets: list[float], path: Path) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Runs what is missing, and writes the tables and the picture."""
-    budgets = sorted(set(args.budgets))
+    budgets = args.budgets
     runs = [FULL, *(row._replace(budget=budget) for row in rows() for budget in budgets)]
     materials = {"Embedded checkpoint, scenes": embedded(args.scenes)}
     if path := real.find():
@@ -324,28 +326,20 @@ def evaluate(args: argparse.Namespace) -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.published", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), metavar="SHARE")
+    parser.add_argument("--budgets", nargs="+", type=demo.share, default=list(BUDGETS), metavar="SHARE")
     parser.add_argument("--scenes", type=int, default=24, metavar="N", help="for the embedded checkpoint")
     parser.add_argument("--passages", type=int, default=24, metavar="N", help="of prose, for the pretrained decoder")
     parser.add_argument("--out", type=Path, default=Path("runs/published"), help="folder for the results")
     args = parser.parse_args(arguments)
     if min(args.scenes, args.passages) < 1:
         parser.error("--scenes and --passages must be 1 or more")
-    for budget in args.budgets:
-        if not 0 < budget <= 1:
-            parser.error(f"{budget} is no budget; expected a share above 0 and at most 1")
+    args.budgets = sorted(set(args.budgets))
     return args
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 2, with one sentence, for input that cannot be used."""
-    try:
-        return evaluate(parse(arguments))
-    except (ValueError, OSError) as error:  # LlavaError, or a folder that cannot be written
-        print(f"bench.published: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return finish("bench.published", lambda: evaluate(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Perplexity and ROUGE-L by method and budget: `python -m bench.quality`.
 
 Perplexity is that of the reference answer, one token at a time through the compressed cache, over all tokens of all
-samples. ROUGE-L is the F of the greedy answer against the full cache's greedy answer, averaged over samples; both as
-the published code measures them. With no arguments: the embedded checkpoint on scenes that training never saw.
+samples. ROUGE-L is the F of the greedy answer against the full cache's greedy answer, averaged over samples. Both are
+the published evaluation's, but for its rules of positions and selection, which `bench.published` measures. With no
+arguments: the embedded checkpoint on scenes that training never saw.
 
 Results go to `--out`: `results*.jsonl` (a line for every sample, method and budget, from which a second run goes on),
 `table.md`, and pictures where matplotlib is installed. Many processes: `torchrun --nproc-per-node 2 -m bench.quality`.
@@ -31,6 +32,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import demo
 from bench.variants import VARIANTS
 from minillava import TINY
 from minillava.compressors import METHODS as COMPRESSORS
@@ -127,15 +129,16 @@ class Collector(Compressor):
 
     def begin(self, present: Tensor, image: Tensor) -> None:
         self.present, self.image = present, image  # [B, N]
-        self.layers: list[tuple[Tensor, ...]] = []  # of each layer: query [B, H, N, Dh], key and value [B, Hkv, N, Dh]
+        self.queries: list[Tensor] = []  # of each layer [B, H, N, Dh]
+        self.layers: list[tuple[Tensor, Tensor, Tensor]] = []  # of each: its query, key and value [B, Hkv, N, Dh]
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        self.layers.append((query,))
+        self.queries.append(query)
         return super().score(query, key, present)
 
     def merge(self, key: Tensor, value: Tensor, keep: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        at = next(index for index, layer in enumerate(self.layers) if len(layer) == 1)
-        self.layers[at] += (key, value)
+        # Called for one layer after the other, once all of them have been scored.
+        self.layers.append((self.queries[len(self.layers)], key, value))
         return key, value
 
 
@@ -151,7 +154,10 @@ def fill(model: Llava, prompt: Collector, max_new_tokens: int, compressor: Prefi
 
 
 def likelihood(model: Llava, logits: Tensor, cache: KVCache, answers: list[list[int]]) -> list[float]:
-    """Negative log-likelihood of each answer [B], token after token through the cache; logits [B, V] of the first."""
+    """Negative log-likelihood of each answer [B], token after token through the cache; logits [B, V] of the first.
+
+    Its end is not asked for. Shorter answers are filled up with tokens that do not count.
+    """
     longest, device = max(map(len, answers)), logits.device
     ids = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers], device=device)
     lengths = torch.tensor([len(answer) for answer in answers], device=device)
@@ -504,6 +510,8 @@ def evaluate(args: argparse.Namespace) -> int:
     elif args.data == "scenes" and "plan" in args.methods:
         calibration = scenes(10, args.seed, "calibration")
         plans, _ = estimate(model, processor, calibration, args.budgets, str(args.model), args.batch_size)
+    if "plan" in args.methods and not plans and args.methods != list(METHODS):
+        raise LlavaError("The method plan needs --plans FOLDER with this --data; --estimate-plan FOLDER writes them.")
     methods = [method for method in args.methods if method != "plan" or plans]
     settle(args)
     runs = runs_of(methods, args.budgets)
@@ -557,7 +565,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=Path, default=Path("."), help="folder that the JSON's images are named from")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=(*METHODS, *VARIANTS),
                         metavar="METHOD", help=f"{', '.join(METHODS)} (default); {', '.join(VARIANTS)}")  # fmt: skip
-    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), metavar="SHARE")
+    parser.add_argument("--budgets", nargs="+", type=demo.share, default=list(BUDGETS), metavar="SHARE")
     parser.add_argument("--samples", type=int, default=100, metavar="N")
     parser.add_argument("--batch-size", type=int, default=50, metavar="N")
     parser.add_argument("--max-new-tokens", type=int, default=160, metavar="N")
@@ -570,21 +578,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if min(args.samples, args.batch_size, args.max_new_tokens) < 1:
         parser.error("--samples, --batch-size and --max-new-tokens must be 1 or more")
-    for budget in args.budgets:
-        if not 0 < budget <= 1:
-            parser.error(f"{budget} is no budget; expected a share above 0 and at most 1")
+    args.budgets = sorted(set(args.budgets))
     return args
+
+
+def finish(name: str, run: Callable[[], int]) -> int:
+    """The exit code of `run`, or 2 and one sentence for bad input or a folder that cannot be written."""
+    try:
+        return run()
+    except (ValueError, OSError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0; 1 when entries could not be used; 2, with one sentence, for input that cannot."""
-    try:
-        return evaluate(parse(arguments))
-    except ValueError as error:  # LlavaError, or a plan that is none
-        print(f"bench.quality: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return finish("bench.quality", lambda: evaluate(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -250,14 +250,16 @@ def test_scores_are_those_of_their_definitions(read):
                 ~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf
             )
             received = scores.softmax(-1).mean(0)  # [N, N]
-            window = received[-min(32, length // 2) :].sum(0)
+            first = length - min(32, length // 2)  # of the window
+            window = received[first:].sum(0)
+            before = window.masked_fill(torch.arange(length) >= first, 0.0)
             mean_key = key.mean(1, keepdim=True)
             cosine = (key * mean_key).sum(-1) / key.norm(dim=-1) / mean_key.norm(dim=-1)
             expected = {
                 "sum": received.sum(0),
                 "mean": received.sum(0) / torch.arange(length, 0, -1),
                 "window": window,
-                "pooled": torch.stack([window[max(0, j - 3) : j + 4].max() for j in range(length)]),
+                "pooled": torch.stack([*(before[max(0, j - 3) : j + 4].max() for j in range(first)), *window[first:]]),
                 "value": received.sum(0) * value.pow(2).sum((0, 2)).sqrt(),
                 "distance": 1 - cosine.mean(0),
                 "expected": naive_expected(query, key, value, frequency, coming),
@@ -384,6 +386,14 @@ def test_arguments_that_make_no_sense_end_with_2(arguments):
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert error.value.code == 2
+
+
+def test_nothing_is_chosen_on_what_it_is_reported_on(read, tmp_path, capsys):
+    out = tmp_path / "reading"
+    assert main([*QUICK, "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert main([*QUICK, "--chosen", str(out), "--out", str(tmp_path / "again")]) == 2
+    assert "is of the split reading, too" in capsys.readouterr().err
 
 
 def test_a_folder_without_results_cannot_be_chosen_from(tmp_path, capsys):

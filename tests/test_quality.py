@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bench import quality
+from bench import parts, quality
+from bench import published as bench_published
 from bench.quality import curves, gini, interval, likelihood, main, read_results, rouge_l
 from minillava.compressors import METHODS, Recorder
 from minillava.model import LlavaError
@@ -146,7 +147,7 @@ def test_bad_entries_are_named_and_the_rest_is_evaluated(tmp_path, capsys):
     entries = published(tmp_path)
     (tmp_path / "data.json").write_text(json.dumps(entries))
     code = main(["--data", str(tmp_path / "data.json"), "--images", str(tmp_path), "--out", str(tmp_path / "out"),
-                 "--methods", "full", "prefixkv", "plan", "--budgets", "0.5", "--max-new-tokens", "5"])  # fmt: skip
+                 "--methods", "full", "prefixkv", "--budgets", "0.5", "--max-new-tokens", "5"])  # fmt: skip
     assert code == 1
     shown = capsys.readouterr()
     for index in range(3, 9):
@@ -182,6 +183,21 @@ def test_a_data_file_that_is_none_ends_with_2(tmp_path, capsys, content):
     assert main(["--data", str(path), "--out", str(tmp_path / "out")]) == 2
     assert "data.json" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_plans_that_were_asked_for_and_are_not_there_are_missed(tmp_path, capsys):
+    (tmp_path / "data.json").write_text(json.dumps(published(tmp_path)))
+    arguments = ["--data", str(tmp_path / "data.json"), "--images", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--methods", "plan"]) == 2
+    assert "needs --plans FOLDER" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("program", [quality, parts, bench_published])
+def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(program, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert program.main(["--out", str(tmp_path / "file" / "out")]) == 2
+    assert capsys.readouterr().err.count("error: ") == 1
 
 
 def test_plans_are_written_for_every_budget_and_say_how_far_samples_agree(tmp_path, capsys):
