@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import demo
 from bench import quality
-from bench.quality import Collector, Record, interval, log_perplexity, perplexity
+from bench.quality import Collector, Record, digits, interval, log_perplexity, perplexity
 from minillava import TINY
 from minillava.compressors import H2O, TGVKV, Cover, PyramidKV, Random, SnapKV, Uniform, VLCache
 from minillava.model import CosSin, KVCache, Llava, apply_rope, require
@@ -336,7 +336,7 @@ class Results:
         """Perplexity, and ROUGE-L if there is any, with intervals."""
         (loss, *ends), *rouge = (ratio(v[:, self.runs.index(run)], weights) for v, weights in self.metrics.values())
         low, high = (math.exp(min(700.0, end)) for end in ends)
-        cells = [f"{math.exp(min(700.0, loss)):.3g} ({low:.3g}–{high:.3g})"]
+        cells = [f"{digits(math.exp(min(700.0, loss)))} ({digits(low)}–{digits(high)})"]
         return " | ".join(cells + ["{:.3f} ({:.3f}–{:.3f})".format(*found) for found in rouge])
 
 

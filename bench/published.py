@@ -32,6 +32,7 @@ from bench import real
 from bench.quality import (
     Collector,
     Record,
+    digits,
     encode,
     fill,
     fingerprint,
@@ -246,7 +247,7 @@ def table(title: str, found: Results, budgets: list[float]) -> str:
     def cell(run: Run) -> str:
         losses = torch.tensor([(r["nll"], r["tokens"]) for r in found[run]], dtype=torch.float64)
         low, high = (math.exp(min(700.0, end)) for end in interval(losses, log_perplexity))
-        return f"{perplexity(found[run]):.3g} ({low:.3g}–{high:.3g})"
+        return f"{digits(perplexity(found[run]))} ({digits(low)}–{digits(high)})"
 
     lines = [f"**{title}: {len(found[FULL])} samples, full cache {cell(FULL)}**", ""]
     lines += ["| | positions | selection | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |"]

@@ -288,6 +288,11 @@ def perplexity(records: list[Record]) -> float:
     return math.exp(min(700.0, sum(r["nll"] for r in records) / sum(r["tokens"] for r in records)))
 
 
+def digits(value: float) -> str:
+    """A perplexity with three digits, so that 1.00 is not read as exact."""
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+
+
 def interval(values: Tensor, statistic: Callable[[Tensor], Tensor], resamples: int = 2000) -> tuple[float, float]:
     """Bootstrap interval of 95 % of a statistic over samples: values [samples, ...], statistic([resamples, ...])."""
     generator = torch.Generator().manual_seed(0)
@@ -323,7 +328,7 @@ def tables(records: list[Record]) -> str:
 
     def perplexity_cell(run: tuple[str, float]) -> str:
         low, high = (math.exp(min(700.0, end)) for end in interval(losses[run], log_perplexity))
-        return f"{perplexity(by_run[run]):.3g} ({low:.3g}–{high:.3g})"
+        return f"{digits(perplexity(by_run[run]))} ({digits(low)}–{digits(high)})"
 
     def rouge_cell(run: tuple[str, float]) -> str:
         low, high = interval(rouges[run], lambda values: values.mean(-1))

@@ -6,9 +6,10 @@ import random
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 
 from minillava.model import Llava
+from train import train_tiny
 from train.scenes import draw, make_scene, short_question
 from train.train_tiny import (
     LABELS,
@@ -104,3 +105,16 @@ def test_the_rate_rises_and_falls_to_nothing():
     rates = [rate(step, 950, 5e-4, 0.0) for step in range(950)]
     assert rates[0] < 1e-5 and rates[-1] < 1e-6
     assert 3.5e-4 < max(rates) <= 5e-4
+
+
+@pytest.mark.parametrize(
+    "start, message", [(TINY, "no stage up to joint has larger pictures"), (ROOT / "nothing", "--start: ")]
+)
+def test_a_start_that_leads_nowhere_is_told_before_anything_is_written(start, message, tmp_path, monkeypatch, capsys):
+    work = tmp_path / "work"
+    arguments = ["train_tiny", "--start", str(start), "--until", "joint", "--work", str(work)]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        train_tiny.main()
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not work.exists()

@@ -39,7 +39,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minillava.compressors import Recorder
-from minillava.model import DecoderLayer, Llava, LlavaConfig, TextConfig, VisionConfig, merge_heads
+from minillava.model import DecoderLayer, Llava, LlavaConfig, LlavaError, TextConfig, VisionConfig, merge_heads
 from minillava.processor import ImageProcessor
 from prefixkv import PrefixKV, priority
 from train.evaluate import commonest, evaluate
@@ -89,20 +89,20 @@ STAGES = (
 FALL_FROM = {"vision": 0.6, "language": 1.0, "joint": 0.0}  # after this share of a stage its learning rate falls
 PATCH = 8
 IMAGE_TOKEN = "<image>"
-LABELS = {  # what a patch is asked, and how many answers there are (0: no object)
+LABELS = {  # what a patch is asked, and how many answers there are: + 1 for "no object"
     "colour": len(COLOURS) + 1,
     "shape": len(SHAPES) + 1,
     "size": len(SIZES) + 1,
     "place": len(PLACES) + 1,
     "outline": 2,
     "background": len(BACKGROUNDS),
-    "row": 0,  # the grid's
+    "row": 0,  # as many as the grid has, see `make_heads`
     "column": 0,
     "centre": 2,  # does an object's middle lie in it: one patch an object, which is what counting needs
 }
 ALL_KINDS = (*KINDS, "describe")
 WEIGHTS = (0.5, 1.0, 1.0, 1.0, 2.0, 1.5, 1.5, 1.0)  # how often each of KINDS is asked
-POINTER = 4  # the decoder layer of which one head is shown where to look
+POINTER = 4  # the decoder layer, counted from 0, of which one head is shown where to look
 MEAN, STD = 0.5, 0.5
 
 
@@ -184,7 +184,7 @@ def patch_labels(scene: Scene, cover: Image.Image, grid: int) -> Tensor:
 
 @dataclass
 class Sample:
-    """Conversations about one picture, side by side; all lists are as long as `ids`."""
+    """Conversations about one picture, side by side; all lists but `kinds` are as long as `ids`."""
 
     ids: list[int]
     labels: list[int]  # the token itself in an answer, -100 elsewhere
@@ -194,7 +194,7 @@ class Sample:
     about: list[int]  # where the next token is an answer's: bit i is set if it is about an object in PLACES[i]
     colour: list[int]  # the one colour that the question names, -100 for none or several, likewise
     shape: list[int]
-    kinds: list[int]  # of the questions, an index into ALL_KINDS, one for every answer: not as long
+    kinds: list[int]  # of the questions, an index into ALL_KINDS, one for every answer
 
     def columns(self) -> tuple[list[int], ...]:
         return self.ids, self.labels, self.branch, self.position, self.answer, self.about, self.colour, self.shape
@@ -269,7 +269,7 @@ class Batches(torch.utils.data.IterableDataset):
             rng = random.Random(f"{self.seed} {stage.name} {step}")
             images, targets, samples = [], [], []
             for _ in range(stage.batch):
-                # Scenes of two or three objects make it easy to see what a question is about.
+                # Scenes of at most two or three objects make it easy to see what a question is about.
                 most = rng.choice((2, 3, MAX_OBJECTS)) if stage.kind == "language" else MAX_OBJECTS
                 scene = make_scene(rng, most)
                 image, cover = draw(scene)
@@ -732,7 +732,8 @@ def write_card(
     """Writes the model card, with the scores as measured, and the processor's seconds that `stages` took."""
     text, vision = model.config.text, model.config.vision
     processor, blind = f"{torch.get_num_threads()} threads of the {args.device}", commonest()
-    which = "All stages" if stages[0] == STAGES[0] else f"The stages from {stages[0].name} on"
+    from_nothing = stages[0] == STAGES[0]
+    which = "All stages" if from_nothing else f"The stages from {stages[0].name} on, in a run with `--start`,"
     first, last = STAGES[0].side, vision.image_size
     wider = f"then they grow to {last}, and the position embeddings of the tower are\ninterpolated."
     (folder / "README.md").write_text(
@@ -775,19 +776,26 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="at most so many steps a stage, to try it out")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny/checkpoint"), help="folder for the checkpoint")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
+    stages = STAGES[: [stage.name for stage in STAGES].index(args.until) + 1]
     tokenizer = args.work / "tokenizer.model"
     if args.start:
-        tokenizer.write_bytes((args.start / "tokenizer.model").read_bytes())
+        try:
+            model = load_model(args.start, fast=False).train()
+            pieces = (args.start / "tokenizer.model").read_bytes()
+        except (LlavaError, OSError) as error:
+            parser.error(f"--start: {error}")
+        side = model.config.vision.image_size
+        stages = tuple(stage for stage in stages if stage.side > side)
+        if not stages:
+            parser.error(f"{args.start} is for {side} px already, and no stage up to {args.until} has larger pictures")
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.start:
+        tokenizer.write_bytes(pieces)
     elif not tokenizer.exists():
         train_tokenizer(tokenizer, args.seed)
     talk = Conversations(tokenizer)
-    stages = STAGES[: [stage.name for stage in STAGES].index(args.until) + 1]
-    if args.start:
-        model = load_model(args.start, fast=False).train()
-        stages = tuple(stage for stage in stages if stage.side > model.config.vision.image_size)
-    else:
+    if not args.start:
         model = Llava(tiny_config(STAGES[0].side, talk.size, talk.image_id, talk.pad_id))
         initialise(model)
     heads = make_heads(model.config.vision.image_size // PATCH)
