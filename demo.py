@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 from minillava import explore
+from minillava.checks import LlavaError
 from minillava.compressors import METHODS
-from minillava.model import Llava, LlavaError
+from minillava.model import Llava
 from minillava.processor import Processor, open_image
 from prefixkv import Plan, PrefixKV
 from weights import find_device, load, write_file

@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minillava.checks import LlavaError, require
 from minillava.fast import speed_up
-from minillava.model import ACTIVATIONS, Llava, LlavaConfig, LlavaError, TextConfig, VisionConfig, require
+from minillava.model import ACTIVATIONS, Llava, LlavaConfig, TextConfig, VisionConfig
 from minillava.processor import ImageProcessor, Processor, read_json
 
 # ---------------------------------------------------------------- config.json

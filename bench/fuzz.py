@@ -36,7 +36,8 @@ from PIL import Image
 import demo
 import weights
 from bench import quality
-from minillava.model import Llava, LlavaConfig, LlavaError, TextConfig, VisionConfig
+from minillava.checks import LlavaError
+from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
 from minillava.processor import open_image
 from prefixkv import Plan, PrefixKV
 

@@ -12,7 +12,6 @@ Results go to `--out`: `results.jsonl`, from which a second run goes on, `table.
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
 import math
@@ -26,11 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import demo
-from bench import quality
+from bench import quality, real
 from bench.quality import Collector, Record, digits, interval, log_perplexity, perplexity
 from minillava import TINY
+from minillava.checks import LlavaError, require
 from minillava.compressors import H2O, TGVKV, Cover, PyramidKV, Random, SnapKV, Uniform, VLCache
-from minillava.model import CosSin, KVCache, Llava, apply_rope, require
+from minillava.model import CosSin, KVCache, Llava, apply_rope
 from prefixkv import Compressor, PrefixKV, importance, retain
 from weights import find, load, write_file
 
@@ -243,9 +243,9 @@ Data = tuple[Llava, Callable[[list[int]], Batch], Callable[[Tensor], list[str]] 
 def data_of(args: argparse.Namespace) -> Data:
     """The model, samples by their indices, and the texts of token ids (None: there are no greedy answers)."""
     if args.real:
-        real = importlib.import_module("bench.real")
         path = real.find()
-        require(path, f"The pretrained decoder is not installed: {real.INSTALL}")
+        if path is None:
+            raise LlavaError(f"The pretrained decoder is not installed: {real.INSTALL}")
         model, tokenizer = real.load(path)
         model.language_model.to(args.device)
         model.lm_head.to(args.device)

@@ -35,9 +35,10 @@ from tqdm import tqdm
 import demo
 from bench.variants import VARIANTS
 from minillava import TINY
+from minillava.checks import LlavaError
 from minillava.compressors import METHODS as COMPRESSORS
 from minillava.compressors import Random, Recorder
-from minillava.model import KVCache, Llava, LlavaError
+from minillava.model import KVCache, Llava
 from minillava.processor import Processor, open_image
 from prefixkv import Compressor, Plan, PrefixKV, priority
 from train.scenes import DESCRIBE, describe, draw, make_scene

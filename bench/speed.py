@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from minillava import TINY
+from minillava.checks import LlavaError
+from minillava.compressors import METHODS
 from minillava.fast import compile_steps
-from minillava.model import Llava, LlavaConfig, LlavaError, TextConfig, VisionConfig
+from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
 from prefixkv import Plan, PrefixKV
 from weights import config_dict, load_model, read_config, save_weights, write_json
 
@@ -41,6 +43,7 @@ CONTENDERS = (
     "full compiled",
     "PrefixKV 20% compiled",
 )
+OTHERS = tuple(f"{name} 20%" for name in METHODS if name != "prefixkv")
 PARTS = tuple(f"full without {name}" for name in ("FastLinear", "FastAttention", "FastTopLayer", "FastLlava", "all"))
 
 
@@ -150,7 +153,8 @@ def compressor_of(contender: str, layers: int) -> PrefixKV | None:
         return None
     if contender.startswith("plan"):
         return PrefixKV(plan=Plan(0.2, [0.2] * layers))
-    return PrefixKV(float(contender.split()[1].rstrip("%")) / 100)
+    name, share = contender.split()[:2]
+    return METHODS[name.lower()](float(share.rstrip("%")) / 100)
 
 
 Run = tuple[Tensor, Callable[[Tensor], Tensor], Callable[[], int]]  # first logits [B, V]; token -> logits; KV bytes
@@ -373,8 +377,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="cpu", choices=PRESETS, help="shapes and lengths (default: cpu)")
     parser.add_argument("--model", help="folder of a checkpoint (default: random weights of the preset's shapes)")
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS + PARTS, metavar="NAME",
-                        help=", ".join(name.replace("%", "%%") for name in CONTENDERS + PARTS))  # fmt: skip
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), metavar="NAME",
+                        choices=CONTENDERS + OTHERS + PARTS,
+                        help=", ".join(CONTENDERS + OTHERS + PARTS).replace("%", "%%"))  # fmt: skip
     parser.add_argument("--parts", action="store_const", dest="contenders", const=["full", *PARTS],
                         help="measure what each class of minillava.fast gains, one left out at a time")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="times that each contender runs (default: 3)")

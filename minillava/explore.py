@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from minillava.checks import LlavaError
 from minillava.compressors import Recorder
-from minillava.model import Generation, Llava, LlavaError
+from minillava.model import Generation, Llava
 from minillava.processor import IMAGE_TOKEN, Processor
 from prefixkv import PrefixKV, priority, search
 

@@ -39,6 +39,16 @@ def times(matrix: Tensor, vectors: Tensor) -> Tensor:
     return vectors @ matrix.mT if gaps else (matrix @ vectors.mT).mT
 
 
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`apply_rope`. Compiled, each `cat` would be a pass over memory of its own; moved indices join the loop around."""
+    if not torch.compiler.is_compiling():
+        return apply_rope(x, cos, sin)
+    half = x.shape[-1] // 2
+    first = torch.arange(2 * half, device=x.device) < half  # [Dh]
+    other = x.roll(half, dims=-1)
+    return x * cos + torch.where(first, -other, other) * sin
+
+
 class FastLinear(nn.Linear):
     """nn.Linear that uses every thread of a CPU for one token per sample.
 
@@ -73,7 +83,7 @@ class FastAttention(Attention):
         if x.shape[1] > 1:
             return super().project(x, rope)
         both = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1)  # [B, 1, (H + Hkv) * Dh]
-        both = apply_rope(split_heads(both, self.num_heads + self.kv_heads), *rope)  # [B, H + Hkv, 1, Dh]
+        both = turn(split_heads(both, self.num_heads + self.kv_heads), *rope)  # [B, H + Hkv, 1, Dh]
         value = split_heads(self.v_proj(x), self.kv_heads)  # [B, Hkv, 1, Dh]
         return both[:, : self.num_heads], both[:, self.num_heads :], value
 

@@ -25,16 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class LlavaError(ValueError):
-    """Input that cannot be used. The message says what was found, what was expected, and what to do."""
-
-
-def require(condition: object, sentence: str) -> None:
-    """Raises LlavaError(sentence) if the condition is false."""
-    if not condition:
-        raise LlavaError(sentence)
-
+from minillava.checks import check_prompt, check_sampling, require, require_left_padding
 
 # ---------------------------------------------------------------- configuration
 
@@ -558,33 +549,10 @@ class Llava(nn.Module):
         features = self.image_features(pixel_values.to(embeddings.dtype))  # [I, P, D]; bfloat16 under autocast
         return embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
 
-    def check(self, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int = 0) -> Tensor:
-        """Raises LlavaError for a prompt that cannot be read; returns which tokens are no padding, bool [B, N]."""
-        shape, vocabulary = list(input_ids.shape), self.config.text.vocab_size
-        usable = len(shape) == 2 and 0 not in shape and input_ids.dtype in (torch.int64, torch.int32)
-        require(usable, f"input_ids are {input_ids.dtype} {shape}; expected int64 [B, N], one prompt or more.")
-        known = ((input_ids >= 0) & (input_ids < vocabulary)).all()
-        require(known, f"input_ids hold ids outside the vocabulary; expected 0 to {vocabulary - 1}.")
-        whole = isinstance(new_tokens, int) and new_tokens >= 0
-        require(whole, f"max_new_tokens is {new_tokens}; expected a whole number, 0 or more.")
-        limit = self.config.text.max_position_embeddings
-        require(
-            shape[1] + new_tokens <= limit,
-            f"{shape[1]} prompt tokens and {new_tokens} new ones exceed the model's {limit} positions; "
-            "shorten the prompt or ask for fewer.",
-        )
-        if attention_mask is None:
-            return torch.ones_like(input_ids, dtype=torch.bool)
-        mask = f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}"
-        require(attention_mask.shape == input_ids.shape, f"{mask}; expected {shape}, as input_ids are.")
-        present = attention_mask == 1  # [B, N]
-        require((present | (attention_mask == 0)).all(), f"{mask}; expected 1 for a token and 0 for padding alone.")
-        return present
-
     def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None,
                 attention_mask: Tensor | None = None) -> Tensor:  # fmt: skip
         """Logits [B, N, V] of every position; differentiable, so a caller can train on them."""
-        present = self.check(input_ids, attention_mask)  # [B, N]
+        present = check_prompt(self.config.text, input_ids, attention_mask)  # [B, N]
         positions = (present.cumsum(-1) - 1).clamp(min=0)  # [B, N]
         hidden = self.embed(input_ids, pixel_values)  # [B, N, D]
         return self.lm_head(self.language_model(hidden, positions, causal_mask(present)))
@@ -597,9 +565,8 @@ class Llava(nn.Module):
     def prefill(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
                 max_new_tokens: int = 128, compressor: Any = None) -> tuple[Tensor, KVCache]:  # fmt: skip
         """Reads the prompt: logits [B, V] for the first new token, and the cache, compressed if asked."""
-        present = self.check(input_ids, attention_mask, max_new_tokens)  # [B, N]
-        left = present[:, -1].all() and (present.long().diff(dim=-1) >= 0).all()
-        require(left, "attention_mask has padding in or after the prompt; pad prompts on the left to generate.")
+        present = check_prompt(self.config.text, input_ids, attention_mask, max_new_tokens)  # [B, N]
+        require_left_padding(present)
         cache = self.new_cache(present, max_new_tokens, compressor)
         if compressor is not None:
             compressor.begin(present, input_ids == self.config.image_token_id)
@@ -633,8 +600,7 @@ class Llava(nn.Module):
         the max_new_tokens of `prefill`. Temperature 0 takes the likeliest token; top_k 0 and top_p 1 switch these
         two off. A sample that has ended yields the pad id.
         """
-        sane = temperature >= 0 and top_k >= 0 and 0 < top_p <= 1
-        require(sane, f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range: >= 0, >= 0, 0 to 1.")
+        check_sampling(temperature, top_k, top_p)
         ends = self.config.eos_token_id if eos_token_id is None else eos_token_id
         stops = torch.tensor([ends] if isinstance(ends, int) else list(ends), dtype=torch.long, device=logits.device)
         generator = None if seed is None else torch.Generator(logits.device).manual_seed(seed)

@@ -20,7 +20,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from minillava.model import LlavaConfig, LlavaError
+from minillava.checks import LlavaError
+from minillava.model import LlavaConfig
 
 IMAGE_TOKEN = "<image>"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from minillava import TINY
-from minillava.model import Llava, LlavaConfig, LlavaError
+from minillava.checks import LlavaError
+from minillava.model import Llava, LlavaConfig
 from minillava.processor import open_image
 from prefixkv import PrefixKV
 from weights import find, find_device, load_model, load_processor, read_config

@@ -19,7 +19,7 @@ from PIL import Image
 
 import demo
 from minillava import explore
-from minillava.model import LlavaError
+from minillava.checks import LlavaError
 from prefixkv import PrefixKV
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import weights
 from bench import fuzz
-from minillava.model import LlavaError
+from minillava.checks import LlavaError
 from minillava.processor import open_image
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillava.model import LlavaError, sample
+from minillava.checks import LlavaError
+from minillava.model import sample
 from prefixkv import PrefixKV
 
 

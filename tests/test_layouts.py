@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import weights
 from bench.parity import CLIP, save_original
-from minillava.model import LlavaError
+from minillava.checks import LlavaError
 
 # The same float32 operations on both sides; see test_parity.
 LOGITS = 1e-5

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from minillava.model import LlavaError
+from minillava.checks import LlavaError
 from minillava.processor import AddedToken, ImageProcessor, Processor, Tokenizer, open_image, to_rgb
 from train.train_tiny import tokenizer_json
 

@@ -15,8 +15,8 @@ from PIL import Image
 from bench import published, real
 from bench.published import FULL, PublishedElastic, PublishedH2O, Run, entries_as_ranks, main, with_short_positions
 from bench.quality import Sample, likelihood, read_results
+from minillava.checks import LlavaError
 from minillava.compressors import Local
-from minillava.model import LlavaError
 from prefixkv import PrefixKV, retain
 
 seeds = st.integers(0, 2**32 - 1)

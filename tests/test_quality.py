@@ -17,8 +17,8 @@ from PIL import Image
 from bench import parts, quality
 from bench import published as bench_published
 from bench.quality import curves, gini, interval, likelihood, main, read_results, rouge_l
+from minillava.checks import LlavaError
 from minillava.compressors import METHODS, Recorder
-from minillava.model import LlavaError
 from prefixkv import Plan, PrefixKV
 
 QUICK = ["--samples", "4", "--batch-size", "2", "--budgets", "0.3", "0.6", "--methods", "full", "local", "prefixkv",

@@ -70,3 +70,13 @@ def test_the_papers_presets_have_the_shapes_of_llava():
         with torch.device("meta"):
             model = speed.Llava(PRESETS[name].model)
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
+
+
+def test_a_row_names_its_method_and_budget():
+    for name in speed.OTHERS + ("PrefixKV 20%", "PrefixKV 20% compiled"):
+        method = speed.compressor_of(name, 8)
+        assert type(method) is speed.METHODS[name.split()[0].lower()] and method.budget == 0.2
+    assert (
+        speed.compressor_of("full without all", 8) is None
+        and speed.compressor_of("plan 20%", 3).plan.ratios == [0.2] * 3
+    )

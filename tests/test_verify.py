@@ -13,7 +13,8 @@ from torch import nn
 
 import minillava.model
 import weights
-from minillava.model import Llava, LlavaError
+from minillava.checks import LlavaError
+from minillava.model import Llava
 from minillava.verify import Reference, Stage, Tap, against_ours, compare, first_difference, main, our_taps, verify
 
 PROMPT = "USER: <image>\nWhat is in the image? ASSISTANT:"

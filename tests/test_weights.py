@@ -14,7 +14,7 @@ from conftest import ROOT, reference, write
 from safetensors.torch import load_file, save_file
 
 import weights
-from minillava.model import LlavaError
+from minillava.checks import LlavaError
 
 
 @pytest.fixture

@@ -38,8 +38,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from minillava.checks import LlavaError
 from minillava.compressors import Recorder
-from minillava.model import DecoderLayer, Llava, LlavaConfig, LlavaError, TextConfig, VisionConfig, merge_heads
+from minillava.model import DecoderLayer, Llava, LlavaConfig, TextConfig, VisionConfig, merge_heads
 from minillava.processor import ImageProcessor
 from prefixkv import PrefixKV, priority
 from train.evaluate import commonest, evaluate
