@@ -24,9 +24,10 @@ from minillava.compressors import METHODS
 from minillava.model import Llava
 from minillava.processor import Processor, open_image
 from prefixkv import Plan, PrefixKV
-from weights import find_device, load, write_file
+from weights import find, find_device, load, memory_needed, write_file
 
 WIDTH = 80
+SLOW = 1.0  # seconds after which progress is shown
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -77,6 +78,32 @@ class Typewriter:
         sys.stdout.write("\n" if self.column else "")
 
 
+class Progress:
+    """A line on stderr, if that is a terminal, that says how far something slow has come. It goes away at the end."""
+
+    def __init__(self, title: str):
+        self.title, self.start, self.shown = title, time.perf_counter(), False
+
+    def update(self, done: float, total: float, unit: str) -> None:
+        """Shows the line, unless the work has just begun."""
+        seconds = time.perf_counter() - self.start
+        if sys.stderr.isatty() and seconds > SLOW:
+            share = done / total
+            bar = "#" * round(20 * share)
+            left = seconds * (1 - share) / share
+            sys.stderr.write(
+                f"\r{self.title} [{bar:20}] {share:4.0%}, {seconds / done:.3g} s a {unit}, {left:.0f} s left "
+            )
+            sys.stderr.flush()
+            self.shown = True
+
+    def end(self) -> None:
+        """Takes the line away."""
+        if self.shown:
+            sys.stderr.write("\r" + " " * (WIDTH - 1) + "\r")
+            sys.stderr.flush()
+
+
 def answer(
     model: Llava,
     processor: Processor,
@@ -91,7 +118,17 @@ def answer(
     device = model.lm_head.weight.device
     inputs = {name: tensor.to(device) for name, tensor in processor(prompt, images).items()}
     start = time.perf_counter()
-    logits, cache = model.prefill(**inputs, max_new_tokens=args.max_new_tokens, compressor=compressor)
+    layers, progress = model.language_model.layers, Progress("reading the prompt")
+    hooks = [
+        layer.register_forward_hook(lambda *_, done=done: progress.update(done, len(layers), "layer"))
+        for done, layer in enumerate(layers, start=1)
+    ]
+    try:
+        logits, cache = model.prefill(**inputs, max_new_tokens=args.max_new_tokens, compressor=compressor)
+    finally:
+        progress.end()
+        for hook in hooks:
+            hook.remove()
     if device.type == "cuda":
         torch.cuda.synchronize()
     prefilled = time.perf_counter()
@@ -248,7 +285,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--dtype", default="float32", choices=["auto", "float32", "float16", "bfloat16"],
+                        help="of the weights; auto: as the checkpoint has them (default: float32)")  # fmt: skip
     parser.add_argument(
         "--chat", action="store_true", help="several turns in the terminal, with one --method and --budget if given"
     )
@@ -277,13 +315,40 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def free_memory() -> int | None:
+    """Bytes that a program may take without the system swapping; None where Linux' /proc is not there."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def load_shown(args: argparse.Namespace, device: torch.device) -> tuple[Llava, Processor]:
+    """Loads, with a line of progress; raises LlavaError if the weights do not fit into memory in the dtype asked for."""
+    folder, dtype = find(args.model), None if args.dtype == "auto" else getattr(torch, args.dtype)
+    free = (
+        free_memory() if device.type == "cpu" and dtype else None
+    )  # weights in their own dtype need not fit: see load
+    if free is not None and (needed := memory_needed(folder, dtype)) > free:
+        raise LlavaError(
+            f"{args.model} in {args.dtype} needs {human(needed)}, {human(free)} are free; "
+            f"try --dtype auto ({human(memory_needed(folder, None))})."
+        )
+    progress = Progress("loading")
+    try:
+        return load(folder, device, dtype, progress=lambda done, size: progress.update(done / 1e9, size / 1e9, "GB"))
+    finally:
+        progress.end()
+
+
 def describe(args: argparse.Namespace) -> None:
     """Loads, answers, and shows; raises LlavaError for input that cannot be used."""
     device = find_device(args.device)
     compressed = compressors(args)
     paths = args.image or [str(TINY / "examples" / "scene_1.png")]
     images = [open_image(path) for path in paths]
-    model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype))
+    model, processor = load_shown(args, device)
     if args.plan:  # refused before anything is answered, if it is for another model
         compressed[0][1].planned(0, model.config.text.num_hidden_layers, torch.ones(1))
     if args.chat:

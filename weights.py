@@ -422,30 +422,47 @@ def grows(name: str, shape: tuple[int, ...], model: Llava) -> bool:
     return name in ("language_model.embed_tokens.weight", "lm_head.weight") and shape == (rows, width)
 
 
-def load_weights(model: Llava, folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
+Progress = Callable[[int, int], None]  # told how many bytes are read so far, and how many there are
+
+
+def load_weights(
+    model: Llava,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    mmap: bool | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Streams a checkpoint into a model built on the meta device, one tensor in memory beside it.
 
-    Raises LlavaError that names every missing, unexpected and misshapen tensor, before any is read.
+    mmap and progress as in `load`. Raises LlavaError that names every missing, unexpected and misshapen tensor, before
+    any is read.
     """
     fit = match(model, folder)
     if fit.problems:
         shown = "; ".join(fit.problems[:20])
         shown += f"; and {len(fit.problems) - 20} more" if len(fit.problems) > 20 else ""
         raise LlavaError(f"{folder} does not fit its config.json: {shown}.")
+    done, size = 0, sum(file.stat().st_size for file in fit.files)
+    if mmap is None:
+        mmap = size > 2e9
     for entry in tensors(fit.files):
         ours = our_name(entry.name)
         if fit.source.get(ours) != entry.name:
             continue
-        tensor = entry.read()  # backed by the file until the copy below
+        tensor = entry.read()  # backed by the file
         if not tensor.is_floating_point():
             raise LlavaError(f"{folder}: {entry.name} is {tensor.dtype}; expected floating-point weights.")
-        tensor = tensor.to(device=device, dtype=dtype, copy=True)
+        done += tensor.nbytes
+        tensor = tensor.to(device=device, dtype=dtype, copy=not mmap)
         parameter = model.get_parameter(ours)
         if tensor.shape != parameter.shape:  # the mean of all rows: its logit is never the largest
             mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
             tensor = torch.cat([tensor, mean.expand(len(parameter) - len(tensor), -1)])
         owner, _, attribute = ours.rpartition(".")
         setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
+        if progress is not None:
+            progress(done, size)
     if fit.tied:
         model.tie_weights()
 
@@ -473,10 +490,12 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
     fast: bool | None = None,
+    mmap: bool | None = None,
+    progress: Progress | None = None,
 ) -> Llava:
     """The model of a checkpoint's folder, in evaluation mode; no tokenizer is needed. Parameters as in `load`."""
     model, device = empty_model(read_config(folder)).eval(), torch.device(device)
-    load_weights(model, folder, device, dtype)
+    load_weights(model, folder, device, dtype, mmap, progress)
     return speed_up(model) if fast or (fast is None and device.type == "cpu") else model
 
 
@@ -486,15 +505,30 @@ def load(
     dtype: torch.dtype | None = torch.float32,
     revision: str | None = None,
     fast: bool | None = None,
+    mmap: bool | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Llava, Processor]:
     """The model in evaluation mode, and its processor, from a folder or a Hub id.
 
-    dtype: None keeps the checkpoint's own; float32 is the default because half precision is slow on most CPUs.
+    dtype: None keeps the checkpoint's own, which for most is one of 16 bits.
     fast: whether `fast.speed_up` changes the model's modules; None does so on a CPU. False is for stepping through
-    the code of model.py. Raises LlavaError for anything that cannot be loaded.
+    the code of model.py.
+    mmap: weights that need no conversion are not read but mapped: the system reads a page when it is used, and may drop
+    it when memory is short. None does so on a CPU for files of more than 2 GB in all. Replace such a file only by a new
+    one of the same name (as downloads do), which leaves the model with the old one. If it is written into, the weights
+    change with it, and if it is cut short, the process ends with a bus error.
+    progress: called with the bytes read so far and the bytes of all files.
+    Raises LlavaError for anything that cannot be loaded.
     """
     folder = find(path_or_id, revision)
-    return load_model(folder, device, dtype, fast), load_processor(folder)
+    return load_model(folder, device, dtype, fast, mmap, progress), load_processor(folder)
+
+
+def memory_needed(folder: Path, dtype: torch.dtype | None) -> int:
+    """Bytes of a checkpoint's weights in this dtype; None: as its files hold them."""
+    if dtype is None:
+        return sum(math.prod(entry.shape) * BYTES.get(entry.dtype, 0) for entry in tensors(weight_files(folder)))
+    return sum(p.numel() for p in empty_model(read_config(folder)).parameters()) * dtype.itemsize
 
 
 def load_processor(folder: Path) -> Processor:

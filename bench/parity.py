@@ -114,7 +114,7 @@ def compare(folders: list[Path]) -> str:
     largest = 0.0
     for path in sorted(path for folder in folders for path in folder.glob("*/version.json")):
         version, layout, dtype = json.loads(path.read_text())
-        model, expected = load_model(path.parent, dtype=None), load_file(path.parent / "expected.st")
+        model, expected = load_model(path.parent, dtype=None, fast=False), load_file(path.parent / "expected.st")
         with torch.no_grad():
             logits = model(expected["ids"], expected["pixels"])
         tokens = model.generate(expected["ids"], expected["pixels"], max_new_tokens=64, eos_token_id=()).token_ids

@@ -46,7 +46,7 @@ from bench.quality import (
     scenes,
 )
 from minillava import TINY
-from minillava.compressors import H2O, Elastic, Local
+from minillava.compressors import H2O, Cover, Elastic, Local
 from minillava.model import KVCache, Llava
 from prefixkv import PrefixKV
 from weights import find, load, write_file
@@ -129,8 +129,9 @@ SELECTIONS: dict[str, dict[str, type[PrefixKV]]] = {
     "local": {"correct": Local},  # selects by position alone
     "h2o": {"correct": H2O, "as published": PublishedH2O},
     "elastic": {"correct": Elastic, "as published": PublishedElastic},
+    "cover": {"correct": Cover},  # ours; nothing of it is published
 }
-TITLES = {"prefixkv": "PrefixKV", "local": "local", "h2o": "H2O", "elastic": "Elastic Cache"}
+TITLES = {"prefixkv": "PrefixKV", "local": "local", "h2o": "H2O", "elastic": "Elastic Cache", "cover": "cover"}
 
 
 # ---------------------------------------------------------------- measuring

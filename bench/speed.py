@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minillava import TINY
@@ -30,7 +31,7 @@ from minillava.compressors import METHODS
 from minillava.fast import compile_steps
 from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
 from prefixkv import Plan, PrefixKV
-from weights import config_dict, load_model, read_config, save_weights, write_json
+from weights import config_dict, empty_model, hub_name, load_model, read_config, write_json
 
 BUDGETS = (0.2, 0.4, 0.6, 0.8)
 CONTENDERS = (
@@ -58,13 +59,16 @@ class Preset:
     device: str = "cpu"
     dtype: str = "float32"
     image: bool = True
+    cut: int = 0  # new tokens of transformers' rows, where all of them would take too long
 
 
-def llava(width: int, inner: int, layers: int, heads: int, vocab: int, vision: VisionConfig) -> LlavaConfig:
+def llava(
+    width: int, inner: int, layers: int, heads: int, vocab: int, vision: VisionConfig, kv_heads: int | None = None
+) -> LlavaConfig:
     """A LLaVA of these shapes; the image token is the last of the vocabulary."""
     text = TextConfig(
         vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=32768,
+        num_attention_heads=heads, num_key_value_heads=kv_heads or heads, max_position_embeddings=32768,
     )  # fmt: skip
     return LlavaConfig(vision=vision, text=text, image_token_id=vocab - 1, pad_token_id=0)
 
@@ -72,11 +76,14 @@ def llava(width: int, inner: int, layers: int, heads: int, vocab: int, vision: V
 CLIP_L = VisionConfig(1024, 4096, 24, 16, image_size=336, patch_size=14)
 SMALL = llava(512, 1376, 8, 8, 1024, VisionConfig(256, 1024, 6, 4, image_size=336, patch_size=14))
 LLAVA_7B = llava(4096, 11008, 32, 32, 32064, CLIP_L)
+TINYLLAMA = llava(2048, 5632, 22, 32, 32064, CLIP_L, kv_heads=4)
 LLAVA_13B = llava(5120, 13824, 40, 40, 32064, CLIP_L)
 PRESETS = {  # those called paper have the batches and lengths of the published efficiency table
     "cpu": Preset(SMALL, 8, 1024, 64),
     "cpu-long": Preset(SMALL, 8, 1024, 512),
     "tiny": Preset(None, 1, 592, 128),
+    "laptop-1b": Preset(TINYLLAMA, 1, 600, 32, dtype="bfloat16"),  # TinyLlama's decoder
+    "laptop-7b": Preset(LLAVA_7B, 1, 600, 32, dtype="bfloat16", cut=4),
     "paper-7b-1024": Preset(LLAVA_7B, 16, 1024, 512, "cuda", "bfloat16"),
     "paper-7b-624": Preset(LLAVA_7B, 48, 624, 256, "cuda", "bfloat16"),
     "paper-13b-1024": Preset(LLAVA_13B, 8, 1024, 512, "cuda", "bfloat16"),
@@ -97,18 +104,38 @@ class Result:
     kv_bytes: int  # keys and values held after the last step
     weight_bytes: int  # read in every decode step: decoder and output layer
     peak_bytes: int  # of the process or device, beyond what was there before the prefill
+    whole_bytes: int  # at the peak, what was there before included
 
 
-def write_checkpoint(config: LlavaConfig, folder: Path, dtype: torch.dtype, device: str) -> None:
-    """Random weights of these shapes in the Hub layout, so that transformers and we load the same."""
-    with torch.device(device):
-        torch.manual_seed(0)
-        model = Llava(config).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-    save_weights(model, folder / "model.safetensors", dtype)
+def write_checkpoint(config: LlavaConfig, folder: Path, dtype: torch.dtype) -> None:
+    """Random weights of these shapes in the Hub layout, so that transformers and we load the same.
+
+    Files of up to 2 GB are made one after the other, so that no more than that is in memory at once. Numbers repeat
+    after a million: to draw billions would take long.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    noise = torch.randn(1 << 20)
+    index: dict[str, str] = {}
+    state: dict[str, Tensor] = {}
+
+    def write() -> None:
+        file = f"model-{len(set(index.values())) + 1:05}.safetensors"
+        save_file(state, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(state, file))
+        state.clear()
+
+    for name, parameter in empty_model(config).named_parameters():
+        shape, count = parameter.shape, parameter.numel()
+        if len(shape) > 1:
+            some = (noise * parameter[0].numel() ** -0.5).to(dtype)
+            state[hub_name(name)] = some.repeat(math.ceil(count / len(some)))[:count].reshape(shape).clone()
+        else:
+            state[hub_name(name)] = torch.full(shape, float("norm" in name and name.endswith("weight")), dtype=dtype)
+        if sum(tensor.nbytes for tensor in state.values()) > 2e9:
+            write()
+    write()
+    write_json(folder / "model.safetensors.index.json", {"weight_map": index})
     write_json(folder / "config.json", config_dict(config, str(dtype).removeprefix("torch.")))
 
 
@@ -210,6 +237,8 @@ def without(model: Llava, contender: str) -> Llava:
 def measure(contender: str, folder: str, preset: Preset) -> Result:
     """One prefill and all decode steps, after a few to warm up."""
     device, dtype = preset.device, getattr(torch, preset.dtype)
+    if preset.cut and contender.startswith("transformers"):
+        preset = replace(preset, new=preset.cut)
     config = read_config(Path(folder))
     model: Any
     begin: Callable[[Any, str, dict[str, Tensor], int], Run]
@@ -260,6 +289,7 @@ def measure(contender: str, folder: str, preset: Preset) -> Result:
         kv_bytes=held(),
         weight_bytes=weights,
         peak_bytes=peak(device) - before,
+        whole_bytes=peak(device),
     )
 
 
@@ -310,8 +340,8 @@ def table(results: list[Result], speed: float, preset: Preset) -> str:
         f"Batch {preset.batch}, {preset.prompt} prompt + {preset.new} new tokens, {preset.dtype} on "
         f"{device_name(preset.device)}; memory read at {speed / 1e9:.1f} GB/s.",
         "",
-        "| | prefill s | ms a step | t_min ms | step / t_min | tokens/s | all s | KV MB | peak MB | gain | allowed |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| | prefill s | ms a step | t_min ms | step / t_min | tokens/s | all s | KV MB | peak MB | all MB | gain | allowed |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         least = 1000 * (r.weight_bytes + r.kv_bytes) / speed
@@ -323,8 +353,10 @@ def table(results: list[Result], speed: float, preset: Preset) -> str:
         lines.append(
             f"| {r.contender} | {r.prefill_seconds:.3f} | {r.step_milliseconds:.2f} | {least:.2f} | "
             f"{r.step_milliseconds / least:.2f} | {r.tokens_per_second:.0f} | {r.total_seconds:.2f} | "
-            f"{r.kv_bytes / 1e6:.1f} | {r.peak_bytes / 1e6:.0f} | {gain} | {allowed} |"
+            f"{r.kv_bytes / 1e6:.1f} | {r.peak_bytes / 1e6:.0f} | {r.whole_bytes / 1e6:.0f} | {gain} | {allowed} |"
         )
+    if preset.cut:
+        lines.append(f"\nRows of transformers end after {preset.cut} new tokens.")
     return "\n".join(lines)
 
 
@@ -406,7 +438,7 @@ def main(arguments: list[str] | None = None) -> int:
             folder = args.model or str(TINY)
             if not args.model and preset.model is not None:
                 folder = scratch
-                write_checkpoint(preset.model, Path(scratch), getattr(torch, preset.dtype), preset.device)
+                write_checkpoint(preset.model, Path(scratch), getattr(torch, preset.dtype))
             if args.growth:
                 text, found = growth(args, folder), {}
             else:

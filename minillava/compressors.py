@@ -312,25 +312,27 @@ class TGVKV(Uniform):
 class Cover(H2O):
     """Keeps the words, a little of what they attend to, and an even cover of the picture.
 
-    Of a layer's tokens, the prompt's words take up to half. Of the rest, a share of LOOKED_AT are those that the words
-    behind the image attend to most (VL-Cache, TGV-KV). All others are evenly spaced over what is left, the picture. The
-    spacing is shifted from layer to layer, so that together the layers see nearly all of it. While decoding, the token
-    is dropped that has the least attention from the question's and the new words (H2O's eviction, with their queries
-    alone). The prompt's words and the newest tokens, a quarter but 8 at most, are spared.
+    Of a layer's tokens, the prompt's words take up to half: the last of them, if there are more. Of the rest, a share of
+    LOOKED_AT are those that the words behind the image attend to most (VL-Cache, TGV-KV). All others are evenly spaced
+    over what is left, the picture. The spacing is shifted from layer to layer, so that together the layers see nearly
+    all of it. Without a picture there is nothing to cover, and all of the rest goes by attention. While decoding, the
+    token is dropped that has the least attention from the question's and the new words (H2O's eviction, with their
+    queries alone). The newest tokens are spared, a quarter but 8 at most, and so are a picture's words.
     """
 
-    LOOKED_AT = 0.15
+    LOOKED_AT = 0.05
 
     def begin(self, present: Tensor, image: Tensor) -> None:
         self.asked, self.layer = question(present, image), 0
-        self.words = torch.where(image.any(1, keepdim=True), present & ~image, self.asked)
+        self.words, self.pictured = present & ~image, image.any(1)  # [B, N], [B]
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
         return question_attention(query, key, present, self.asked).mean(1).sum(1)
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
         self.layers = len(scores)
-        return super().allocate(scores + self.words * 1e6, present)  # words are dropped last
+        spared = self.words & self.pictured[:, None]  # [B, N]
+        return super().allocate(scores + spared * 1e6, present)
 
     def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
         kept = torch.zeros_like(present)
@@ -338,10 +340,11 @@ class Cover(H2O):
             own, spoken = present[row].nonzero()[:, 0], self.words[row].nonzero()[:, 0]
             kept[row, own[: self.start]] = True
             most = min(max(1, count // 2), count - int(kept[row].sum()))
-            kept[row, spoken[max(0, len(spoken) - most) :]] = True  # the last of them
+            kept[row, spoken[max(0, len(spoken) - most) :]] = True
             others = own[~kept[row, own]]
             room = count - int(kept[row].sum())
-            looked = scores[row, others].argsort(descending=True, stable=True)[: round(self.LOOKED_AT * room)]
+            share = self.LOOKED_AT if self.pictured[row] else 1.0
+            looked = scores[row, others].argsort(descending=True, stable=True)[: round(share * room)]
             kept[row, others[looked]] = True
             others, room = own[~kept[row, own]], room - len(looked)
             at = (torch.arange(room, device=own.device) + self.layer / self.layers) * len(others) / max(room, 1)

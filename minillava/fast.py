@@ -22,21 +22,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillava.model import Attention, CosSin, DecoderLayer, KVCache, Llava, apply_rope, merge_heads, split_heads
+from minillava.model import Attention, CosSin, DecoderLayer, KVCache, Llava, VisionLayer
+from minillava.model import apply_rope, merge_heads, split_heads
 from prefixkv import Compressor
+
+HALF = (torch.float16, torch.bfloat16)
+PART = 2**21  # numbers of a weight that are converted at once: 8 MB
 
 
 def times(matrix: Tensor, vectors: Tensor) -> Tensor:
     """A matrix [..., rows, width] times a few vectors [..., count, width]: [..., count, rows]. Reads the matrix once.
 
-    Compiled, it is one loop over the matrix with a running sum for each vector, and the operations before and after it
-    join that loop.
+    Compiled, it is one loop over the matrix with a running sum in float32 for each vector, and the operations before
+    and after it join that loop. A matrix in 16 bits is read as it is, and widened number by number.
     """
     if torch.compiler.is_compiling():
-        return torch.stack([(matrix * vector[..., None, :]).sum(-1) for vector in vectors.unbind(-2)], dim=-2)
+        sums = [(matrix.float() * vector[..., None, :].float()).sum(-1) for vector in vectors.unbind(-2)]
+        return torch.stack(sums, dim=-2)
     # The rows of value.mT have the layer's free slots between them. With more than 64, `vectors @ matrix.mT` is faster.
     gaps = matrix.stride(-2) - matrix.shape[-1] > 64
     return vectors @ matrix.mT if gaps else (matrix @ vectors.mT).mT
+
+
+def half_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` of 16-bit numbers: [..., in] -> [..., out]. For many tokens it is computed in float32, rounded once.
+
+    Few processors multiply 16-bit numbers as fast as float32. A part of the weight is converted and used before the
+    next one, so that it never leaves the processor's cache. For up to 8 tokens, reading the weight takes the time, and
+    16 bits are read in half of it.
+    """
+    if x.numel() <= 8 * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    wide, product = x.float(), x.new_empty(*x.shape[:-1], len(weight))
+    rows = max(1, PART // x.shape[-1])
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        product[..., part] = F.linear(wide, weight[part].float(), None if bias is None else bias[part].float())
+    return product
+
+
+def wide_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """`F.scaled_dot_product_attention` in float32, rounded at the end."""
+    context = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), **options)
+    return context.to(query.dtype)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,6 +88,8 @@ class FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, in] -> [B, N, out]."""
         one_loop = torch.compiler.is_compiling() and len(x) <= 8  # more sums do not fit in the registers
+        if x.is_cpu and self.weight.dtype in HALF and not one_loop:
+            return half_product(x, self.weight, self.bias)
         if not (x.is_cpu and x.shape[1] == 1 and (one_loop or self.weight.numel() >= 2**16)):
             return F.linear(x, self.weight, self.bias)
         parts = 1 if one_loop else math.gcd(self.out_features, 16)
@@ -68,7 +98,7 @@ class FastLinear(nn.Linear):
         product = times(weight, vectors) if one_loop or len(x) <= 4 else vectors @ weight.mT  # [parts, B, rows]
         # `times` leaves neighbouring numbers of a token B places apart, which would slow down what follows.
         product = product.transpose(0, 1).reshape(len(x), 1, -1).contiguous()  # [B, 1, out]
-        return product if self.bias is None else product + self.bias
+        return (product if self.bias is None else product + self.bias).to(x.dtype)
 
 
 class FastAttention(Attention):
@@ -90,16 +120,33 @@ class FastAttention(Attention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """As `Attention.attend`: [B, H, N, Dh]."""
         if query.shape[2] > 1:
+            if query.is_cpu and query.dtype in HALF:
+                return wide_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
             return super().attend(query, key, value, mask)
         grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3)  # [B, Hkv, G, Dh]
-        if key.dtype != torch.float32:  # products would round the scores to 16 bits; the fused call does not
+        if (
+            key.dtype != torch.float32 and not torch.compiler.is_compiling()
+        ):  # a product would round the scores to 16 bits
             context = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)  # [B, Hkv, G, Dh]
         else:
             scores = times(key, grouped * query.shape[3] ** -0.5)  # [B, Hkv, G, S]
             if mask is not None:
                 scores = scores.masked_fill(~mask, -math.inf)
-            context = times(value.mT, scores.softmax(-1))  # [B, Hkv, G, Dh]
+            context = times(value.mT, scores.softmax(-1)).to(query.dtype)  # [B, Hkv, G, Dh]
         return context.flatten(1, 2)[:, :, None]
+
+
+class FastVisionLayer(VisionLayer):
+    """Attention between patches in float32, where the weights have 16 bits."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """As `VisionLayer.forward`."""
+        if not (hidden.is_cpu and hidden.dtype in HALF):
+            return super().forward(hidden)
+        x = self.layer_norm1(hidden)
+        heads = [split_heads(project(x), self.num_heads) for project in (self.q_proj, self.k_proj, self.v_proj)]
+        hidden = hidden + self.out_proj(merge_heads(wide_attention(*heads)))
+        return hidden + self.fc2(self.activation(self.fc1(self.layer_norm2(hidden))))
 
 
 class FastTopLayer(DecoderLayer):
@@ -135,7 +182,7 @@ class FastKVCache(KVCache):
     def allocate(self, key: Tensor, value: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         """As `KVCache.allocate`."""
         keys, values = super().allocate(key, value, slots)
-        if values.dtype == torch.float32:  # `times` reads one dimension of all slots, then the next
+        if values.dtype == torch.float32 or self.compiled:  # `times` reads one dimension of all slots, then the next
             values = values.view(*values.shape[:2], values.shape[3], slots).mT  # [B, Hkv, S, Dh]
         return keys, values
 
@@ -184,19 +231,15 @@ class FastLlava(Llava):
 
 
 def speed_up(model: Llava) -> Llava:
-    """Swaps the classes of the model's modules in place; returns the model. Classes of your own are left as they are.
-
-    The vision tower stays plain: it always reads many patches at once.
-    """
+    """Swaps the classes of the model's modules in place; returns the model. Classes of your own are left as they are."""
     if type(model) is Llava:
         model.__class__ = FastLlava
     if type(model.language_model.layers[-1]) is DecoderLayer:
         model.language_model.layers[-1].__class__ = FastTopLayer
-    for module in [*model.language_model.modules(), model.lm_head]:
-        if type(module) is nn.Linear:
-            module.__class__ = FastLinear
-        elif type(module) is Attention:
-            module.__class__ = FastAttention
+    for module in model.modules():
+        for plain, fast in ((nn.Linear, FastLinear), (Attention, FastAttention), (VisionLayer, FastVisionLayer)):
+            if type(module) is plain:
+                module.__class__ = fast
     return model
 
 

@@ -402,8 +402,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise LlavaError(f"--new-tokens is {args.new_tokens}; expected 2 or more.")
         find_device(args.device)
         folder, dtype = find(args.model), getattr(torch, args.dtype)
+        fast = (
+            None if dtype == torch.float32 else False
+        )  # in 16 bits the fast classes round less than transformers does
         if args.against == "ours":
-            model = load_model(folder, args.device, dtype)
+            model = load_model(folder, args.device, dtype, fast)
             processor = load_processor(folder)
             inputs = {n: t.to(args.device) for n, t in processor([args.prompt], [open_image(args.image)]).items()}
             rows = against_ours(model, inputs, args.budget, args.new_tokens)
@@ -416,7 +419,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\nThe output of layer {max(range(len(rows)), key=lambda i: rows[i][0])} moves most.")
             return 0
         reference = Reference(folder, args.image, args.prompt, dtype, args.device, args.new_tokens)
-        model = load_model(folder, args.device, dtype)
+        model = load_model(folder, args.device, dtype, fast)
         stages = verify(model, reference, args.tolerance if args.tolerance is not None else TOLERANCE[args.dtype])
     except ValueError as error:
         print(f"verify: error: {error}", file=sys.stderr)

@@ -249,7 +249,7 @@ def test_cover_keeps_words_a_little_attention_and_sees_all_of_the_picture(seed, 
         rows = weights_of(query[layer], key[layer])[:, int(image.nonzero()[-1]) + 1 :].mean(0).sum(0)
         others = [j for j in range(1, length) if j not in words[-min(len(words), count // 2) :]]
         room = count - (length - len(others))
-        best = sorted(others, key=lambda j: -float(rows[j]))[: round(0.15 * room)]
+        best = sorted(others, key=lambda j: -float(rows[j]))[: round(Cover.LOOKED_AT * room)]
         assert kept[layer, 0, best].all()
 
     class Even(Cover):
@@ -262,6 +262,22 @@ def test_cover_keeps_words_a_little_attention_and_sees_all_of_the_picture(seed, 
         int(counts.min()) // 2 >= len(words) and int(image.sum()) <= 8 * room
     ):  # a spacing of eight at most: eight layers
         assert int((~kept.any(0)[0]).sum()) <= missed
+
+
+@given(seeds, st.integers(3, 90), st.floats(0.1, 0.9))
+def test_without_a_picture_cover_keeps_the_newest_half_and_what_the_last_tokens_attend_to(seed, length, budget):
+    query, key, present = attention(seed, 1, [length])
+    compressor = Cover(budget)
+    compressor.begin(present, torch.zeros_like(present))
+    scores = compressor.score(query[0], key[0], present)
+    count = int(compressor.allocate(scores[None], present)[0, 0])
+    kept = compressor.retain(scores, torch.tensor([count]), present)[0].nonzero()[:, 0].tolist()
+    received = weights_of(query[0], key[0])[:, -32:].mean(0).sum(0)
+    newest = list(range(length))[max(1, length - min(max(1, count // 2), count - 1)) :]
+    others = [j for j in range(1, length) if j not in newest]
+    best = sorted(others, key=lambda j: -float(received[j]))[: count - 1 - len(newest)]
+    assert kept == sorted([0, *newest, *best])
+    assert float(compressor.received.max()) < 1e5  # no word is spared for ever: all tokens are words
 
 
 @given(seeds, st.integers(1, 60), st.integers(0, 6), budgets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -50,6 +51,37 @@ def test_the_demo_without_arguments_gives_four_descriptions_and_a_table_in_80_co
     assert [row[:2] for row in table] == named
     assert table[0][-1] == "100%"
     assert done.stderr == ""
+
+
+def test_weights_that_do_not_fit_into_memory_are_refused_before_they_are_read(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "free_memory", lambda: 10_000)
+    code, out, err = run(capsys)
+    assert (code, out) == (2, "") and "MB, 10 KB are free; try --dtype auto (" in err
+    code, out, err = run(capsys, "--dtype", "auto", "--max-new-tokens", "2")
+    assert code == 0 and err == ""
+    monkeypatch.setattr(demo, "free_memory", lambda: None)  # where it cannot be known
+    assert run(capsys, "--max-new-tokens", "2")[0] == 0
+
+
+def test_the_free_memory_is_less_than_there_is():
+    free = demo.free_memory()
+    assert free is None or 0 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_what_is_slow_shows_how_far_it_is_on_a_terminal_alone_and_leaves_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "SLOW", 0.0)
+    _, out, err = run(capsys, "--max-new-tokens", "2")
+    assert err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    _, again, err = run(capsys, "--max-new-tokens", "2")
+    lines = err.split("\r")
+    assert len(again.splitlines()) == len(out.splitlines())
+    assert max(map(len, lines)) < 80 and "\n" not in err
+    for title, unit in (("loading", "GB"), ("reading the prompt", "layer")):
+        shown = [line for line in lines if line.startswith(title)]
+        assert shown and all(f" s a {unit}, " in line for line in shown)
+        assert [line.split("%")[0].split("] ")[1].strip() for line in shown][-1] == ("100" if unit == "layer" else "99")
+    assert lines[-2].strip() == lines[-1] == ""
 
 
 def test_the_demo_prints_ascii_to_a_terminal_that_knows_nothing_else():

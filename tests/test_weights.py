@@ -269,6 +269,40 @@ def test_loading_holds_one_model_and_one_tensor(tmp_path):
     assert used < 1.05 * size  # 1.00 was measured; a second copy of the model would make it 2
 
 
+def test_weights_are_mapped_where_they_need_no_conversion_and_that_is_asked_for(small):
+    folder, _, ours, _ = small
+    for mmap, dtype, mapped in (
+        (True, None, True),
+        (True, torch.float16, False),
+        (False, None, False),
+        (None, None, False),
+    ):
+        model = weights.load_model(folder, dtype=dtype, mmap=mmap)
+        files = {parameter.untyped_storage().filename is not None for parameter in model.parameters()}
+        assert files == {mapped}  # None: not for a small file
+        if dtype is None:
+            assert all(torch.equal(one, other) for one, other in zip(model.parameters(), ours.parameters()))
+
+
+def test_a_mapped_model_outlives_the_name_of_its_file(small, tmp_path):
+    folder = shutil.copytree(small[0], tmp_path / "copy")
+    model = weights.load_model(folder, dtype=None, mmap=True)
+    before = model.lm_head.weight.clone()
+    weights.write_file(folder / "model.safetensors", b"another file")  # replaced as a download is, not written into
+    assert torch.equal(model.lm_head.weight, before)
+
+
+def test_progress_and_the_memory_needed_count_the_bytes_of_the_files(small):
+    folder, told = small[0], []
+    model = weights.load_model(folder, dtype=None, progress=lambda done, size: told.append((done, size)))
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert [done for done, _ in told] == sorted({done for done, _ in told}) and told[-1][0] == 4 * numbers
+    assert {size for _, size in told} == {(folder / "model.safetensors").stat().st_size}
+    assert [weights.memory_needed(folder, dtype) for dtype in (None, torch.float32, torch.float16)] == [
+        4 * numbers, 4 * numbers, 2 * numbers,
+    ]  # fmt: skip
+
+
 def test_the_main_job_never_imports_transformers():
     code = "import sys, demo, weights, minillava.model, minillava.processor; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
