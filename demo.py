@@ -325,11 +325,10 @@ def free_memory() -> int | None:
 
 
 def load_shown(args: argparse.Namespace, device: torch.device) -> tuple[Llava, Processor]:
-    """Loads, with a line of progress; raises LlavaError if the weights do not fit into memory in the dtype asked for."""
+    """Loads, with a line of progress; raises LlavaError if the weights do not fit into memory in this dtype."""
     folder, dtype = find(args.model), None if args.dtype == "auto" else getattr(torch, args.dtype)
-    free = (
-        free_memory() if device.type == "cpu" and dtype else None
-    )  # weights in their own dtype need not fit: see load
+    # Weights in their own dtype need not fit: see `load`.
+    free = free_memory() if device.type == "cpu" and dtype is not None else None
     if free is not None and (needed := memory_needed(folder, dtype)) > free:
         raise LlavaError(
             f"{args.model} in {args.dtype} needs {human(needed)}, {human(free)} are free; "

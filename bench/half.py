@@ -1,7 +1,7 @@
 """How far logits in 16 bits lie from those in float32, ours and those of transformers: `python -m bench.half`.
 
-All three read the same 16-bit weights and the same prompt; float32 is ours. Weights are random, in the shapes of a preset of
-`bench.speed`.
+All three read the same 16-bit weights and the same prompt; float32 is ours. Weights are random, in the shapes of a
+preset of `bench.speed`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def distances(preset: Preset, dtype: str, folder: Path) -> dict[str, tuple[float
     """What `apart` says of ours and of transformers' logits."""
     from transformers import LlavaForConditionalGeneration
 
-    assert preset.model is not None
-    preset = replace(preset, dtype=dtype)
-    write_checkpoint(preset.model, folder, getattr(torch, dtype))
-    inputs = make_inputs(preset.model, preset)
+    config, preset = preset.model, replace(preset, dtype=dtype)
+    assert config is not None
+    write_checkpoint(config, folder, getattr(torch, dtype))
+    inputs = make_inputs(config, preset)
     exact = load_model(folder, dtype=torch.float32)(**inputs)
     gc.collect()
     found = {"minillava": apart(load_model(folder, dtype=None)(**inputs), exact)}

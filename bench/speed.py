@@ -340,7 +340,8 @@ def table(results: list[Result], speed: float, preset: Preset) -> str:
         f"Batch {preset.batch}, {preset.prompt} prompt + {preset.new} new tokens, {preset.dtype} on "
         f"{device_name(preset.device)}; memory read at {speed / 1e9:.1f} GB/s.",
         "",
-        "| | prefill s | ms a step | t_min ms | step / t_min | tokens/s | all s | KV MB | peak MB | all MB | gain | allowed |",
+        "| | prefill s | ms a step | t_min ms | step / t_min | tokens/s | all s | KV MB | peak MB | all MB | gain "
+        "| allowed |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:

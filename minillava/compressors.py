@@ -312,12 +312,13 @@ class TGVKV(Uniform):
 class Cover(H2O):
     """Keeps the words, a little of what they attend to, and an even cover of the picture.
 
-    Of a layer's tokens, the prompt's words take up to half: the last of them, if there are more. Of the rest, a share of
-    LOOKED_AT are those that the words behind the image attend to most (VL-Cache, TGV-KV). All others are evenly spaced
-    over what is left, the picture. The spacing is shifted from layer to layer, so that together the layers see nearly
-    all of it. Without a picture there is nothing to cover, and all of the rest goes by attention. While decoding, the
-    token is dropped that has the least attention from the question's and the new words (H2O's eviction, with their
-    queries alone). The newest tokens are spared, a quarter but 8 at most, and so are a picture's words.
+    Of a layer's tokens, the prompt's words take up to half: the last of them, if there are more. Of the rest, a share
+    of LOOKED_AT are those that the words behind the image attend to most (VL-Cache, TGV-KV). All others are evenly
+    spaced over what is left, the picture. The spacing is shifted from layer to layer, so that together the layers see
+    nearly all of it. Without a picture there is nothing to cover, and all of the rest goes by the attention of the last
+    32 tokens. While decoding, the token is dropped that has the least attention from the question's and the new words
+    (H2O's eviction, with their queries alone). The newest tokens are spared, a quarter but 8 at most, and so are the
+    words of a prompt with a picture.
     """
 
     LOOKED_AT = 0.05

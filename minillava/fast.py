@@ -22,8 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillava.model import Attention, CosSin, DecoderLayer, KVCache, Llava, VisionLayer
-from minillava.model import apply_rope, merge_heads, split_heads
+from minillava.model import (
+    Attention,
+    CosSin,
+    DecoderLayer,
+    KVCache,
+    Llava,
+    VisionLayer,
+    apply_rope,
+    merge_heads,
+    split_heads,
+)
 from prefixkv import Compressor
 
 HALF = (torch.float16, torch.bfloat16)
@@ -72,7 +81,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return apply_rope(x, cos, sin)
     half = x.shape[-1] // 2
-    first = torch.arange(2 * half, device=x.device) < half  # [Dh]
+    first = torch.arange(2 * half, device=x.device) < half
     other = x.roll(half, dims=-1)
     return x * cos + torch.where(first, -other, other) * sin
 
@@ -231,7 +240,7 @@ class FastLlava(Llava):
 
 
 def speed_up(model: Llava) -> Llava:
-    """Swaps the classes of the model's modules in place; returns the model. Classes of your own are left as they are."""
+    """Swaps the classes of the model's modules in place; returns the model. Your own classes are left as they are."""
     if type(model) is Llava:
         model.__class__ = FastLlava
     if type(model.language_model.layers[-1]) is DecoderLayer:

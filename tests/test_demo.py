@@ -80,7 +80,7 @@ def test_what_is_slow_shows_how_far_it_is_on_a_terminal_alone_and_leaves_nothing
     for title, unit in (("loading", "GB"), ("reading the prompt", "layer")):
         shown = [line for line in lines if line.startswith(title)]
         assert shown and all(f" s a {unit}, " in line for line in shown)
-        assert [line.split("%")[0].split("] ")[1].strip() for line in shown][-1] == ("100" if unit == "layer" else "99")
+        assert [line.split("%")[0].split("] ")[1].strip() for line in shown][-1] == "100"
     assert lines[-2].strip() == lines[-1] == ""
 
 
