@@ -7,6 +7,7 @@ import difflib
 import io
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -86,22 +87,24 @@ class Progress:
 
     def update(self, done: float, total: float, unit: str) -> None:
         """Shows the line, unless the work has just begun."""
-        seconds = time.perf_counter() - self.start
+        seconds, share = time.perf_counter() - self.start, done / total
         if sys.stderr.isatty() and seconds > SLOW:
-            share = done / total
-            bar = "#" * round(20 * share)
             left = seconds * (1 - share) / share
-            sys.stderr.write(
-                f"\r{self.title} [{bar:20}] {share:4.0%}, {seconds / done:.3g} s a {unit}, {left:.0f} s left "
-            )
-            sys.stderr.flush()
-            self.shown = True
+            text = f"{self.title} [{'#' * round(20 * share):20}] {share:4.0%}, {seconds / done:.3g} s a {unit}"
+            self.show(f"{text}, {left:.0f} s left")
+
+    def show(self, line: str) -> None:
+        """Writes the line over the one before."""
+        width = min(WIDTH, shutil.get_terminal_size().columns) - 1
+        sys.stderr.write(f"\r{line[:width]:{width}}")
+        sys.stderr.flush()
+        self.shown = bool(line)
 
     def end(self) -> None:
         """Takes the line away."""
         if self.shown:
-            sys.stderr.write("\r" + " " * (WIDTH - 1) + "\r")
-            sys.stderr.flush()
+            self.show("")
+            sys.stderr.write("\r")
 
 
 def answer(
@@ -327,13 +330,14 @@ def free_memory() -> int | None:
 def load_shown(args: argparse.Namespace, device: torch.device) -> tuple[Llava, Processor]:
     """Loads, with a line of progress; raises LlavaError if the weights do not fit into memory in this dtype."""
     folder, dtype = find(args.model), None if args.dtype == "auto" else getattr(torch, args.dtype)
-    # Weights in their own dtype need not fit: see `load`.
     free = free_memory() if device.type == "cpu" and dtype is not None else None
-    if free is not None and (needed := memory_needed(folder, dtype)) > free:
-        raise LlavaError(
-            f"{args.model} in {args.dtype} needs {human(needed)}, {human(free)} are free; "
-            f"try --dtype auto ({human(memory_needed(folder, None))})."
-        )
+    if free is not None:
+        needed, own = memory_needed(folder, dtype)
+        if needed > free and dtype != own:  # weights in the checkpoint's own dtype need not fit: see `load`
+            raise LlavaError(
+                f"{args.model} in {args.dtype} needs {human(needed)}, {human(free)} are free; try --dtype auto: "
+                f"{human(memory_needed(folder, None)[0])}, of which the system reads what it needs from the file."
+            )
     progress = Progress("loading")
     try:
         return load(folder, device, dtype, progress=lambda done, size: progress.update(done / 1e9, size / 1e9, "GB"))

@@ -422,7 +422,13 @@ def grows(name: str, shape: tuple[int, ...], model: Llava) -> bool:
     return name in ("language_model.embed_tokens.weight", "lm_head.weight") and shape == (rows, width)
 
 
-Progress = Callable[[int, int], None]  # told how many bytes are read so far, and how many there are
+Progress = Callable[[int, int], None]  # told how many bytes are loaded so far, and how many there are
+
+
+def own_dtype(fit: Match) -> torch.dtype:
+    """The dtype of a checkpoint: that of its embedding. Others may differ, such as those of a CLIP folder."""
+    name = fit.source["language_model.embed_tokens.weight"]
+    return next(entry.read().dtype for entry in tensors(fit.files) if entry.name == name)
 
 
 def load_weights(
@@ -443,18 +449,20 @@ def load_weights(
         shown = "; ".join(fit.problems[:20])
         shown += f"; and {len(fit.problems) - 20} more" if len(fit.problems) > 20 else ""
         raise LlavaError(f"{folder} does not fit its config.json: {shown}.")
-    done, size = 0, sum(file.stat().st_size for file in fit.files)
+    used = {name: ours for ours, name in fit.source.items()}
+    sizes = {e.name: math.prod(e.shape) * BYTES.get(e.dtype, 0) for e in tensors(fit.files) if e.name in used}
+    done, size = 0, sum(sizes.values())
     if mmap is None:
         mmap = size > 2e9
+    dtype = dtype or own_dtype(fit)
     for entry in tensors(fit.files):
-        ours = our_name(entry.name)
-        if fit.source.get(ours) != entry.name:
+        if (ours := used.get(entry.name)) is None:
             continue
         tensor = entry.read()  # backed by the file
         if not tensor.is_floating_point():
             raise LlavaError(f"{folder}: {entry.name} is {tensor.dtype}; expected floating-point weights.")
-        done += tensor.nbytes
-        tensor = tensor.to(device=device, dtype=dtype, copy=not mmap)
+        done += sizes[entry.name]
+        tensor = tensor.to(device=device, dtype=dtype, copy=not mmap).contiguous()
         parameter = model.get_parameter(ours)
         if tensor.shape != parameter.shape:  # the mean of all rows: its logit is never the largest
             mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
@@ -510,25 +518,26 @@ def load(
 ) -> tuple[Llava, Processor]:
     """The model in evaluation mode, and its processor, from a folder or a Hub id.
 
-    dtype: None keeps the checkpoint's own, which for most is one of 16 bits.
+    dtype: None takes the checkpoint's own, that of its embedding, which for most has 16 bits.
     fast: whether `fast.speed_up` changes the model's modules; None does so on a CPU. False is for stepping through
     the code of model.py.
-    mmap: weights that need no conversion are not read but mapped: the system reads a page when it is used, and may drop
-    it when memory is short. None does so on a CPU for files of more than 2 GB in all. Replace such a file only by a new
-    one of the same name (as downloads do), which leaves the model with the old one. If it is written into, the weights
-    change with it, and if it is cut short, the process ends with a bus error.
-    progress: called with the bytes read so far and the bytes of all files.
+    mmap: on a CPU, weights that need no conversion are mapped in place of being copied: the system reads a page of the
+    file when it is used, and may drop it when memory is short. None does so if they take more than 2 GB. Do not write
+    into the file while the model is in use: its weights would change, and if the file is cut short, the process ends.
+    Renaming a new file over it is safe; the model keeps the old one.
+    progress: called with the bytes loaded so far and the bytes of all weights.
     Raises LlavaError for anything that cannot be loaded.
     """
     folder = find(path_or_id, revision)
     return load_model(folder, device, dtype, fast, mmap, progress), load_processor(folder)
 
 
-def memory_needed(folder: Path, dtype: torch.dtype | None) -> int:
-    """Bytes of a checkpoint's weights in this dtype; None: as its files hold them."""
-    if dtype is None:
-        return sum(math.prod(entry.shape) * BYTES.get(entry.dtype, 0) for entry in tensors(weight_files(folder)))
-    return sum(p.numel() for p in empty_model(read_config(folder)).parameters()) * dtype.itemsize
+def memory_needed(folder: Path, dtype: torch.dtype | None) -> tuple[int, torch.dtype]:
+    """Bytes of a checkpoint's weights in this dtype (None: the checkpoint's own), and the checkpoint's own dtype."""
+    model = empty_model(read_config(folder))
+    fit = match(model, folder)
+    own = own_dtype(fit) if not fit.problems else torch.float32  # what does not fit is refused by `load`
+    return sum(parameter.numel() for parameter in model.parameters()) * (dtype or own).itemsize, own
 
 
 def load_processor(folder: Path) -> Processor:

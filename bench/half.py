@@ -1,7 +1,7 @@
 """How far logits in 16 bits lie from those in float32, ours and those of transformers: `python -m bench.half`.
 
-All three read the same 16-bit weights and the same prompt; float32 is ours. Weights are random, in the shapes of a
-preset of `bench.speed`.
+All three read the same 16-bit weights and the same prompt; the exact logits are those of our model in float32. Weights
+are random, in the shapes of a preset of `bench.speed`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def distances(preset: Preset, dtype: str, folder: Path) -> dict[str, tuple[float
     """What `apart` says of ours and of transformers' logits."""
     from transformers import LlavaForConditionalGeneration
 
-    config, preset = preset.model, replace(preset, dtype=dtype)
+    config, preset = preset.model, replace(preset, dtype=dtype, device="cpu")
     assert config is not None
     write_checkpoint(config, folder, getattr(torch, dtype))
     inputs = make_inputs(config, preset)

@@ -59,7 +59,7 @@ class Preset:
     device: str = "cpu"
     dtype: str = "float32"
     image: bool = True
-    cut: int = 0  # new tokens of transformers' rows, where all of them would take too long
+    cut: int = 0  # transformers makes only so many new tokens (0: all)
 
 
 def llava(
@@ -110,12 +110,12 @@ class Result:
 def write_checkpoint(config: LlavaConfig, folder: Path, dtype: torch.dtype) -> None:
     """Random weights of these shapes in the Hub layout, so that transformers and we load the same.
 
-    Files of up to 2 GB are made one after the other, so that no more than that is in memory at once. Numbers repeat
-    after a million: to draw billions would take long.
+    Files of about 2 GB are made one after the other, so that no more than that and a tensor are in memory at once.
+    A million random numbers serve for all, each tensor from a place of its own: to draw billions would take long.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    noise = torch.randn(1 << 20)
+    noise = torch.randn(1_048_573)  # a prime, so that no two rows are alike
     index: dict[str, str] = {}
     state: dict[str, Tensor] = {}
 
@@ -128,14 +128,16 @@ def write_checkpoint(config: LlavaConfig, folder: Path, dtype: torch.dtype) -> N
     for name, parameter in empty_model(config).named_parameters():
         shape, count = parameter.shape, parameter.numel()
         if len(shape) > 1:
-            some = (noise * parameter[0].numel() ** -0.5).to(dtype)
+            some = (noise * parameter[0].numel() ** -0.5).to(dtype).roll(int(torch.randint(len(noise), ())))
             state[hub_name(name)] = some.repeat(math.ceil(count / len(some)))[:count].reshape(shape).clone()
         else:
             state[hub_name(name)] = torch.full(shape, float("norm" in name and name.endswith("weight")), dtype=dtype)
         if sum(tensor.nbytes for tensor in state.values()) > 2e9:
             write()
-    write()
-    write_json(folder / "model.safetensors.index.json", {"weight_map": index})
+    if state:
+        write()
+    size = sum(parameter.numel() for parameter in empty_model(config).parameters()) * dtype.itemsize
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
     write_json(folder / "config.json", config_dict(config, str(dtype).removeprefix("torch.")))
 
 
@@ -238,7 +240,7 @@ def measure(contender: str, folder: str, preset: Preset) -> Result:
     """One prefill and all decode steps, after a few to warm up."""
     device, dtype = preset.device, getattr(torch, preset.dtype)
     if preset.cut and contender.startswith("transformers"):
-        preset = replace(preset, new=preset.cut)
+        preset = replace(preset, new=min(preset.new, preset.cut))
     config = read_config(Path(folder))
     model: Any
     begin: Callable[[Any, str, dict[str, Tensor], int], Run]
@@ -357,7 +359,7 @@ def table(results: list[Result], speed: float, preset: Preset) -> str:
             f"{r.kv_bytes / 1e6:.1f} | {r.peak_bytes / 1e6:.0f} | {r.whole_bytes / 1e6:.0f} | {gain} | {allowed} |"
         )
     if preset.cut:
-        lines.append(f"\nRows of transformers end after {preset.cut} new tokens.")
+        lines.append(f"\nRows of transformers end after {preset.cut} new tokens; so do their times and bytes.")
     return "\n".join(lines)
 
 

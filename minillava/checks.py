@@ -1,4 +1,4 @@
-"""Refusal of input that cannot be used, apart from the model, which assumes that these checks have passed."""
+"""Checks of prompts and settings. They stand in a file of their own so that the model is short to read."""
 
 from __future__ import annotations
 

@@ -66,10 +66,12 @@ def last_attention(query: Tensor, key: Tensor, present: Tensor, width: int) -> T
     query = query[:, :, length - width :] * key.shape[-1] ** -0.5  # [B, H, width, Dh]
     grouped = query.unflatten(1, (key.shape[1], -1))  # [B, Hkv, G, width, Dh]
     scores = (grouped @ key[:, :, None].mT).float()  # [B, Hkv, G, width, N]
-    causal = torch.ones(width, length, dtype=torch.bool, device=key.device).tril(length - width)
-    seen = (causal & present[:, None])[:, None, None]  # [B, 1, 1, width, N]
-    # Not -infinity: padding may see no key, and its softmax would be NaN.
-    return scores.masked_fill(~seen, torch.finfo(torch.float32).min).softmax(-1).flatten(1, 2)
+    lowest = torch.finfo(torch.float32).min  # not -infinity: padding may see no key, and its softmax would be NaN
+    later = torch.ones(width, width, dtype=torch.bool, device=key.device).triu(1)
+    scores[..., length - width :].masked_fill_(later, lowest)  # these queries see all keys before the first of them
+    if not present.all():
+        scores.masked_fill_(~present[:, None, None, None], lowest)
+    return scores.softmax(-1).flatten(1, 2)
 
 
 def question_attention(query: Tensor, key: Tensor, present: Tensor, asked: Tensor) -> Tensor:
@@ -315,10 +317,10 @@ class Cover(H2O):
     Of a layer's tokens, the prompt's words take up to half: the last of them, if there are more. Of the rest, a share
     of LOOKED_AT are those that the words behind the image attend to most (VL-Cache, TGV-KV). All others are evenly
     spaced over what is left, the picture. The spacing is shifted from layer to layer, so that together the layers see
-    nearly all of it. Without a picture there is nothing to cover, and all of the rest goes by the attention of the last
-    32 tokens. While decoding, the token is dropped that has the least attention from the question's and the new words
-    (H2O's eviction, with their queries alone). The newest tokens are spared, a quarter but 8 at most, and so are the
-    words of a prompt with a picture.
+    nearly all of it, if there are as many as a gap is wide. Without a picture there is nothing to cover: half are the
+    newest tokens, the others those that the last 32 attend to most. While decoding, the token is dropped that has the
+    least attention from the question's and the new words (H2O's eviction, with these queries alone). The newest tokens
+    are spared, and so are the words of a prompt with a picture.
     """
 
     LOOKED_AT = 0.05
@@ -339,7 +341,7 @@ class Cover(H2O):
         kept = torch.zeros_like(present)
         for row, count in enumerate(counts.tolist()):
             own, spoken = present[row].nonzero()[:, 0], self.words[row].nonzero()[:, 0]
-            kept[row, own[: self.start]] = True
+            kept[row, own[: self.start]] = kept[row, own[-1]] = True
             most = min(max(1, count // 2), count - int(kept[row].sum()))
             kept[row, spoken[max(0, len(spoken) - most) :]] = True
             others = own[~kept[row, own]]
@@ -354,6 +356,7 @@ class Cover(H2O):
         return kept
 
     def newest(self, kept: Tensor) -> Tensor:
+        """How many of the newest tokens are spared: [L, B]. A quarter of those kept, but 8 at most."""
         return (kept // 4).clamp(max=8)
 
 

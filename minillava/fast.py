@@ -1,5 +1,9 @@
 """Everything in this project that is there for speed alone. It changes how tokens are computed, not which.
 
+With weights in 16 bits, a CPU computes in float32 and rounds where the dtype says. Logits are then about as far from
+those in float32 as the plain ones are (`python -m bench.half`), but not the same: where two tokens are nearly equally
+likely, the choice may differ.
+
 `speed_up(model)` swaps the classes of a loaded model's modules for the faster ones below. The weights keep their names
 and values. `weights.load` calls it on a CPU unless told `fast=False`. `compile_steps(model)` also compiles the decode
 step.
@@ -22,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillava.checks import require
 from minillava.model import (
     Attention,
     CosSin,
@@ -71,7 +76,10 @@ def half_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def wide_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """`F.scaled_dot_product_attention` in float32, rounded at the end."""
+    """`F.scaled_dot_product_attention` of many queries in float32, rounded at the end. In 16 bits it would be slower.
+
+    For a single new token it would copy the whole cache, so `FastAttention` does not use it there.
+    """
     context = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), **options)
     return context.to(query.dtype)
 
@@ -87,7 +95,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class FastLinear(nn.Linear):
-    """nn.Linear that uses every thread of a CPU for one token per sample.
+    """nn.Linear that uses every thread of a CPU for one token per sample. Weights in 16 bits go to `half_product`.
 
     Reading the weights takes most of the time, and the matrix library reads them with one thread. Cut into up to 16
     equal parts, they form a batch of products, and the library shares a batch among threads. For up to 4 samples,
@@ -96,10 +104,11 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, in] -> [B, N, out]."""
-        one_loop = torch.compiler.is_compiling() and len(x) <= 8  # more sums do not fit in the registers
-        if x.is_cpu and self.weight.dtype in HALF and not one_loop:
+        compiling, single = torch.compiler.is_compiling(), x.shape[1] == 1
+        if x.is_cpu and self.weight.dtype in HALF and not compiling:
             return half_product(x, self.weight, self.bias)
-        if not (x.is_cpu and x.shape[1] == 1 and (one_loop or self.weight.numel() >= 2**16)):
+        one_loop = compiling and len(x) <= 8  # more sums do not fit in the registers
+        if not (x.is_cpu and single and (one_loop or self.weight.numel() >= 2**16)):
             return F.linear(x, self.weight, self.bias)
         parts = 1 if one_loop else math.gcd(self.out_features, 16)
         weight = self.weight.view(parts, -1, self.in_features)  # [parts, rows, width]
@@ -133,9 +142,8 @@ class FastAttention(Attention):
                 return wide_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
             return super().attend(query, key, value, mask)
         grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3)  # [B, Hkv, G, Dh]
-        if (
-            key.dtype != torch.float32 and not torch.compiler.is_compiling()
-        ):  # a product would round the scores to 16 bits
+        # The fused call keeps scores in float32; a product would round them to 16 bits.
+        if key.dtype != torch.float32 and not torch.compiler.is_compiling():
             context = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)  # [B, Hkv, G, Dh]
         else:
             scores = times(key, grouped * query.shape[3] ** -0.5)  # [B, Hkv, G, S]
@@ -207,10 +215,7 @@ class FastKVCache(KVCache):
         """As `KVCache.advance`."""
         super().advance()
         if not self.compiled:
-            self.most, self.fewest = (
-                self.held.amax(1).tolist(),
-                self.held.amin(1).tolist(),
-            )  # over prompts; of each layer
+            self.most, self.fewest = self.held.amax(1).tolist(), self.held.amin(1).tolist()  # of each layer's prompts
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `KVCache.read`; if compiled, all slots, always with a mask."""
@@ -255,11 +260,14 @@ def speed_up(model: Llava) -> Llava:
 def compile_steps(model: Llava) -> None:
     """Compiles the decode step into a few kernels, to save launches and passes over memory.
 
-    The first step then takes a minute or two, for each batch size up to eight, with a compressor and without one. On a
-    CPU a C++ compiler is needed. In 16 bits a compiled step may round otherwise than an eager one.
+    Each batch size up to eight is compiled by itself, and again with a compressor; each takes a minute or two. On a CPU
+    a C++ compiler is needed. In 16 bits a compiled step may round otherwise than an eager one.
     """
     speed_up(model)
-    assert isinstance(model, FastLlava)
+    require(
+        isinstance(model, FastLlava), f"The model is a {type(model).__name__}; compile_steps expects a plain Llava."
+    )
+    assert isinstance(model, FastLlava)  # for type checkers
     # One graph per batch size and compression method. After its default of eight, torch would silently run uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # Threshold 0: what several products read is computed once, not again for every row.

@@ -56,7 +56,7 @@ def test_the_demo_without_arguments_gives_four_descriptions_and_a_table_in_80_co
 def test_weights_that_do_not_fit_into_memory_are_refused_before_they_are_read(capsys, monkeypatch):
     monkeypatch.setattr(demo, "free_memory", lambda: 10_000)
     code, out, err = run(capsys)
-    assert (code, out) == (2, "") and "MB, 10 KB are free; try --dtype auto (" in err
+    assert (code, out) == (2, "") and "MB, 10 KB are free; try --dtype auto: " in err
     code, out, err = run(capsys, "--dtype", "auto", "--max-new-tokens", "2")
     assert code == 0 and err == ""
     monkeypatch.setattr(demo, "free_memory", lambda: None)  # where it cannot be known

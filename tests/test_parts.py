@@ -360,7 +360,7 @@ def test_the_pretrained_decoder_reads_passages_and_is_told_by_perplexity_alone(s
     real = SimpleNamespace(
         INSTALL="pip install it", find=lambda: "file", load=lambda path: (model, path), passages=passages
     )
-    monkeypatch.setitem(sys.modules, "bench.real", real)
+    monkeypatch.setattr(parts, "real", real)
     monkeypatch.setattr(parts, "ANSWER", 20)
     arguments = [*QUICK, "--real", "--split", "testing", "--out", str(tmp_path)]
     assert main(arguments) == 0

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import speed
+from bench import half, speed
 from bench.speed import PRESETS, Result, main, median, table
 
 
@@ -82,3 +82,21 @@ def test_a_row_names_its_method_and_budget():
         speed.compressor_of("full without all", 8) is None
         and speed.compressor_of("plan 20%", 3).plan.ratios == [0.2] * 3
     )
+
+
+def test_16_bit_logits_are_about_as_far_from_float32_as_those_of_transformers(monkeypatch, capsys):
+    shapes = speed.llava(64, 96, 2, 4, 320, speed.VisionConfig(48, 80, 3, 4, image_size=28, patch_size=7), kv_heads=2)
+    monkeypatch.setitem(PRESETS, "small", speed.Preset(shapes, 2, 40, 2))
+    assert half.main(["--preset", "small"]) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [[d, who] for d in half.DTYPES for who in ("minillava", "transformers")]
+    for ours, theirs in zip(rows[::2], rows[1::2]):
+        # Both are rounded as often, at other places: chance decides by some percent which is nearer.
+        assert 0 < float(ours[2]) < 1.2 * float(theirs[2])
+
+
+def test_the_difference_is_in_standard_deviations():
+    exact = torch.tensor([[0.0, 2.0], [4.0, 6.0]])
+    mean, most, same = half.apart(exact + torch.tensor([[0.0, 0.0], [0.0, -3.0]]), exact)
+    deviation = float(exact.double().std())
+    assert (mean, most, same) == (pytest.approx(1.5 / deviation), pytest.approx(3 / deviation), 0.5)

@@ -299,15 +299,24 @@ def test_a_mapped_model_outlives_the_name_of_its_file(small, tmp_path):
     assert torch.equal(model.lm_head.weight, before)
 
 
-def test_progress_and_the_memory_needed_count_the_bytes_of_the_files(small):
+def test_progress_and_the_memory_needed_count_the_bytes_of_the_weights(small):
     folder, told = small[0], []
     model = weights.load_model(folder, dtype=None, progress=lambda done, size: told.append((done, size)))
     numbers = sum(parameter.numel() for parameter in model.parameters())
     assert [done for done, _ in told] == sorted({done for done, _ in told}) and told[-1][0] == 4 * numbers
-    assert {size for _, size in told} == {(folder / "model.safetensors").stat().st_size}
-    assert [weights.memory_needed(folder, dtype) for dtype in (None, torch.float32, torch.float16)] == [
-        4 * numbers, 4 * numbers, 2 * numbers,
-    ]  # fmt: skip
+    assert {size for _, size in told} == {4 * numbers}
+    for dtype, each in ((None, 4), (torch.float32, 4), (torch.float16, 2)):
+        assert weights.memory_needed(folder, dtype) == (each * numbers, torch.float32)
+
+
+def test_dtype_none_is_the_embeddings_dtype_for_all_weights(folder):
+    state = load_file(folder / "model.safetensors")
+    halved = {name: tensor.bfloat16() if "embed_tokens" in name else tensor for name, tensor in state.items()}
+    save_file(halved, folder / "model.safetensors")
+    model, processor = weights.load(folder, dtype=None)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model.generate(**processor(["a cat"]), max_new_tokens=2)
+    assert weights.memory_needed(folder, None)[1] == torch.bfloat16
 
 
 def test_the_main_job_never_imports_transformers():
