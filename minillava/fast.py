@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillava.checks import require
+from minillava.checks import LlavaError
 from minillava.model import (
     Attention,
     CosSin,
@@ -264,10 +264,8 @@ def compile_steps(model: Llava) -> None:
     a C++ compiler is needed. In 16 bits a compiled step may round otherwise than an eager one.
     """
     speed_up(model)
-    require(
-        isinstance(model, FastLlava), f"The model is a {type(model).__name__}; compile_steps expects a plain Llava."
-    )
-    assert isinstance(model, FastLlava)  # for type checkers
+    if not isinstance(model, FastLlava):
+        raise LlavaError(f"The model is a {type(model).__name__}; compile_steps expects a Llava.")
     # One graph per batch size and compression method. After its default of eight, torch would silently run uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # Threshold 0: what several products read is computed once, not again for every row.
