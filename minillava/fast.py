@@ -99,7 +99,8 @@ class FastLinear(nn.Linear):
 
     Reading the weights takes most of the time, and the matrix library reads them with one thread. Cut into up to 16
     equal parts, they form a batch of products, and the library shares a batch among threads. For up to 4 samples,
-    `times` is faster still. Small weights fit in the processor's own cache, and there is nothing to gain.
+    `times` is faster still. Small weights fit in the processor's own cache, and there is nothing to gain. A compiled
+    step computes a product in loops of its own.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,15 +108,25 @@ class FastLinear(nn.Linear):
         compiling, single = torch.compiler.is_compiling(), x.shape[1] == 1
         if x.is_cpu and self.weight.dtype in HALF and not compiling:
             return half_product(x, self.weight, self.bias)
-        one_loop = compiling and len(x) <= 8  # more sums do not fit in the registers
-        if not (x.is_cpu and single and (one_loop or self.weight.numel() >= 2**16)):
+        if compiling and single and x.is_cpu and len(x) <= 8:  # more sums do not fit in the registers
+            return self.one_loop(x)
+        if not (x.is_cpu and single and self.weight.numel() >= 2**16):
             return F.linear(x, self.weight, self.bias)
-        parts = 1 if one_loop else math.gcd(self.out_features, 16)
-        weight = self.weight.view(parts, -1, self.in_features)  # [parts, rows, width]
-        vectors = x[:, 0].expand(parts, -1, -1)  # [parts, B, width]
-        product = times(weight, vectors) if one_loop or len(x) <= 4 else vectors @ weight.mT  # [parts, B, rows]
+        weight = self.weight.view(math.gcd(self.out_features, 16), -1, self.in_features)  # [parts, rows, width]
+        vectors = x[:, 0].expand(len(weight), -1, -1)  # [parts, B, width]
+        product = times(weight, vectors) if len(x) <= 4 else vectors @ weight.mT  # [parts, B, rows]
         # `times` leaves neighbouring numbers of a token B places apart, which would slow down what follows.
         product = product.transpose(0, 1).reshape(len(x), 1, -1).contiguous()  # [B, 1, out]
+        return product if self.bias is None else product + self.bias
+
+    def one_loop(self, x: Tensor) -> Tensor:
+        """The product of a compiled step: [B, 1, in] -> [B, 1, out].
+
+        For one sample, a loop reads four rows of the weight side by side: each row has a sum of its own, and one
+        sum need not wait for another.
+        """
+        parts = self.weight.chunk(math.gcd(self.out_features, 4) if len(x) == 1 else 1)
+        product = torch.cat([times(part, x[:, 0]) for part in parts], dim=-1)[:, None]  # [B, 1, out], float32
         return (product if self.bias is None else product + self.bias).to(x.dtype)
 
 
