@@ -7,8 +7,10 @@ import difflib
 import io
 import json
 import os
+import random
 import shutil
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -25,11 +27,21 @@ from minillava.compressors import METHODS
 from minillava.model import Llava
 from minillava.processor import Processor, open_image
 from prefixkv import Plan, PrefixKV
+from train.scenes import draw, make_scene
 from weights import find, find_device, load, memory_needed, write_file
 
 WIDTH = 80
 SLOW = 1.0  # seconds after which progress is shown
 BARS = " ▁▂▃▄▅▆▇█"
+EXAMPLES = """examples:
+  python demo.py --scene 7 --scene 8
+  python demo.py --method h2o --method cover --budget 10%
+  python demo.py --model llava-hf/llava-1.5-7b-hf --dtype auto --image photo.jpg
+"""
+SHAPES_ALONE = (
+    "The embedded model knows scenes of coloured shapes and nothing else. For photographs take "
+    "--model llava-hf/llava-1.5-7b-hf (14 GB)."
+)
 
 
 @dataclass
@@ -259,41 +271,46 @@ def share(text: str) -> float:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="demo.py", description="Describes images with a LLaVA checkpoint, full cache beside compressed ones."
-    )
-    parser.add_argument(
+        prog="demo.py", description="Describes images with a LLaVA checkpoint, full cache beside compressed ones.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    ask = parser.add_argument_group("picture and question")
+    ask.add_argument("--image", action="append", metavar="FILE",
+                     help="picture; repeat for several in one question (default: an example scene)")  # fmt: skip
+    ask.add_argument("--scene", action="append", type=int, metavar="N",
+                     help="draw scene N of coloured shapes; repeat for several, one after the other")  # fmt: skip
+    ask.add_argument("--prompt", metavar="TEXT", help="question about the pictures (default: describe in detail)")
+    ask.add_argument("--chat", action="store_true", help="several turns in the terminal, with the full cache, or "
+                     "with one --method and --budget")  # fmt: skip
+    model = parser.add_argument_group("model")
+    model.add_argument(
         "--model", default=str(TINY), help="folder of a checkpoint, or Hub id (default: the embedded one)"
     )
-    parser.add_argument("--image", action="append", help="image file; repeat for several (default: an example scene)")
-    parser.add_argument("--prompt", help="question about the images (default: describe in detail)")
-    parser.add_argument(
-        "--budget",
-        action="append",
-        type=share,
-        help="share of the cache to keep; repeatable (50%%, 20%%)",
-    )
-    parser.add_argument(
+    model.add_argument("--device", default="cpu", help="cpu (default), cuda, mps")
+    model.add_argument("--dtype", default="float32", choices=["auto", "float32", "float16", "bfloat16"],
+                       help="of the weights; auto: as the checkpoint has them (default: float32)")  # fmt: skip
+    cache = parser.add_argument_group("cache")
+    cache.add_argument("--budget", action="append", type=share, metavar="SHARE",
+                       help="share of the cache to keep, like 20%%; repeatable (default: 50%%, 20%%)")  # fmt: skip
+    cache.add_argument(
         "--method", action="append", choices=METHODS, metavar="NAME",
-        help=f"what compresses the cache; repeatable (prefixkv, and cover at 20%%): {', '.join(METHODS)}",
+        help="what compresses it; repeatable (default: prefixkv, and without --budget cover at 20%%): "
+        + ", ".join(METHODS),
     )  # fmt: skip
-    parser.add_argument(
-        "--plan", metavar="FILE", help="keep what a plan says in place of a budget (also published ones)"
+    cache.add_argument("--plan", metavar="FILE", help="keep what a plan says in place of a budget")  # fmt: skip
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
+    output.add_argument("--explore", metavar="FILE", help="write a page (HTML) that shows what each layer keeps")
+    output.add_argument("--plot", metavar="FILE", help="write a picture of what layers keep (needs matplotlib)")
+    output.add_argument("--save-plan", metavar="FILE", help="write the shares kept at the first budget as a plan")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="longest answer, in tokens (default: 128)"
     )
-    parser.add_argument("--save-plan", metavar="FILE", help="write the shares kept at the first budget as a plan")
-    parser.add_argument("--explore", metavar="FILE", help="write a page (HTML) that shows what each layer keeps")
-    parser.add_argument("--plot", metavar="FILE", help="write a picture of it (needs matplotlib)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["auto", "float32", "float16", "bfloat16"],
-                        help="of the weights; auto: as the checkpoint has them (default: float32)")  # fmt: skip
-    parser.add_argument(
-        "--chat", action="store_true", help="several turns in the terminal, with one --method and --budget if given"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to this")
+    sampling.add_argument("--top-k", type=int, default=0, help="draw from so many of the likeliest (0: all)")
+    sampling.add_argument("--seed", type=int, help="make a sampled answer repeatable")
     args = parser.parse_args(arguments)
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens is {args.max_new_tokens}; expected 1 or more")
@@ -301,6 +318,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("sampling needs --temperature 0 or more, --top-k 0 or more, and --top-p above 0 and at most 1")
     if args.seed is not None and not 0 <= args.seed < 2**63:
         parser.error(f"--seed is {args.seed}; expected a number from 0 to {2**63 - 1}")
+    for number in args.scene or []:
+        if not 0 <= number < 2**63:
+            parser.error(f"--scene is {number}; expected a number from 0 to {2**63 - 1}")
+    if args.scene and args.image:
+        parser.error("--scene and --image both name the picture; give one of them")
+    if len(args.scene or []) > 1 and (args.chat or args.json or args.explore or args.plot or args.save_plan):
+        parser.error("several scenes are described in the terminal alone; give one --scene with this option")
     if args.plan and (args.budget or args.method or args.save_plan):
         parser.error("--plan takes the place of --method, --budget and --save-plan; give one of them")
     if (args.explore or args.plot) and (args.plan or args.method or args.chat):
@@ -345,17 +369,43 @@ def load_shown(args: argparse.Namespace, device: torch.device) -> tuple[Llava, P
         progress.end()
 
 
+def pictures(args: argparse.Namespace) -> list[tuple[list[str], list[Image.Image]]]:
+    """Names and pictures of each question: every scene has its own, all images share one."""
+    if args.scene:
+        drawn = [draw(make_scene(random.Random(number)), oversample=4)[0] for number in args.scene]
+        return [([f"scene {number}"], [image]) for number, image in zip(args.scene, drawn)]
+    paths = args.image or [str(TINY / "examples" / "scene_1.png")]
+    return [(paths, [open_image(path) for path in paths])]
+
+
 def describe(args: argparse.Namespace) -> None:
     """Loads, answers, and shows; raises LlavaError for input that cannot be used."""
     device = find_device(args.device)
     compressed = compressors(args)
-    paths = args.image or [str(TINY / "examples" / "scene_1.png")]
-    images = [open_image(path) for path in paths]
+    questions = pictures(args)
     model, processor = load_shown(args, device)
     if args.plan:  # refused before anything is answered, if it is for another model
         compressed[0][1].planned(0, model.config.text.num_hidden_layers, torch.ones(1))
+    embedded, examples = Path(args.model).resolve() == TINY.resolve(), TINY.resolve() / "examples"
+    if embedded and not args.json and any(Path(path).resolve().parent != examples for path in args.image or []):
+        print(textwrap.fill(SHAPES_ALONE, WIDTH - 1), end="\n\n")
     if args.chat:
-        return chat(model, processor, images, args)
+        return chat(model, processor, questions[0][1], args)
+    for number, (names, images) in enumerate(questions):
+        if len(questions) > 1:
+            print(f"{'' if number == 0 else chr(10)}== {names[0]} ==\n")
+        answers(model, processor, names, images, compressed, args)
+
+
+def answers(
+    model: Llava,
+    processor: Processor,
+    names: list[str],
+    images: list[Image.Image],
+    compressed: list[tuple[str, PrefixKV]],
+    args: argparse.Namespace,
+) -> None:
+    """Answers one question with the full cache and every compressed one, and writes what was asked for."""
     question = args.prompt or "Describe the image in detail."
     prompt = question if "<image>" in question else processor.chat([(question, None)], len(images))
     runs: list[Run] = []
@@ -380,7 +430,7 @@ def describe(args: argparse.Namespace) -> None:
         if args.plot:
             write_file(args.plot, explore.plot(data, Path(args.plot).suffix))
     if args.json:
-        print(json.dumps({"model": args.model, "images": paths, "prompt": prompt, "runs": [asdict(r) for r in runs]}))
+        print(json.dumps({"model": args.model, "images": names, "prompt": prompt, "runs": [asdict(r) for r in runs]}))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """What PrefixKV keeps of an image and its prompt, to look at: a page (`demo.py --explore`) and a picture (`--plot`).
 
-The page is one file without network: patches by layer and budget, importance and rank of a patch in every layer, the
-layers' curves with the threshold that cuts them, kept shares, and the answers side by side.
+The page is one file without network: patches by layer, budget and method, importance and rank of a patch in every
+layer, the layers' curves with the threshold that cuts them, kept shares, and the answers side by side.
 """
 
 from __future__ import annotations
@@ -19,13 +19,38 @@ from PIL import Image
 from torch import Tensor
 
 from minillava.checks import LlavaError
-from minillava.compressors import Recorder
+from minillava.compressors import H2O, Cover, Recorder, SnapKV
 from minillava.model import Generation, Llava
 from minillava.processor import IMAGE_TOKEN, Processor
-from prefixkv import PrefixKV, priority, search
+from prefixkv import PrefixKV, priority, retain, search
 
 SHARES = tuple(step / 20 for step in range(1, 21))  # stops of the budget's slider
 POINTS = 101  # of every curve
+OTHERS: dict[str, type[PrefixKV]] = {"cover": Cover, "H2O": H2O, "SnapKV": SnapKV}  # to compare PrefixKV with
+
+
+class Beside(Recorder):
+    """Keeps everything, as a Recorder, and asks other compressors what they would keep: `kept[i][layer]` [N]."""
+
+    def __init__(self, others: Sequence[PrefixKV]):
+        self.others = others
+        self.found: list[list[Tensor]] = [[] for _ in others]  # of each one, its scores by layer
+        self.kept: list[list[Tensor]] = []
+
+    def begin(self, present: Tensor, image: Tensor) -> None:
+        for other in self.others:
+            other.begin(present, image)
+
+    def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
+        for other, found in zip(self.others, self.found):
+            found.append(other.score(query, key, present))
+        return super().score(query, key, present)
+
+    def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
+        for other, found in zip(self.others, self.found):
+            counts = other.allocate(torch.stack(found), present)
+            self.kept.append([other.retain(score, count, present)[0] for score, count in zip(found, counts)])
+        return super().allocate(scores, present)
 
 
 def seen_image(pixels: Tensor, processor: Processor, patch: int) -> Image.Image:
@@ -67,14 +92,20 @@ def collect(
         raise LlavaError("There is nothing to explore without an image; give one, and <image> in the prompt.")
     device = model.lm_head.weight.device
     inputs = {key: tensor.to(device) for key, tensor in processor(prompt, images).items()}
-    recorder = Recorder()
+    stops = sorted({*SHARES, *budgets})
+    recorder = Beside([method(stop) for method in OTHERS.values() for stop in stops])
     model.prefill(**inputs, max_new_tokens=1, compressor=recorder)
     scores = recorder.scores[:, 0].cpu()  # [L, N]
     layers, length = scores.shape
     prefixes = priority(scores)  # [L, N + 1]
-    stops = sorted({*SHARES, *budgets})
     protected = min(length, recorder.start + 1)
     found = [search(prefixes, max(round(s * layers * length), layers * protected), protected) for s in stops]
+    everything = torch.ones(1, length, dtype=torch.bool)
+    own = [[retain(row[None], count[None], everything)[0] for row, count in zip(scores, counts)] for _, counts in found]
+    methods = [{"name": "PrefixKV", "kept": [[bits(row) for row in rows] for rows in own]}]
+    for number, name in enumerate(OTHERS):
+        theirs = recorder.kept[number * len(stops) : (number + 1) * len(stops)]
+        methods.append({"name": name, "kept": [[bits(row) for row in rows] for rows in theirs]})
     ids = inputs["input_ids"][0].tolist()
     patches = [position for position, id in enumerate(ids) if id == model.config.image_token_id]
     patches = patches[: model.config.num_image_tokens][model.config.vision_feature_select_strategy == "full" :]
@@ -89,10 +120,13 @@ def collect(
 
     full, made = answer(None)
     runs = []
-    for budget in budgets:
-        short, compressed = answer(PrefixKV(budget))
-        left, right = words(full, short)
-        runs.append({"budget": budget, "left": left, "right": right, "bytes": compressed.cache_bytes})
+    kinds: list[type[PrefixKV]] = [PrefixKV, *OTHERS.values()]
+    for number, method in enumerate(kinds):
+        for budget in budgets:
+            short, compressed = answer(method(budget))
+            left, right = words(full, short)
+            used = compressed.cache_bytes
+            runs.append({"method": number, "budget": budget, "left": left, "right": right, "bytes": used})
     at = torch.linspace(0, length, POINTS).round().long()
     curves = prefixes[:, at]
     return {
@@ -106,8 +140,9 @@ def collect(
         "curves": [[round(value, 4) for value in row] for row in curves.tolist()],
         "budgets": stops,
         "start": stops.index(min(budgets)),
+        "layer": int((found[stops.index(min(budgets))][1] - min(budgets) * length).abs().argmax()),
         "thresholds": [round(threshold, 5) for threshold, _ in found],
-        "counts": [counts.tolist() for _, counts in found],
+        "methods": methods,
         "full": {"text": full, "bytes": made.cache_bytes},
         "runs": runs,
     }
@@ -129,13 +164,21 @@ def page(data: dict[str, Any]) -> str:
     return template.replace("{{data}}", embedded)
 
 
-def kept(data: dict[str, Any], layer: int, budget: int) -> list[bool]:
-    """Which patches a layer keeps at a stop of the budget, as `prefixkv.retain` chooses them."""
-    row = data["importance"][layer]
-    last = len(row) - 1
-    order = sorted(range(len(row)), key=lambda j: (j not in (0, last), -row[j], j))
-    chosen = set(order[: data["counts"][budget][layer]])
-    return [position in chosen for position in data["patches"]]
+def bits(kept: Tensor) -> str:
+    """Which tokens are kept, bool [N], as hexadecimal digits: the first token is the highest bit of the first digit."""
+    text = "".join("1" if one else "0" for one in kept.tolist())
+    return "".join(f"{int(text[at : at + 4].ljust(4, '0'), 2):x}" for at in range(0, len(text), 4))
+
+
+def kept(data: dict[str, Any], layer: int, budget: int, method: int = 0) -> list[bool]:
+    """Which tokens of the prompt a layer keeps at a stop of the budget."""
+    digits = data["methods"][method]["kept"][budget][layer]
+    return [bool(int(digits[j // 4], 16) >> (3 - j % 4) & 1) for j in range(len(data["importance"][0]))]
+
+
+def counts(data: dict[str, Any], budget: int, method: int = 0) -> list[int]:
+    """Tokens that each layer keeps at a stop of the budget."""
+    return [sum(kept(data, layer, budget, method)) for layer in range(len(data["importance"]))]
 
 
 def plot(data: dict[str, Any], suffix: str = ".png") -> bytes:
@@ -154,12 +197,12 @@ def plot(data: dict[str, Any], suffix: str = ".png") -> bytes:
     upper.suptitle(f"Patches that PrefixKV keeps at {share:.0%}", fontsize=11)
     for axis, layer in zip(upper.subplots(1, len(shown), squeeze=False)[0], shown):
         axis.imshow(image.resize((24 * columns, 24 * rows), Image.Resampling.BICUBIC), extent=(0, columns, rows, 0))
-        dark = [[0.0 if here else 0.8 for here in kept(data, layer, budget)[r * columns : (r + 1) * columns]]
-                for r in range(rows)]  # fmt: skip
+        here = kept(data, layer, budget)
+        shade = [0.0 if here[position] else 0.8 for position in data["patches"]]
+        dark = [shade[r * columns : (r + 1) * columns] for r in range(rows)]
         axis.imshow([[0] * columns] * rows, cmap="gray", vmin=0, vmax=1, alpha=dark, extent=(0, columns, rows, 0),
                     interpolation="nearest")  # fmt: skip
-        count = data["counts"][budget][layer]
-        axis.set_title(f"layer {layer}: {count} of {len(data['importance'][0])} keys", fontsize=9)
+        axis.set_title(f"layer {layer}: {sum(here)} of {len(data['importance'][0])} keys", fontsize=9)
         axis.set(xticks=[], yticks=[])
     left, right = lower.subplots(1, 2)
     colours = plt.get_cmap("viridis")([i / max(1, layers - 1) * 0.9 for i in range(layers)])
@@ -173,7 +216,7 @@ def plot(data: dict[str, Any], suffix: str = ".png") -> bytes:
     if layers <= 12:
         left.legend(fontsize=7, loc="lower right")
     length = len(data["importance"][0])
-    right.bar(range(layers), [count / length for count in data["counts"][budget]], color=colours)
+    right.bar(range(layers), [count / length for count in counts(data, budget)], color=colours)
     right.axhline(share, color="black", linestyle=":", linewidth=1)
     right.set(xlabel="layer", ylabel="share of the prompt kept")
     picture = io.BytesIO()

@@ -18,13 +18,24 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT.parent / "shared" / "golden"
 PLANS = ROOT.parent / "shared" / "paper" / "published_plans"
 
-settings.register_profile("project", deadline=None, derandomize=True)
-settings.load_profile("project")
 if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n`: as many processes as cores, each with one thread
     os.environ["OMP_NUM_THREADS"] = "1"  # what the tests start has one, too
     torch.set_num_threads(1)
 else:
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--sweep", action="store_true", help="long searches: 100 examples a property, 60 s of hostile input"
+    )
+
+
+def pytest_configure(config):
+    """Every test runs either way. Without --sweep, those that search at random search for less long."""
+    settings.register_profile("project", deadline=None, derandomize=True,
+                              max_examples=100 if config.getoption("--sweep") else 25)  # fmt: skip
+    settings.load_profile("project")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -6,6 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minillava.compressors import (
     H2O,
@@ -204,6 +207,34 @@ def test_attention_of_the_last_queries_is_that_of_the_definition(seed, length, d
     found = last_attention(query[0], key[0], present, width)[0]
     # float32 softmax of at most 50 weights
     torch.testing.assert_close(found.double(), weights_of(query[0], key[0])[:, -width:], rtol=1e-5, atol=1e-6)
+
+
+@given(seeds, st.integers(2, 30), st.integers(1, 30), st.data())
+def test_attention_of_the_last_queries_does_not_see_padding(seed, length, padding, data):
+    query, key, present = attention(seed, 1, [length, length + padding])
+    width = data.draw(st.integers(1, length))
+    together = last_attention(query[0], key[0], present, width)[0]
+    alone = last_attention(query[0, :1, :, padding:], key[0, :1, :, padding:], present[:1, padding:], width)[0]
+    assert not together[..., :padding].any()
+    torch.testing.assert_close(together[..., padding:], alone, rtol=1e-5, atol=1e-6)  # sums in another order
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor has that is made meanwhile."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))])
+        return out
+
+
+def test_attention_of_the_last_queries_takes_no_room_for_the_others():
+    query, key, present = attention(0, 1, [500])
+    with Largest() as largest:
+        last_attention(query[0], key[0], present, 3)
+    assert largest.numbers <= query[0].numel()  # a whole table has 4 x 500 x 500, and queries have 4 x 500 x 6
 
 
 @given(seeds, st.integers(8, 60))

@@ -22,7 +22,7 @@ import demo
 import weights
 from minillava.compressors import METHODS
 from prefixkv import PrefixKV
-from train.scenes import draw, make_scene
+from train.scenes import describe, draw, make_scene
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -90,6 +90,61 @@ def test_the_demo_prints_ascii_to_a_terminal_that_knows_nothing_else():
         env={"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.stdout.isascii()
+
+
+def test_a_scene_of_its_own_number_is_drawn_and_described(capsys):
+    code, out, err = run(capsys, "--scene", "7", "--json", "--budget", "50%")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["images"] == ["scene 7"]
+    assert found["runs"][0]["text"] == describe(make_scene(random.Random(7)))
+
+
+def test_several_scenes_are_described_one_after_the_other(capsys):
+    short = ("--budget", "50%", "--max-new-tokens", "4")
+    code, out, err = run(capsys, "--scene", "7", "--scene", "8", *short)
+    assert (code, err) == (0, "")
+    assert [line for line in out.splitlines() if line.startswith("==")] == ["== scene 7 ==", "== scene 8 =="]
+    assert out.count("full cache\n") == 2
+    assert "==" not in run(capsys, "--scene", "7", *short)[1]
+
+
+def test_the_embedded_model_says_what_it_knows_before_it_describes_a_picture_of_ones_own(tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    Image.effect_noise((64, 48), 60).convert("RGB").save(photo)
+    short = ("--budget", "50%", "--max-new-tokens", "2")
+    _, out, err = run(capsys, "--image", str(photo), *short)
+    assert out.startswith("The embedded model knows scenes of coloured shapes") and err == ""
+    assert "--model llava-hf/llava-1.5-7b-hf" in out.split("full cache")[0]
+    assert max(map(len, out.splitlines())) <= 80
+    assert "embedded" not in run(capsys, "--image", str(TINY / "examples" / "scene_2.png"), *short)[1]
+    assert json.loads(run(capsys, "--image", str(photo), "--json", *short)[1])  # nothing but the object
+    elsewhere = shutil.copytree(TINY, tmp_path / "model")
+    assert "embedded" not in run(capsys, "--model", str(elsewhere), "--image", str(photo), *short)[1]
+
+
+def test_the_help_is_in_groups_with_examples_and_fits_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(capsys, "--help")
+    for group in ("picture and question", "model", "cache", "output", "sampling"):
+        assert f"\n{group}:\n" in out
+    examples = out.split("examples:\n")[1].splitlines()
+    assert len(examples) == 3 and all(line.startswith("  python demo.py --") for line in examples)
+    assert max(map(len, out.splitlines())) <= 80
+    for line in examples:
+        demo.parse(line.split()[2:])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--scene", "-1"), ("--scene", str(2**63)), ("--scene", "7", "--image", "a.png"),
+        ("--scene", "1", "--scene", "2", "--json"), ("--scene", "1", "--scene", "2", "--chat"),
+    ],
+)  # fmt: skip
+def test_scenes_that_cannot_be_shown_are_refused(arguments, capsys):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "") and "--scene" in err.splitlines()[-1]
 
 
 def test_json_is_one_object_with_every_field(capsys):

@@ -1,17 +1,22 @@
-"""COURSEWORK.md's exercises: a body taken away fails its tests, put back it is what it was to the byte."""
+"""COURSEWORK.md's exercises: a body taken away fails its tests, put back it is what it was to the byte; grades."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coursework import exercise
-from coursework.exercise import EXERCISES, body, main, remove, restore
+from coursework.exercise import EXERCISES, body, grade_one, gradescope, handout, main, remove, restore, solutions, swap
+from coursework.published import compress
 
 COURSEWORK = (ROOT / "COURSEWORK.md").read_text(encoding="utf-8")
 
@@ -40,7 +45,7 @@ def test_without_its_body_the_named_tests_fail_and_restored_it_is_what_it_was(tr
     )  # fmt: skip
     closing = done.stdout.splitlines()[-1]
     assert done.returncode == 1 and " failed" in closing and "passed" not in closing, done.stdout[-2000:]
-    assert f"exercise: {name}" in done.stdout
+    assert f"exercise: {name}" in done.stdout or EXERCISES[name].given
     shutil.rmtree(tree / ".hypothesis", ignore_errors=True)
     restore(name, tree)
     assert contents(tree) == before
@@ -106,5 +111,113 @@ def test_wrong_arguments_end_with_2(arguments, capsys):
 
 def test_the_list_names_all(capsys):
     assert main(["list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(EXERCISES) == 8
+    assert len(capsys.readouterr().out.splitlines()) == len(EXERCISES) == 10
     assert exercise.ROOT == ROOT
+
+
+# ---------------------------------------------------------------- the exercise `published`
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(2, 30), st.data())
+def test_the_most_important_tokens_stay_in_every_layer(seed, layers, length, data):
+    scores = torch.rand(layers, length, generator=torch.Generator().manual_seed(seed))
+    start = data.draw(st.integers(0, length))
+    counts = torch.tensor([data.draw(st.integers(start, length)) for _ in range(layers)])
+    kept, _ = compress(scores, counts, start)
+    assert kept.sum(1).tolist() == counts.tolist() and kept[:, :start].all()
+    for layer in range(layers):
+        rest = scores[layer, start:].tolist()
+        best = sorted(range(len(rest)), key=lambda i: -rest[i])[: int(counts[layer]) - start]
+        assert kept[layer, start:].nonzero()[:, 0].tolist() == sorted(best)
+
+
+@given(st.integers(1, 4), st.integers(1, 30), st.data())
+def test_the_next_token_stands_behind_the_whole_prompt(layers, length, data):
+    counts = torch.tensor([data.draw(st.integers(1, length)) for _ in range(layers)])
+    assert compress(torch.rand(layers, length), counts)[1] == length
+
+
+# ---------------------------------------------------------------- for instructors
+
+
+@pytest.fixture(scope="module")
+def handed_out(tmp_path_factory):
+    """What a student gets. The repository's own copy has no history here, so one is made."""
+    root = tmp_path_factory.mktemp("repository")
+    for name in exercise.files(ROOT) if (ROOT / ".git").exists() else []:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    if not (root / "prefixkv.py").exists():
+        pytest.skip("this is no clone of the repository")
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    out = tmp_path_factory.mktemp("handout") / "out"
+    handout(out, root)
+    return root, out
+
+
+def test_a_handout_has_no_body_and_nowhere_to_look_it_up(handed_out):
+    root, out = handed_out
+    assert not (out / ".git").exists() and not (out / ".exercises").exists()
+    for name, one in EXERCISES.items():
+        source = (out / one.file).read_text()
+        start, end = body(source, one.function)
+        assert source[start:end] == one.hole
+        lines = (root / one.file).read_text().splitlines()
+        first = next(line for line in lines if f"def {one.function.split('.')[-1]}(" in line)
+        assert first in source  # signature and docstring stay
+        with pytest.raises(SystemExit, match="away already"):
+            remove(name, out)
+
+
+def test_solutions_are_the_functions_with_their_bodies(handed_out, tmp_path):
+    root, _ = handed_out
+    solutions(tmp_path / "solutions", root)
+    assert sorted(path.stem for path in (tmp_path / "solutions").iterdir()) == sorted(EXERCISES)
+    for name, one in EXERCISES.items():
+        text = (tmp_path / "solutions" / f"{name}.py").read_text()
+        assert text.startswith(f"def {one.function.split('.')[-1]}(") and "NotImplementedError" not in text
+
+
+def test_a_right_body_gets_all_points_and_a_wrong_one_those_of_the_tests_it_passes(handed_out, tmp_path):
+    root, out = handed_out
+    submission = shutil.copytree(out, tmp_path / "submission")
+    original = (root / "prefixkv.py").read_text()
+    start, end = body(original, "PrefixKV.victim")
+    right = original[start:end]
+    path = submission / "prefixkv.py"
+    swap(path, "PrefixKV.victim", right)
+    assert grade_one("eviction", submission, root).points == 10
+    swap(path, "PrefixKV.victim", right.replace("argmin", "argmax"))
+    wrong = grade_one("eviction", submission, root)
+    assert wrong.points == 0 and "failed" in wrong.said
+    published = submission / "coursework" / "published.py"
+    half = EXERCISES["published"].hole.replace("int(counts[0])", "scores.shape[1]")  # one fault of two
+    swap(published, "compress", half)
+    assert grade_one("published", submission, root).points == 5
+    assert grade_one("search", submission, root).said == "not attempted"
+    path.write_text("def search(:\n")
+    assert "prefixkv.py: search cannot be read" in grade_one("search", submission, root).said
+    path.write_text("def seek():\n    pass\n")
+    assert "has no such function" in grade_one("search", submission, root).said
+    (submission / "prefixkv.py").unlink()
+    assert grade_one("search", submission, root).points == 0
+
+
+def test_the_results_file_has_the_fields_that_gradescope_reads(handed_out):
+    root, out = handed_out
+    results = json.loads(gradescope([grade_one(name, out, root) for name in EXERCISES]))
+    assert results["score"] == 0 and len(results["tests"]) == 10
+    assert results["tests"][0] == {"name": "patches", "score": 0.0, "max_score": 10.0, "output": "not attempted"}
+
+
+def test_nothing_is_written_over_and_a_repository_with_a_hole_is_refused(handed_out, tmp_path):
+    _, out = handed_out
+    (tmp_path / "old").mkdir()
+    for action in ("handout", "solutions"):
+        with pytest.raises(SystemExit, match="expected a new folder"):
+            main([action, str(tmp_path / "old")])
+    with pytest.raises(SystemExit, match="no folder"):
+        main(["grade", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="is away; restore it first"):
+        handout(tmp_path / "new", out)
+    assert not (tmp_path / "new").exists()

@@ -15,6 +15,8 @@ import sys
 import pytest
 import torch
 from conftest import TINY
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import demo
@@ -39,15 +41,30 @@ def data(tiny, image):
     return explore.collect(model, processor, prompt, [image], (0.5, 0.2), 24, "somewhere/tiny")
 
 
-def test_counts_and_patches_are_those_of_prefixkv(tiny, image, data):
+@pytest.mark.parametrize("number", range(4))
+def test_the_tokens_shown_are_those_that_a_cache_keeps(tiny, image, data, number):
     model, processor = tiny
+    method = (PrefixKV, *explore.OTHERS.values())[number]
     inputs = processor(data["prompt"], [image])
     for stop, budget in enumerate(data["budgets"]):
-        _, cache = model.prefill(**inputs, max_new_tokens=1, compressor=PrefixKV(budget))
-        assert cache.kept[:, 0].tolist() == data["counts"][stop]
+        _, cache = model.prefill(**inputs, max_new_tokens=1, compressor=method(budget))
+        assert cache.kept[:, 0].tolist() == explore.counts(data, stop, number)
         for layer in range(8):
             positions = set(cache.position[layer, 0][cache.position[layer, 0] >= 0].tolist())
-            assert explore.kept(data, layer, stop) == [j in positions for j in data["patches"]]
+            found = explore.kept(data, layer, stop, number)
+            assert {j for j, here in enumerate(found) if here} == positions
+
+
+def test_the_page_opens_on_the_layer_that_is_farthest_from_the_budget(data):
+    kept = explore.counts(data, data["start"])
+    away = [abs(count - data["budgets"][data["start"]] * len(data["importance"][0])) for count in kept]
+    assert away[data["layer"]] == max(away)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_bits_say_which_tokens_are_kept(keep):
+    made = {"methods": [{"kept": [[explore.bits(torch.tensor(keep))]]}], "importance": [[0.0] * len(keep)]}
+    assert explore.kept(made, 0, 0) == keep
 
 
 def test_every_token_is_a_patch_or_a_word_once(data):
@@ -172,7 +189,9 @@ addEventListener("load", () => {
     bar: document.querySelector(".bar.on").getAttribute("height"),
     words: document.querySelectorAll("#prompt .kept").length, layer: $("layer-out").textContent,
     budget: $("budget-out").textContent, rows: $("patch-rows").children.length, patch: $("patch-text").textContent,
-    answer: $("compressed").textContent, marks: document.querySelectorAll("mark").length,
+    answer: $("compressed").textContent, story: $("story").textContent, name: $("run-method").textContent,
+    hidden: document.querySelector(".level").getAttribute("visibility"),
+    marks: document.querySelectorAll("mark").length,
   });
   const move = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("input")); };
   result.start = look();
@@ -183,6 +202,8 @@ addEventListener("load", () => {
     document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
   result.keys = look();
   $("run").value = 1; $("run").dispatchEvent(new Event("change")); result.run = look();
+  move("budget", data.start);
+  $("method").value = 1; $("method").dispatchEvent(new Event("change")); result.method = look();
   result.width = document.documentElement.scrollWidth; result.inner = innerWidth;
   result.labels = [...document.querySelectorAll("input, select")].every(field => field.labels.length);
   result.title = document.title; result.errors = errors;
@@ -219,14 +240,24 @@ def test_the_page_works_in_a_browser_without_a_message(tmp_path, data, width):
     assert seen["labels"]
     start, layer, everything = seen["start"], seen["layer"], seen["all"]
     stop = data["start"]
-    assert start["dropped"] == explore.kept(data, 0, stop).count(False) and start["layer"] == "0"
-    assert layer["dropped"] == explore.kept(data, 5, stop).count(False) and layer["layer"] == "5"
-    assert f"keeps {data['counts'][stop][5]} of" in layer["text"]
+
+    def dropped(layer: int, method: int = 0) -> int:
+        here = explore.kept(data, layer, stop, method)
+        return sum(not here[position] for position in data["patches"])
+
+    assert start["dropped"] == dropped(data["layer"]) and start["layer"] == str(data["layer"])
+    assert start["story"].startswith("Layer ") and "its attention is spread over many keys. Layer " in start["story"]
+    assert layer["dropped"] == dropped(5) and layer["layer"] == "5"
+    assert f"keeps {explore.counts(data, stop)[5]} of" in layer["text"]
     assert everything["dropped"] == 0 and everything["budget"] == "100 %"
     assert everything["words"] == len(data["words"])
     assert float(everything["level"]) < float(layer["level"]) and float(everything["bar"]) == 250
     assert seen["keys"]["patch"].startswith("Patch in row 2, column 1;") and seen["keys"]["rows"] == 8
     assert seen["run"]["answer"].split() == " ".join(text for _, text in data["runs"][1]["right"]).split()
+    other = seen["method"]
+    assert other["dropped"] == dropped(5, 1) and other["name"] == "cover" and other["hidden"] == "hidden"
+    assert other["story"] == "cover keeps 20 % in every layer."
+    assert other["answer"].split() == " ".join(text for _, text in data["runs"][3]["right"]).split()
 
 
 @browser
@@ -234,4 +265,4 @@ def test_a_prompt_that_is_html_does_nothing_in_a_browser(tmp_path, tiny, image):
     model, processor = tiny
     made = explore.collect(model, processor, f"USER: <image>\n{NASTY} ASSISTANT:", [image], (0.5, 0.2), 4, NASTY)
     seen = visit(explore.page(made), tmp_path, 800)
-    assert seen["title"] == "What PrefixKV keeps" and seen["errors"] == []
+    assert seen["title"] == "What is kept of a KV cache" and seen["errors"] == []

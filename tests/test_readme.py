@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefixkv import priority, search
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -25,9 +31,26 @@ def test_there_are_exactly_two_set_up_commands():
 
 def test_the_python_example_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    (example,) = blocks("python")
+    _, example = blocks("python")
     exec(compile(example, "README.md", "exec"), {})
     assert "there is a" in capsys.readouterr().out
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 40), st.floats(0.05, 1.0))
+def test_the_algorithm_it_shows_keeps_what_prefixkv_does(seed, layers, length, budget):
+    algorithm, _ = blocks("python")
+    assert len(algorithm.splitlines()) <= 12
+    scope: dict[str, Any] = {}
+    exec(compile(algorithm, "README.md", "exec"), scope)
+    scores = torch.rand(layers, length, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    attention = scores.tril() / scores.tril().sum(-1, keepdim=True)
+    total = max(layers, int(budget * layers * length))
+    found = scope["prefixkv"](attention, total / (layers * length))
+    received = attention.sum(1)
+    _, sizes = search(priority(received), total, 0)
+    for keys, size, row in zip(found, sizes.tolist(), received):
+        assert keys.tolist() == row.argsort(descending=True)[:size].tolist()
 
 
 def test_every_file_it_names_is_there():

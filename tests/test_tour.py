@@ -1,7 +1,8 @@
-"""`tour.py` runs, its cells are short and each asserts something, and a wrong formula makes it fail."""
+"""`tour.py` runs, its cells are short and assert something, a wrong formula makes it fail; `tour.ipynb` is the same."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,20 @@ import pytest
 from conftest import ROOT
 
 TOUR = (ROOT / "tour.py").read_text(encoding="utf-8")
-CELLS = re.split(r"(?m)^# %% ", TOUR)[1:]
+
+
+def cells(text: str) -> list[tuple[str, str]]:
+    """Kind and source of every cell of a file in the percent format."""
+    found = []
+    for kind, source in re.findall(r"(?ms)^# %%( \[markdown\])?\n(.*?)(?=^# %%|\Z)", text):
+        lines = source.strip().splitlines()
+        found.append(
+            ("markdown" if kind else "code", "\n".join(re.sub("^# ?", "", line) if kind else line for line in lines))
+        )
+    return found
+
+
+CODE = [source for kind, source in cells(TOUR) if kind == "code"]
 
 
 def run(folder, text):
@@ -28,10 +42,34 @@ def test_the_tour_runs_to_its_end(tmp_path):
     assert "full cache, " in done.stdout.splitlines()[-2]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.split(".")[0])
+@pytest.mark.parametrize("cell", CODE, ids=range(len(CODE)))
 def test_a_cell_is_short_and_asserts_what_it_teaches(cell):
-    assert len(cell.strip().splitlines()) < 25
-    assert re.search(r"^( {4})?assert ", cell, re.MULTILINE)
+    assert len(cell.splitlines()) < 25
+    assert re.search(r"^( {4})?assert ", cell, re.MULTILINE) or "def show" in cell
+
+
+def test_the_notebook_has_the_tours_cells():
+    notebook = json.loads((ROOT / "tour.ipynb").read_text(encoding="utf-8"))
+    found = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+    assert found == cells(TOUR)
+
+
+def test_the_notebook_runs_with_its_pictures_and_prints_what_it_shows(tmp_path):
+    notebook = json.loads((ROOT / "tour.ipynb").read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 8
+    assert all(output["output_type"] in ("stream", "display_data") for output in outputs)
+    printed = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    prelude = "import sys, types, matplotlib\nmatplotlib.use('Agg')\n"
+    prelude += "sys.modules['ipykernel'] = types.ModuleType('ipykernel')\n"
+    done = run(tmp_path, prelude + "\n".join("".join(cell["source"]) for cell in code))
+    assert done.returncode == 0, done.stderr
+
+    def shape(text: str) -> str:  # another processor may round otherwise
+        return re.sub(r"[\d.]+|#+", "0", text)
+
+    assert shape(done.stdout) == shape(printed)
 
 
 WRONG = {
