@@ -270,7 +270,7 @@ def grade_one(name: str, submission: Path, root: Path = ROOT) -> Grade:
                 said.append(f"{test}: did not end in {PATIENCE} s")
                 continue
             lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
-            passed += done.returncode == 0
+            passed += done.returncode == 0 and " passed" in lines[-1]  # tests that skip prove nothing
             said.append("\n".join([f"{test}: {lines[-1]}", *([] if done.returncode == 0 else lines[-25:-1])]))
     return Grade(name, POINTS * passed / len(exercise.tests), "\n".join(said))
 
