@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minillava.checks import LlavaError, require
+from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.fast import speed_up
-from minillava.model import ACTIVATIONS, Llava, LlavaConfig, TextConfig, VisionConfig
-from minillava.processor import ImageProcessor, Processor, read_json
+from minillava.model import ACTIVATIONS, Llava
+from minillava.processor import IMAGE_TOKEN, ImageProcessor, Processor, Tokenizer, read_json
 
 # ---------------------------------------------------------------- config.json
 
@@ -45,7 +46,20 @@ ROPE_SETTINGS = {  # of each scaling that `rope_frequencies` knows
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+DEFAULTS: dict[str, dict[str, Any]] = {  # of each kind of part, where they differ from those in model.py
+    "llama": {},
+    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768},
+    "clip_vision_model": {},
+    "siglip_vision_model": {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+}
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-NeXT
+RELATIVES = {  # what checkpoints of the wider family need that is not here
+    "llava_onevision": "its limit on tiles (anyres_max_9), which shrinks features",
+    "llava_next_video": "frames of a video and their pooling",
+    "video_llava": "two vision towers and frames of a video",
+    "vipllava": "features of several vision layers, and the norm that joins them",
+}
 C = TypeVar("C")
 
 
@@ -75,22 +89,29 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
     Raises LlavaError for an architecture that model.py does not hold and for values it cannot use.
     """
     kind = raw.get("model_type")
-    require(kind == "llava", f"config.json has model_type {kind!r}; only 'llava', in the Hub layout, is implemented.")
+    require(kind not in RELATIVES, f"config.json has model_type {kind!r}, which needs {RELATIVES.get(str(kind))}; "
+            "'llava' and 'llava_next' are implemented.")  # fmt: skip
+    known = ("llava", "llava_next")
+    require(kind in known, f"config.json has model_type {kind!r}; only 'llava' and 'llava_next' are implemented.")
     parts = []
-    for name, known in (("text_config", ("llama", "mistral")), ("vision_config", ("clip_vision_model",))):
+    for name, kinds in (("text_config", ("llama", "mistral", "qwen2")),
+                        ("vision_config", ("clip_vision_model", "siglip_vision_model"))):  # fmt: skip
         part = {} if raw.get(name) is None else raw[name]
         require(isinstance(part, dict), f"config.json has {name} = {part!r}; expected an object.")
-        kind = part.get("model_type", known[0])
-        names = " and ".join(map(repr, known))
-        require(kind in known, f"config.json has {name} of type {kind!r}; only {names} are implemented.")
-        parts.append(dict(part))
+        found = part.get("model_type", kinds[0])
+        names = ", ".join(map(repr, kinds))
+        require(found in kinds, f"config.json has {name} of type {found!r}; only {names} are implemented.")
+        there = {key: value for key, value in part.items() if value is not None}
+        parts.append({**DEFAULTS[found], "model_type": found, **there})
     text, vision = parts
-    if text.get("model_type") == "mistral":  # Llama with other defaults, and a window that attention reaches back to
-        window = text.get("sliding_window", 4096)
-        text = {**MISTRAL, **{name: value for name, value in text.items() if value is not None}}
-        if type(window) is int and type(text["max_position_embeddings"]) is int:
-            # Within the window the two are the same; a longer text is refused.
-            text["max_position_embeddings"] = min(window, text["max_position_embeddings"])
+    # Llama with a window that attention reaches back to. Within it the two are the same; a longer text is refused.
+    window = text.get("sliding_window", 4096)
+    if text["model_type"] == "mistral":
+        window, text["model_type"] = raw["text_config"].get("sliding_window", 4096), "llama"
+    elif not (text["model_type"] == "qwen2" and text.get("use_sliding_window")):
+        window = None
+    if type(window) is int and type(text.get("max_position_embeddings")) is int:
+        text["max_position_embeddings"] = min(window, text["max_position_embeddings"])
     # transformers 5 moved rope_theta and rope_scaling into one dictionary, rope_parameters.
     scaling, parameters = (text.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
     require(isinstance(scaling, dict) and isinstance(parameters, dict), "config.json: RoPE settings are no object.")
@@ -103,7 +124,8 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
         **raw,
         "image_token_id": raw.get("image_token_id", raw.get("image_token_index")),
         "pad_token_id": raw.get("pad_token_id", text.get("pad_token_id")),
-        "eos_token_id": None,  # this and the two parts are set below
+        "eos_token_id": None,  # this, the grids and the two parts are set below
+        "image_grid_pinpoints": None,
         "vision": None,
         "text": None,
     }
@@ -116,9 +138,20 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
         vision=read_fields(VisionConfig, vision, "vision_config."),
         text=read_fields(TextConfig, text, "text_config."),
         eos_token_id=tuple(ends),
+        image_grid_pinpoints=read_pinpoints(raw) if raw["model_type"] == "llava_next" else (),
     )
     check_config(config)
     return config
+
+
+def read_pinpoints(raw: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    """LLaVA-NeXT's sizes of grids: pairs of (height, width)."""
+    pinpoints = PINPOINTS if raw.get("image_grid_pinpoints") is None else raw["image_grid_pinpoints"]
+    usable = isinstance(pinpoints, list) and 0 < len(pinpoints) <= 1000 and all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(side) is int for side in pair) for pair in pinpoints
+    )  # fmt: skip
+    require(usable, f"config.json has image_grid_pinpoints = {pinpoints!s:.99}; expected pairs [height, width].")
+    return tuple((pair[0], pair[1]) for pair in pinpoints)
 
 
 def check_config(config: LlavaConfig) -> None:
@@ -143,6 +176,16 @@ def check_config(config: LlavaConfig) -> None:
     layer, token = config.vision_feature_layer, config.image_token_id
     inside = -depth - 1 <= layer <= depth
     require(inside, f"config.json has vision_feature_layer = {layer}; the tower has {depth} layers.")
+    for height, width in config.image_grid_pinpoints:
+        fits = min(height, width) >= side and height % side == width % side == 0 and height * width <= 100 * side**2
+        require(fits, f"config.json has [{height}, {width}] in image_grid_pinpoints; expected multiples of image_size "
+                f"{side}, 100 tiles at most.")  # fmt: skip
+    if config.image_grid_pinpoints:
+        square = config.num_image_tokens == vision.num_patches
+        require(square, f"config.json has vision_feature_select_strategy = {config.vision_feature_select_strategy!r}, "
+                f"which leaves {config.num_image_tokens} features of {vision.num_patches} patches; tiles need exactly "
+                "those.")  # fmt: skip
+    require(config.num_image_tokens > 0, "config.json: the only patch is dropped; expected a smaller patch_size.")
     inside = 0 <= token < text.vocab_size
     require(inside, f"config.json: image token {token} is outside the vocabulary of {text.vocab_size}.")
     inside = 0 <= config.pad_token_id < text.vocab_size
@@ -199,6 +242,9 @@ def from_original(raw: dict[str, Any], clip: dict[str, Any]) -> dict[str, Any]:
     kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
     kind, feature = str(raw.get("model_type")), raw.get("mm_vision_select_feature", "patch")
     require(kind in kinds, f"config.json has model_type {kind!r}; known are {', '.join(kinds)}.")
+    merge = raw.get("mm_patch_merge_type", "flat")
+    require(merge == "flat", f"config.json has mm_patch_merge_type {merge!r}: LLaVA-1.6 is read in the Hub's layout, "
+            "such as that of llava-hf/llava-v1.6-vicuna-7b-hf.")  # fmt: skip
     features = {"patch": "default", "cls_patch": "full"}
     known = feature in features
     require(known, f"config.json has mm_vision_select_feature = {feature!r}; known are {', '.join(features)}.")
@@ -221,9 +267,14 @@ def from_original(raw: dict[str, Any], clip: dict[str, Any]) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- names and files
 
-DOWNLOADED = ["*.safetensors", "*.json", "tokenizer.model"]  # no pickles, nothing executable
+DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # no pickles, nothing executable
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
-PICKLES = ["*.bin", "*.json", "tokenizer.model"]  # for repositories that have nothing else; read as plain tensors
+PICKLES = [
+    "*.bin",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+]  # for repositories that have nothing else; read as plain tensors
 
 # Checkpoint names to ours, applied in this order. One table serves the layouts in use:
 #   Hub, transformers up to 4.51     language_model.model.layers…        vision_tower.vision_model.encoder.layers…
@@ -236,15 +287,15 @@ RENAMES = [
     (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model."),
     (r"^model\.mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),
     (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
-    (r"^model\.(?=language_model|vision_tower|multi_modal_projector)", ""),
+    (r"^model\.(?=language_model|vision_tower|multi_modal_projector|image_newline)", ""),
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "language_model."),
     (r"^vision_tower\.vision_model\.", "vision_tower."),
     (r"^vision_tower\.(embeddings|encoder)\.", "vision_tower."),
     (r"^(vision_tower\.layers\.\d+)\.(self_attn|mlp)\.", r"\1."),
 ]
-# Tables that old versions saved and every version computes.
-IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.position_ids)$")
+# Tables that old versions saved and every version computes; and SigLIP's pooling, which LLaVA does not use.
+IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.position_ids)$|^(model\.)?vision_tower\.(vision_model\.)?head\.")
 CLIP_TEXT = re.compile(r"^(text_model\.|text_projection\.|visual_projection\.|logit_scale$)")
 
 
@@ -566,9 +617,13 @@ def save_weights(model: Llava, path: Path, dtype: torch.dtype) -> None:
 def config_dict(config: LlavaConfig, dtype: str) -> dict[str, object]:
     """The contents of a `config.json` that both transformers and `load` read."""
     text, vision = asdict(config.text), asdict(config.vision)
+    if config.text.model_type == "qwen2":  # whose biases need no saying
+        del text["attention_bias"], text["mlp_bias"]
+    pinpoints = [list(pair) for pair in config.image_grid_pinpoints]
+    tiled = {"model_type": "llava_next", "image_grid_pinpoints": pinpoints} if pinpoints else {"model_type": "llava"}
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [f"Llava{'Next' if pinpoints else ''}ForConditionalGeneration"],
+        **tiled,
         "image_token_index": config.image_token_id,
         "projector_hidden_act": config.projector_hidden_act,
         "multimodal_projector_bias": config.multimodal_projector_bias,
@@ -578,9 +633,10 @@ def config_dict(config: LlavaConfig, dtype: str) -> dict[str, object]:
         "tie_word_embeddings": config.text.tie_word_embeddings,
         "pad_token_id": config.pad_token_id,
         "torch_dtype": dtype,
-        "text_config": {"model_type": "llama", **{k: v for k, v in text.items() if v is not None}},
-        "vision_config": {"model_type": "clip_vision_model", "projection_dim": config.vision.hidden_size, **vision},
-    }
+        "text_config": {k: v for k, v in text.items() if v is not None},
+        "vision_config": {**vision, **({"projection_dim": vision["hidden_size"]} if config.vision.has_cls else
+                                       {"vision_use_head": False})},
+    }  # fmt: skip
 
 
 def write_file(path: str | Path, content: bytes) -> None:
@@ -652,13 +708,22 @@ def convert(folder: Path, out: Path) -> None:
             str(token.id): {"content": token.content, "lstrip": token.lstrip, "rstrip": token.rstrip,
                             "special": token.special, "normalized": False, "single_word": False}
             for token in processor.tokenizer.added.values()
+            if isinstance(processor.tokenizer, Tokenizer) or token.content == IMAGE_TOKEN  # others: in tokenizer.json
         }  # fmt: skip
+        if not isinstance(processor.tokenizer, Tokenizer):
+            added |= tokenizer.get("added_tokens_decoder") or {}
         write_json(temporary / "tokenizer_config.json", {**tokenizer, "added_tokens_decoder": added})
-        write_json(temporary / "preprocessor_config.json", asdict(processor.image_processor))
+        images: dict[str, object] = asdict(processor.image_processor)
+        if model.config.image_grid_pinpoints:
+            images["image_processor_type"] = "LlavaNextImageProcessor"
+            images["image_grid_pinpoints"] = [list(pair) for pair in model.config.image_grid_pinpoints]
+        write_json(temporary / "preprocessor_config.json", images)
         write_json(temporary / "generation_config.json", {"eos_token_id": list(model.config.eos_token_id)})
-        shutil.copyfile(folder / "tokenizer.model", temporary / "tokenizer.model")
-        if (folder / "tokenizer.json").is_file():
-            shutil.copyfile(folder / "tokenizer.json", temporary / "tokenizer.json")
+        for name in ("tokenizer.model", "tokenizer.json", "special_tokens_map.json"):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, temporary / name)
+        if processor.template is not None:
+            write_file(temporary / "chat_template.jinja", processor.template.encode())
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

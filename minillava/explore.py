@@ -63,6 +63,38 @@ def seen_image(pixels: Tensor, processor: Processor, patch: int) -> Image.Image:
     return Image.frombytes("RGB", (side, side), bytes(data.flatten().tolist()))
 
 
+def drawn(inputs: dict[str, Tensor], processor: Processor) -> tuple[Image.Image, int, list[int | None]]:
+    """The first image as a grid of cells: picture, columns, and each cell's position among the image's tokens.
+
+    LLaVA-NeXT's overview stands above its tiles, whose rows end in a grey cell, the newline. None: an empty cell.
+    """
+    config = processor.config
+    vision, first = config.vision, int(config.num_image_tokens > config.vision.num_patches)  # first: CLS, if it is kept
+    side = vision.image_size // vision.patch_size
+    if "image_sizes" not in inputs:
+        picture = seen_image(inputs["pixel_values"][0], processor, vision.patch_size)
+        return picture, side, list(range(first, first + side**2))
+    tiling = config.tiling(inputs["image_sizes"][0].tolist())
+    tiles = [seen_image(pixels, processor, vision.patch_size) for pixels in inputs["pixel_values"][: tiling.tiles]]
+    edge = tiles[0].width  # of a tile, and so of `side` patches
+    whole = Image.new("RGB", (tiling.columns * edge, tiling.rows * edge))
+    for index, tile in enumerate(tiles[1:]):
+        whole.paste(tile, (index % tiling.columns * edge, index // tiling.columns * edge))
+    patch, width = vision.patch_size, tiling.width + 1
+    left, top = tiling.left * patch, tiling.top * patch
+    columns = max(side, width)
+    picture = Image.new("RGB", (columns * patch, (side + tiling.height) * patch), "grey")
+    picture.paste(tiles[0])
+    picture.paste(whole.crop((left, top, whole.width - left, whole.height - top)), (0, side * patch))
+    cells: list[int | None] = []
+    for row in range(side):
+        cells += [*range(row * side, (row + 1) * side), *[None] * (columns - side)]
+    for row in range(tiling.height):
+        start = side**2 + row * width
+        cells += [*range(start, start + width), *[None] * (columns - width)]
+    return picture, columns, cells
+
+
 def words(left: str, right: str) -> tuple[list[tuple[bool, str]], list[tuple[bool, str]]]:
     """Both texts in stretches of words, each with whether the other text has it too."""
     one, other = left.split(), right.split()
@@ -107,12 +139,12 @@ def collect(
         theirs = recorder.kept[number * len(stops) : (number + 1) * len(stops)]
         methods.append({"name": name, "kept": [[bits(row) for row in rows] for rows in theirs]})
     ids = inputs["input_ids"][0].tolist()
-    patches = [position for position, id in enumerate(ids) if id == model.config.image_token_id]
-    patches = patches[: model.config.num_image_tokens][model.config.vision_feature_select_strategy == "full" :]
+    places = [position for position, id in enumerate(ids) if id == model.config.image_token_id]
+    image, columns, cells = drawn(inputs, processor)
+    patches = [None if cell is None else places[cell] for cell in cells]
     text = [(position, piece(processor, id)) for position, id in enumerate(ids) if id != model.config.image_token_id]
     picture = io.BytesIO()
-    patch = model.config.vision.patch_size
-    seen_image(inputs["pixel_values"][0], processor, patch).save(picture, "PNG")
+    image.save(picture, "PNG")
 
     def answer(compressor: PrefixKV | None) -> tuple[str, Generation]:
         made = model.generate(**inputs, max_new_tokens=max_new_tokens, compressor=compressor)
@@ -133,7 +165,7 @@ def collect(
         "model": Path(name).name or name,
         "prompt": prompt,
         "image": "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode(),
-        "columns": model.config.vision.image_size // patch,
+        "columns": columns,
         "patches": patches,
         "words": text,
         "importance": [[round(value, 5) for value in row] for row in scores.tolist()],
@@ -150,10 +182,7 @@ def collect(
 
 def piece(processor: Processor, id: int) -> str:
     """A token as it is shown: a leading space as such, a line break as ⏎."""
-    tokenizer = processor.tokenizer
-    if id in tokenizer.by_id:
-        return tokenizer.by_id[id].content
-    text = str(tokenizer.model.id_to_piece(id)) if id < tokenizer.model.vocab_size() else IMAGE_TOKEN
+    text = processor.tokenizer.piece(id) or IMAGE_TOKEN
     return text.replace("<0x0A>", "⏎").replace("▁", "␣" if text == "▁" else "")
 
 
@@ -198,7 +227,7 @@ def plot(data: dict[str, Any], suffix: str = ".png") -> bytes:
     for axis, layer in zip(upper.subplots(1, len(shown), squeeze=False)[0], shown):
         axis.imshow(image.resize((24 * columns, 24 * rows), Image.Resampling.BICUBIC), extent=(0, columns, rows, 0))
         here = kept(data, layer, budget)
-        shade = [0.0 if here[position] else 0.8 for position in data["patches"]]
+        shade = [0.0 if position is None or here[position] else 0.8 for position in data["patches"]]
         dark = [shade[r * columns : (r + 1) * columns] for r in range(rows)]
         axis.imshow([[0] * columns] * rows, cmap="gray", vmin=0, vmax=1, alpha=dark, extent=(0, columns, rows, 0),
                     interpolation="nearest")  # fmt: skip

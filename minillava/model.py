@@ -1,4 +1,4 @@
-"""LLaVA in one file: CLIP vision tower, projector, Llama decoder, KV cache, generation.
+"""LLaVA in one file: CLIP or SigLIP vision tower, projector, Llama or Qwen2 decoder, KV cache, generation.
 
 Read it from top to bottom: what a line uses is defined above it. Only the cache, which layers are
 handed, comes after them. A comment such as `# [B, N, D]` at the end of a line gives the shape of the
@@ -19,15 +19,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillava.checks import check_prompt, check_sampling, require, require_left_padding
+from minillava.anyres import pack
+from minillava.checks import check_images, check_prompt, check_sampling, require, require_left_padding
+from minillava.config import LlavaConfig, TextConfig, VisionConfig
 
-# ---------------------------------------------------------------- configuration
+# ---------------------------------------------------------------- vision tower
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -35,81 +38,9 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu}
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """CLIP's vision tower; the names and defaults of `CLIPVisionConfig`."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    image_size: int = 224
-    patch_size: int = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-    @property
-    def num_patches(self) -> int:
-        """Patches per image. A border narrower than a patch is cut off, as the strided convolution below does."""
-        return (self.image_size // self.patch_size) ** 2
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """The Llama decoder; the names and defaults of `LlamaConfig`."""
-
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None  # None: as many as query heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    hidden_act: str = "silu"
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    tie_word_embeddings: bool = False
-    rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None  # None, or {"rope_type": "linear" | "llama3", "factor": ...}
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key-value heads."""
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def head_size(self) -> int:
-        """Dimensions per head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-
-@dataclass(frozen=True)
-class LlavaConfig:
-    """The whole model: its two parts, and what joins them."""
-
-    vision: VisionConfig = VisionConfig()
-    text: TextConfig = TextConfig()
-    image_token_id: int = 32000  # checkpoints have a larger vocabulary than the default, such as 32064
-    vision_feature_layer: int = -2  # 0 is the input of the first layer, -1 the output of the last
-    vision_feature_select_strategy: str = "default"  # "default" drops CLS, "full" keeps it
-    projector_hidden_act: str = "gelu"
-    multimodal_projector_bias: bool = True
-    mm_projector_type: str = "mlp2x_gelu"  # or "linear": one layer, as in the first LLaVA
-    eos_token_id: tuple[int, ...] = (2,)
-    pad_token_id: int = 0
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Decoder positions that one image takes."""
-        return self.vision.num_patches + (self.vision_feature_select_strategy == "full")
-
-
-# ---------------------------------------------------------------- CLIP vision tower
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "quick_gelu": quick_gelu, "silu": F.silu,
+}  # fmt: skip
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -151,15 +82,17 @@ class VisionLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """CLIP ViT: cuts the image into patches and runs a transformer over them."""
+    """ViT: cuts the image into patches and runs a transformer over them. SigLIP has no CLS and no norm before it."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
-        self.class_embedding = nn.Parameter(torch.zeros(width))
-        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
-        self.position_embedding = nn.Embedding(config.num_patches + 1, width)
-        self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # sic: every checkpoint spells it so
+        clip = config.has_cls
+        self.class_embedding = nn.Parameter(torch.zeros(width)) if clip else None
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=not clip)
+        self.position_embedding = nn.Embedding(config.num_patches + clip, width)
+        # The name is as every checkpoint spells it.
+        self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps) if clip else nn.Identity()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
         # Never used, since LLaVA takes its features earlier. Checkpoints have it.
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -167,10 +100,11 @@ class VisionTower(nn.Module):
     def forward(self, pixel_values: Tensor, layer: int) -> Tensor:
         """[I, 3, R, R] -> [I, P + 1, Dv], CLS first, after `layer` layers (negative: from the end)."""
         patches = self.patch_embedding(pixel_values)  # [I, Dv, R // patch, R // patch]
-        patches = patches.flatten(2).transpose(1, 2)  # [I, P, Dv]
-        cls = self.class_embedding.expand(len(patches), 1, -1)  # [I, 1, Dv]
-        hidden = torch.cat([cls, patches], dim=1) + self.position_embedding.weight  # [I, P + 1, Dv]
-        hidden = self.pre_layrnorm(hidden)
+        hidden = patches.flatten(2).transpose(1, 2)  # [I, P, Dv]
+        if self.class_embedding is not None:
+            cls = self.class_embedding.expand(len(hidden), 1, -1)  # [I, 1, Dv]
+            hidden = torch.cat([cls, hidden], dim=1)  # [I, P + 1, Dv]
+        hidden = self.pre_layrnorm(hidden + self.position_embedding.weight)
         depth = layer if layer >= 0 else len(self.layers) + 1 + layer
         for block in self.layers[:depth]:  # the layers above are never run
             hidden = block(hidden)
@@ -193,7 +127,7 @@ class Projector(nn.Module):
         return hidden if self.linear_2 is None else self.linear_2(self.activation(hidden))
 
 
-# ---------------------------------------------------------------- Llama decoder
+# ---------------------------------------------------------------- decoder
 
 
 class RMSNorm(nn.Module):
@@ -271,12 +205,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
-        size, bias = config.head_size, config.attention_bias
+        size, bias = config.head_size, config.attention_bias or config.model_type == "qwen2"
         self.layer, self.num_heads, self.kv_heads = layer, config.num_attention_heads, config.kv_heads
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * size, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * size, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * size, config.hidden_size, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * size, config.hidden_size, bias=config.attention_bias)
 
     def project(self, x: Tensor, rope: CosSin) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, D] -> query [B, H, N, Dh], key and value [B, Hkv, N, Dh]; query and key after RoPE."""
@@ -522,6 +456,8 @@ class Llava(nn.Module):
         self.multi_modal_projector = Projector(config)
         self.language_model = Decoder(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        tiled = len(config.image_grid_pinpoints) > 0  # LLaVA-NeXT
+        self.image_newline = nn.Parameter(torch.zeros(config.text.hidden_size)) if tiled else None
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -529,32 +465,36 @@ class Llava(nn.Module):
         if self.config.text.tie_word_embeddings:
             self.lm_head.weight = self.language_model.embed_tokens.weight
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """[I, 3, R, R] -> [I, P, D]: what the decoder sees in place of each `<image>`."""
+    def image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """[I, 3, R, R] -> [I, P, D]: what the decoder sees in place of each `<image>`.
+
+        LLaVA-NeXT: pixels of all pictures' tiles, and each picture's (height, width) -> [tokens of all pictures, D].
+        """
         config = self.config
         features = self.vision_tower(pixel_values, config.vision_feature_layer)  # [I, P + 1, Dv]
         if config.vision_feature_select_strategy == "default":
             features = features[:, 1:]  # [I, P, Dv]
-        return self.multi_modal_projector(features)
+        features = self.multi_modal_projector(features)  # [I, P, D]
+        if self.image_newline is None or image_sizes is None:
+            return features
+        return pack(features, [config.tiling(size) for size in image_sizes.tolist()], self.image_newline)
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_sizes: Tensor | None = None) -> Tensor:
         """Token embeddings [B, N, D], with projected patches written over the image positions, in order."""
         embeddings = self.language_model.embed_tokens(input_ids)  # [B, N, D]
         is_image = input_ids == self.config.image_token_id  # [B, N]
-        images = 0 if pixel_values is None else len(pixel_values)
-        found, expected = int(is_image.sum()), images * self.config.num_image_tokens
-        require(found == expected, f"input_ids hold {found} image tokens, but {images} images make {expected}.")
+        check_images(self.config, int(is_image.sum()), pixel_values, image_sizes)
         if pixel_values is None:
             return embeddings
-        features = self.image_features(pixel_values.to(embeddings.dtype))  # [I, P, D]; bfloat16 under autocast
-        return embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
+        features = self.image_features(pixel_values.to(embeddings.dtype), image_sizes)  # [I, P, D], or packed
+        return embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))  # bfloat16 under autocast
 
-    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None,
-                attention_mask: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
+                image_sizes: Tensor | None = None) -> Tensor:  # fmt: skip
         """Logits [B, N, V] of every position; differentiable, so a caller can train on them."""
         present = check_prompt(self.config.text, input_ids, attention_mask)  # [B, N]
         positions = (present.cumsum(-1) - 1).clamp(min=0)  # [B, N]
-        hidden = self.embed(input_ids, pixel_values)  # [B, N, D]
+        hidden = self.embed(input_ids, pixel_values, image_sizes)  # [B, N, D]
         return self.lm_head(self.language_model(hidden, positions, causal_mask(present)))
 
     def new_cache(self, present: Tensor, max_new_tokens: int, compressor: Any) -> KVCache:
@@ -563,14 +503,16 @@ class Llava(nn.Module):
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
-                max_new_tokens: int = 128, compressor: Any = None) -> tuple[Tensor, KVCache]:  # fmt: skip
+                image_sizes: Tensor | None = None, max_new_tokens: int = 128,
+                compressor: Any = None) -> tuple[Tensor, KVCache]:  # fmt: skip
         """Reads the prompt: logits [B, V] for the first new token, and the cache, compressed if asked."""
         present = check_prompt(self.config.text, input_ids, attention_mask, max_new_tokens)  # [B, N]
         require_left_padding(present)
         cache = self.new_cache(present, max_new_tokens, compressor)
         if compressor is not None:
             compressor.begin(present, input_ids == self.config.image_token_id)
-        hidden = self.language_model(self.embed(input_ids, pixel_values), cache.prompt_positions, cache=cache)
+        hidden = self.embed(input_ids, pixel_values, image_sizes)  # [B, N, D]
+        hidden = self.language_model(hidden, cache.prompt_positions, cache=cache)
         logits = self.lm_head(hidden[:, -1:])[:, 0]  # [B, V]
         require(logits.isfinite().all(), "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
         return logits, cache
@@ -615,15 +557,17 @@ class Llava(nn.Module):
             logits = self.decode_step(token_ids, cache)
 
     def stream(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
-               max_new_tokens: int = 128, compressor: Any = None, **sampling: Any) -> Iterator[Tensor]:  # fmt: skip
+               image_sizes: Tensor | None = None, max_new_tokens: int = 128, compressor: Any = None,
+               **sampling: Any) -> Iterator[Tensor]:  # fmt: skip
         """Yields token ids [B] as they are made; `sampling` as in `decode`."""
-        logits, cache = self.prefill(input_ids, pixel_values, attention_mask, max_new_tokens, compressor)
+        logits, cache = self.prefill(input_ids, pixel_values, attention_mask, image_sizes, max_new_tokens, compressor)
         yield from self.decode(logits, cache, **sampling)
 
     def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
-                 max_new_tokens: int = 128, compressor: Any = None, **sampling: Any) -> Generation:  # fmt: skip
+                 image_sizes: Tensor | None = None, max_new_tokens: int = 128, compressor: Any = None,
+                 **sampling: Any) -> Generation:  # fmt: skip
         """All new tokens at once, with what the cache kept; `sampling` as in `decode`."""
-        logits, cache = self.prefill(input_ids, pixel_values, attention_mask, max_new_tokens, compressor)
+        logits, cache = self.prefill(input_ids, pixel_values, attention_mask, image_sizes, max_new_tokens, compressor)
         tokens = list(self.decode(logits, cache, **sampling))
         token_ids = torch.stack(tokens, dim=1) if tokens else input_ids.new_zeros(len(input_ids), 0)
         return Generation(token_ids, cache.kept.T, cache.held_bytes, cache.allocated_bytes)

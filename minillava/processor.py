@@ -1,7 +1,8 @@
 """What goes into the model: a PIL image becomes pixels, a prompt becomes token ids, and ids become text again.
 
-Pixels agree with `transformers`' PIL image processors (CLIP and LLaVA), token ids with sentencepiece's own
-encoding around added tokens, which is what LLaVA's `tokenizer.json` does.
+Pixels agree with `transformers`' PIL image processors (CLIP, SigLIP, LLaVA and LLaVA-NeXT), token ids with
+sentencepiece's own encoding around added tokens, which is what LLaVA's `tokenizer.json` does. A checkpoint that has a
+`tokenizer.json` and no `tokenizer.model`, as those of Llama 3 and Qwen2, is read by the `tokenizers` library.
 """
 
 from __future__ import annotations
@@ -20,12 +21,20 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from minillava import anyres
 from minillava.checks import LlavaError
-from minillava.model import LlavaConfig
+from minillava.config import LlavaConfig
+from minillava.template import TemplateError, render
 
 IMAGE_TOKEN = "<image>"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SIGLIP = {
+    "size": {"height": 224, "width": 224},
+    "do_center_crop": False,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
 MAX_BYTES = 100_000_000  # the largest tokenizer.json in use has a third of that
 MAX_PIXELS = 100_000_000  # a larger picture is taken for a decompression bomb
 
@@ -116,7 +125,11 @@ class ImageProcessor:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ImageProcessor:
         """From a `preprocessor_config.json`, or the `image_processor` part of a `processor_config.json`."""
-        names = cls.__dataclass_fields__
+        names, kind = cls.__dataclass_fields__, str(raw.get("image_processor_type", ""))
+        if kind.startswith("Siglip"):  # files leave defaults out
+            raw = {**SIGLIP, **{name: value for name, value in raw.items() if value is not None}}
+        if kind.startswith("LlavaNext"):  # there do_pad fills a batch of tiles up
+            raw = {**raw, "do_pad": False}
         values = {name: raw[name] for name in names if raw.get(name) is not None}
         processor = cls(**values)
         size_of(processor.size, "size"), size_of(processor.crop_size, "crop_size")
@@ -201,7 +214,7 @@ class Tokenizer:
         """From `tokenizer.model` and the JSON files beside it that name added tokens."""
         path = folder / "tokenizer.model"
         if not path.is_file():
-            raise LlavaError(f"{folder} has no tokenizer.model; expected a sentencepiece model beside the weights.")
+            raise LlavaError(f"{folder} has neither tokenizer.model nor tokenizer.json; expected one of them.")
         model, content = sentencepiece.SentencePieceProcessor(), read_bytes(path)
         try:
             model.LoadFromSerializedProto(content)
@@ -233,6 +246,21 @@ class Tokenizer:
             raise LlavaError(f"{folder}: its files hold an added token that makes no sense ({error}).") from None
         return cls(model, list(found.values()), add_bos=config.get("add_bos_token", True) is not False)
 
+    @property
+    def largest_id(self) -> int:
+        """Of all tokens."""
+        return max([self.model.vocab_size() - 1, *self.by_id])
+
+    def piece(self, id: int) -> str:
+        """A token as the vocabulary has it; a leading space is ▁. Empty for an id that it does not have."""
+        if id in self.by_id:
+            return self.by_id[id].content
+        return str(self.model.id_to_piece(id)) if 0 <= id < self.model.vocab_size() else ""
+
+    def with_token(self, token: AddedToken) -> Tokenizer:
+        """The same tokenizer with one more token."""
+        return Tokenizer(self.model, [*self.added.values(), token], self.add_bos)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of the text, with BOS in front."""
         ids = [self.model.bos_id()] if self.add_bos and self.model.bos_id() >= 0 else []
@@ -260,6 +288,113 @@ class Tokenizer:
         return "".join(pieces)
 
 
+class JsonTokenizer:
+    """What a `tokenizer.json` describes, such as byte-level BPE, run by the `tokenizers` library."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        found = model.get_added_tokens_decoder().items()
+        self.by_id = {id: AddedToken(t.content, id, t.lstrip, t.rstrip, t.special) for id, t in found}
+        self.added = {token.content: token for token in self.by_id.values()}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> JsonTokenizer:
+        """From `tokenizer.json`, and the tokens that only `tokenizer_config.json` has."""
+        path = folder / "tokenizer.json"
+        try:
+            import tokenizers
+        except ImportError:
+            raise LlavaError(
+                f"{folder} has a tokenizer.json and no tokenizer.model. To read it, install the tokenizers library: "
+                "pip install -c constraints.txt -e '.[hub]'"
+            ) from None
+        content = read_bytes(path)
+        read_json(path)  # what is no JSON gets a sentence of its own
+        try:
+            made = cls(tokenizers.Tokenizer.from_str(content.decode()))
+            decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+            for id, entry in sorted(decoder.items(), key=lambda item: int(item[0])):
+                if entry["content"] not in made.added:
+                    flags = {name: bool(entry[name]) for name in ("lstrip", "rstrip", "special") if name in entry}
+                    made = made.with_token(AddedToken(entry["content"], int(id), **flags))
+        except LlavaError:
+            raise
+        except BaseException as error:  # the library raises Exception itself, and its panics are no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            reason = " ".join(str(error).split())
+            raise LlavaError(f"{path} is no tokenizer that can be used ({reason:.200}); download it again.") from None
+        return made
+
+    @property
+    def largest_id(self) -> int:
+        """Of all tokens."""
+        return max(self.model.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def piece(self, id: int) -> str:
+        """A token as text; a leading space is ▁. Empty for an id that the vocabulary does not have."""
+        if id in self.by_id:
+            return self.by_id[id].content
+        return str(self.model.decode([id], skip_special_tokens=False)).replace(" ", "▁")
+
+    def with_token(self, token: AddedToken) -> JsonTokenizer:
+        """The same tokenizer with one more token. Raises LlavaError if its id is not the next one."""
+        import tokenizers
+
+        options = {"lstrip": token.lstrip, "rstrip": token.rstrip, "normalized": False, "special": token.special}
+        self.model.add_tokens([tokenizers.AddedToken(token.content, **options)])
+        if self.model.token_to_id(token.content) != token.id:
+            raise LlavaError(
+                f"The tokenizer has no {token.content}; added to it, it gets the id "
+                f"{self.model.token_to_id(token.content)}, and the checkpoint says {token.id}."
+            )
+        return JsonTokenizer(self.model)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text, with BOS in front where the tokenizer's file says so."""
+        try:
+            return list(self.model.encode(text).ids)
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            reason = " ".join(str(error).split())
+            raise LlavaError(f"The tokenizer cannot encode a text ({reason:.200}); download it again.") from None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of the ids; ids that the tokenizer does not know (padding of the vocabulary) are left out."""
+        return str(self.model.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | JsonTokenizer:
+    """The tokenizer of a checkpoint's folder: its `tokenizer.model`, else its `tokenizer.json`."""
+    if not (folder / "tokenizer.model").is_file() and (folder / "tokenizer.json").is_file():
+        return JsonTokenizer.from_folder(folder)
+    return Tokenizer.from_folder(folder)
+
+
+def read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """A checkpoint's chat template, None if it has none, and its special tokens by name, such as bos_token."""
+    config = read_json(folder / "tokenizer_config.json")
+    template: Any = None
+    if (folder / "chat_template.jinja").is_file():
+        try:
+            template = read_bytes(folder / "chat_template.jinja").decode()
+        except UnicodeDecodeError:
+            raise LlavaError(f"{folder / 'chat_template.jinja'} is not UTF-8 text; download it again.") from None
+    template = template or read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if isinstance(template, list):  # several, each with its name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise LlavaError(f"{folder}: its chat template is {type(template).__name__}; expected text.")
+    special: dict[str, str] = {}
+    for name, token in {**read_json(folder / "special_tokens_map.json"), **config}.items():
+        content = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(content, str):
+            special[name] = content
+    return template, special
+
+
 def read_bytes(path: Path) -> bytes:
     """What a checkpoint says beside its weights; refused if it is larger than any such file."""
     size = path.stat().st_size
@@ -285,11 +420,31 @@ def read_json(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- both
 
 
+def llava_prompt(turns: Sequence[tuple[str, str | None]], num_images: int = 0) -> str:
+    """LLaVA-1.5's prompt for a conversation of (question, answer) turns; the last answer may be None.
+
+    The images come first: `USER: <image>\\nquestion ASSISTANT: answer</s>USER: question ASSISTANT:`.
+    """
+    parts = []
+    for index, (question, answer) in enumerate(turns):
+        images = f"{IMAGE_TOKEN}\n" * num_images if index == 0 else ""
+        parts.append(f"USER: {images}{question} ASSISTANT:" + ("" if answer is None else f" {answer}</s>"))
+    return "".join(parts)
+
+
 class Processor:
     """Makes the model's inputs: `processor("USER: <image>\\nWhat is it? ASSISTANT:", images=[image])`."""
 
-    def __init__(self, tokenizer: Tokenizer, image_processor: ImageProcessor, config: LlavaConfig):
+    def __init__(
+        self,
+        tokenizer: Tokenizer | JsonTokenizer,
+        image_processor: ImageProcessor,
+        config: LlavaConfig,
+        template: str | None = None,
+        special_tokens: dict[str, str] | None = None,
+    ):
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
+        self.template, self.special_tokens = template, special_tokens or {}
 
     @classmethod
     def from_folder(cls, folder: str | Path, config: LlavaConfig) -> Processor:
@@ -297,32 +452,38 @@ class Processor:
         folder = Path(folder)
         both = read_json(folder / "processor_config.json").get("image_processor") or {}
         raw = {**both, **read_json(folder / "preprocessor_config.json")}
-        tokenizer = Tokenizer.from_folder(folder)
+        tokenizer = read_tokenizer(folder)
         token = tokenizer.added.get(IMAGE_TOKEN)
         if token is None:
-            tokenizer = Tokenizer(
-                tokenizer.model,
-                [*tokenizer.added.values(), AddedToken(IMAGE_TOKEN, config.image_token_id)],
-                tokenizer.add_bos,
-            )
+            tokenizer = tokenizer.with_token(AddedToken(IMAGE_TOKEN, config.image_token_id))
         elif token.id != config.image_token_id:
             raise LlavaError(
                 f"The tokenizer gives {IMAGE_TOKEN} the id {token.id}, config.json {config.image_token_id}; "
                 "the files belong to different checkpoints."
             )
-        largest, size = max([tokenizer.model.vocab_size() - 1, *tokenizer.by_id]), config.text.vocab_size
+        largest, size = tokenizer.largest_id, config.text.vocab_size
         if largest >= size:
             raise LlavaError(
                 f"The tokenizer has ids up to {largest}, the model a vocabulary of {size}; "
                 "the files belong to different checkpoints."
             )
-        return cls(tokenizer, ImageProcessor.from_dict(raw), config)
+        pinpoints = raw.get("image_grid_pinpoints")
+        if config.image_grid_pinpoints and pinpoints not in (
+            None,
+            [list(pair) for pair in config.image_grid_pinpoints],
+        ):
+            raise LlavaError(
+                f"The image processor's config has image_grid_pinpoints = {pinpoints!s:.99}, config.json other ones; "
+                "the files belong to different checkpoints."
+            )
+        return cls(tokenizer, ImageProcessor.from_dict(raw), config, *read_template(folder))
 
     def __call__(self, text: str | Sequence[str], images: Sequence[Image.Image] = ()) -> dict[str, Any]:
         """`input_ids` and `attention_mask` [B, N], and `pixel_values` [I, 3, R, R] if there are images.
 
         Every `<image>` becomes as many tokens as the image has patches; shorter prompts are padded on the left.
-        Images are taken in the order in which the prompts name them. Raises LlavaError if the counts differ.
+        Images are taken in the order in which the prompts name them. For LLaVA-NeXT, `pixel_values` are the tiles of
+        all images, and `image_sizes` [I, 2] are heights and widths. Raises LlavaError if the counts differ.
         """
         texts = [text] if isinstance(text, str) else list(text)
         named = sum(t.count(IMAGE_TOKEN) for t in texts)
@@ -333,12 +494,13 @@ class Processor:
             )
         if not texts:
             raise LlavaError("No prompt was given; expected at least one.")
-        per_image = self.config.num_image_tokens
+        shown = [to_rgb(image) for image in images]
+        counts = iter([self.num_image_tokens(image) for image in shown])  # of tokens, image by image
         rows = []
         for one in texts:
             row: list[int] = []
             for id in self.tokenizer.encode(one):
-                row += [id] * (per_image if id == self.config.image_token_id else 1)
+                row += [id] * (next(counts) if id == self.config.image_token_id else 1)
             rows.append(row)
         if not all(rows):
             raise LlavaError("A prompt is empty and the tokenizer adds no beginning-of-text token; write a prompt.")
@@ -349,7 +511,10 @@ class Processor:
             "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
         }
         if images:
-            inputs["pixel_values"] = torch.stack([self.image_processor(image) for image in images])
+            tiles = [tile for image in shown for tile in self.tiles(image)]
+            inputs["pixel_values"] = torch.stack([self.image_processor(tile) for tile in tiles])
+            if self.config.image_grid_pinpoints:
+                inputs["image_sizes"] = torch.tensor([[image.height, image.width] for image in shown])
             side, expected = inputs["pixel_values"].shape[-2:], self.config.vision.image_size
             if side != (expected, expected):
                 raise LlavaError(
@@ -365,14 +530,59 @@ class Processor:
             return [self.tokenizer.decode(row) for row in ids]
         return self.tokenizer.decode(ids)
 
-    @staticmethod
-    def chat(turns: Sequence[tuple[str, str | None]], num_images: int = 0) -> str:
-        """LLaVA-1.5's prompt for a conversation of (question, answer) turns; the last answer may be None.
+    def num_image_tokens(self, image: Image.Image) -> int:
+        """Decoder positions that a picture takes. Raises LlavaError if they are more than the model has."""
+        if not self.config.image_grid_pinpoints:
+            return self.config.num_image_tokens
+        tokens, limit = self.config.tiling((image.height, image.width)).tokens, self.config.text.max_position_embeddings
+        if tokens > limit:
+            raise LlavaError(
+                f"An image of {image.width} x {image.height} pixels becomes {tokens} tokens, and the model has "
+                f"{limit} positions; make the image smaller."
+            )
+        return tokens
 
-        The images come first: `USER: <image>\\nquestion ASSISTANT: answer</s>USER: question ASSISTANT:`.
+    def tiles(self, image: Image.Image) -> list[Image.Image]:
+        """What the vision tower sees of a picture: itself, or LLaVA-NeXT's overview and tiles."""
+        if not self.config.image_grid_pinpoints:
+            return [image]
+        size = size_of(self.image_processor.size, "size")
+        overview = (size, size) if isinstance(size, int) else size
+        side = self.config.vision.image_size
+        return anyres.cut(image, self.config.image_grid_pinpoints, side, overview, self.image_processor.resample)
+
+    def chat(self, turns: Sequence[tuple[str, str | None]], num_images: int = 0) -> str:
+        """The prompt for a conversation of (question, answer) turns; the last answer may be None. Images come first.
+
+        The checkpoint's own template writes it, without one `llava_prompt`. Raises LlavaError for a template that fails
+        or does not end.
         """
-        parts = []
-        for index, (question, answer) in enumerate(turns):
-            images = f"{IMAGE_TOKEN}\n" * num_images if index == 0 else ""
-            parts.append(f"USER: {images}{question} ASSISTANT:" + ("" if answer is None else f" {answer}</s>"))
-        return "".join(parts)
+        if self.template is None:
+            return llava_prompt(turns, num_images)
+        # A template reads a message's content as a list of parts, or, as those of language models do, as text.
+        for as_parts in (True, False):
+            messages: list[dict[str, Any]] = []
+            for index, (question, answer) in enumerate(turns):
+                images = num_images if index == 0 else 0
+                text = {"type": "text", "text": question}
+                content = [*[{"type": "image"}] * images, text] if as_parts else f"{IMAGE_TOKEN}\n" * images + question
+                messages.append({"role": "user", "content": content})
+                if answer is not None:
+                    content = [{"type": "text", "text": answer}] if as_parts else answer
+                    messages.append({"role": "assistant", "content": content})
+            open_end = not turns or turns[-1][1] is None
+            values = {"messages": messages, "add_generation_prompt": open_end, **self.special_tokens}
+            reason = "it leaves out an image or a question"
+            try:
+                prompt = render(self.template, values)
+            except TemplateError as error:
+                reason = str(error)
+                continue
+            said = all(question.strip() in prompt for question, _ in turns)
+            named = num_images + sum(question.count(IMAGE_TOKEN) for question, _ in turns)
+            if prompt.count(IMAGE_TOKEN) == named and said and "'type':" not in prompt:
+                bos = self.special_tokens.get("bos_token")
+                first = self.tokenizer.encode("")[:1]  # of every text: BOS, or nothing
+                doubled = bos is not None and first and self.tokenizer.piece(first[0]) == bos
+                return prompt.removeprefix(bos) if doubled and bos is not None else prompt
+        raise LlavaError(f"The checkpoint's chat template cannot be used: {reason}. Write the whole prompt yourself.")

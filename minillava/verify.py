@@ -32,22 +32,26 @@ from torch import Tensor, nn
 
 from minillava import TINY
 from minillava.checks import LlavaError
-from minillava.model import Llava, LlavaConfig
+from minillava.config import LlavaConfig
+from minillava.model import Llava
 from minillava.processor import open_image
 from prefixkv import PrefixKV
 from weights import find, find_device, load_model, load_processor, read_config
 
 EXAMPLE = TINY / "examples" / "scene_1.png"
-PROMPT = "USER: <image>\nDescribe the image in detail. ASSISTANT:"
+QUESTION = "Describe the image in detail."
 # Relative to a stage's largest number: what a different order of summation makes of some 30 layers.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
 CAUSES = {  # by how a stage's name ends
     "pixels": "the resize filter, crop or pad, rescaling, mean and std, the order of colours",
+    "tiles": "the grid (height before width), the overview's place, the resize filter, padding that is not black",
     "token ids": "BOS, spaces beside an added token, the number of image tokens",
     "patch embedding": "the kernel's weights, a bias that CLIP has not, patches flattened in another order",
     "vision layer 0": "position embedding, CLS, the norm before the layers, and what can go wrong in any layer",
     "vision layer": "gelu in place of quick_gelu, layer_norm_eps, the attention's scale or biases",
     "projector": "features of another vision layer (vision_feature_layer), CLS kept, a missing bias, another gelu",
+    "newline": "image_newline left out, or put elsewhere than at the end of every row of patches",
+    "packed features": "rows that do not run over all tiles, padding cut off on one side alone, the overview last",
     "merged embeddings": "the token embedding, or image features at other positions or in another order",
     "norm": "rms_norm_eps, a norm that subtracts the mean, or, after layer 0, the sum of residuals before it",
     "query": "RoPE: its pairs (halves, not neighbours), theta, scaling, positions; then the projection's weights",
@@ -213,30 +217,37 @@ class Reference:
         self,
         folder: str | Path,
         image: str | Path = EXAMPLE,
-        prompt: str = PROMPT,
+        prompt: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         new_tokens: int = 32,
     ):
         try:
-            from transformers import LlavaForConditionalGeneration, logging
+            from transformers import AutoModelForImageTextToText, logging
         except ImportError:
             raise LlavaError("transformers is not installed; verify needs it: pip install transformers.") from None
         folder = Path(folder)
         self.config = read_config(folder)
         self.processor = load_processor(folder)
+        self.tiled = len(self.config.image_grid_pinpoints) > 0  # LLaVA-NeXT
         picture = open_image(image)
+        prompt = prompt or self.processor.chat([(QUESTION, None)], 1)
         self.inputs = {name: t.to(device) for name, t in self.processor([prompt], [picture]).items()}
         self.scratch = tempfile.TemporaryDirectory(prefix="verify-")
         self.others = self.preprocessing(folder, prompt, picture)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         model = model.to(device).eval()  # goes when this function ends, before ours is loaded
         pixels = self.inputs["pixel_values"].to(dtype)
         inputs = {**self.inputs, "pixel_values": pixels}
         record(model, their_taps(model, self.config), lambda: model(**inputs), self.keep)
         with torch.no_grad():
+            if self.tiled:
+                made = model.model.get_image_features(pixels, self.inputs["image_sizes"], output_hidden_states=True)
+                packed = torch.cat(list(made.pooler_output))
+                self.keep("packed features", packed)
+                self.keep("newline", packed[self.newlines()])
             made = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
             self.tokens = made[:, inputs["input_ids"].shape[1] :].cpu()
             # Layer 0 on the whole text: where the new tokens' queries must point, whatever a cache has dropped.
@@ -251,7 +262,8 @@ class Reference:
         made: dict[str, Any] = {}
         try:
             processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-            made["pixels"] = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])
+            pixels = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])
+            made["pixels"] = pixels.flatten(0, -4)  # LLaVA-NeXT: [1, tiles, 3, R, R]
         except Exception as error:  # whatever transformers raises for a folder it cannot use
             made["pixels"] = f"not compared ({type(error).__name__})"
         if not (folder / "tokenizer.json").exists():
@@ -259,11 +271,18 @@ class Reference:
             made["token ids"] = "not compared: no tokenizer.json"
             return made
         try:
-            text = prompt.replace("<image>", "<image>" * self.config.num_image_tokens)
+            text = prompt.replace(
+                "<image>", "<image>" * int((self.inputs["input_ids"] == self.config.image_token_id).sum())
+            )
             made["token ids"] = torch.tensor([AutoTokenizer.from_pretrained(folder)(text)["input_ids"]])
         except Exception as error:
             made["token ids"] = f"not compared ({type(error).__name__})"
         return made
+
+    def newlines(self) -> list[int]:
+        """LLaVA-NeXT: where among the picture's tokens a row ends."""
+        tiling = self.config.tiling(self.inputs["image_sizes"][0].tolist())
+        return [tiling.side**2 + (row + 1) * (tiling.width + 1) - 1 for row in range(tiling.height)]
 
     def keep(self, stage: str, tensor: Tensor) -> None:
         """Puts a stage on disk."""
@@ -317,11 +336,19 @@ def verify(model: Llava, reference: Reference, tolerance: float = TOLERANCE["flo
     stages = []
     for name, ours, allowed in (("pixels", pixels, 1e-5), ("token ids", ids, 0.0)):
         theirs = reference.others[name]
+        shown = "tiles" if name == "pixels" and reference.tiled else name
         if isinstance(theirs, str):
-            stages.append(Stage(name, 0.0, 0.0, 1.0, True, theirs))
+            stages.append(Stage(shown, 0.0, 0.0, 1.0, True, theirs))
         else:
-            stages.append(difference(name, ours, theirs, allowed))
+            stages.append(difference(shown, ours, theirs, allowed))
     stages += compare(model, our_taps(reference.config), reference, tolerance)
+    if reference.tiled:
+        packed = model.image_features(pixels.to(model.lm_head.weight.dtype), reference.inputs["image_sizes"])
+        at = next(i for i, stage in enumerate(stages) if stage.name == "merged embeddings")
+        for name, ours in (("packed features", packed), ("newline", packed[reference.newlines()])):
+            expected = reference.get(name)
+            assert expected is not None  # kept for every tiled picture
+            stages.insert(at, difference(name, ours, expected, tolerance))
     new = reference.tokens.shape[1]
     made = model.generate(**reference.inputs, max_new_tokens=new, eos_token_id=()).token_ids.cpu()
     equal = int((made == reference.tokens).long().cumprod(1).sum())
@@ -387,7 +414,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m minillava.verify", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default=str(TINY), help="folder or Hub id (default: the embedded)")
     parser.add_argument("--image", default=str(EXAMPLE))
-    parser.add_argument("--prompt", default=PROMPT, help="with one <image>")
+    parser.add_argument("--prompt", help="with one <image> (default: a question in the checkpoint's own form)")
     parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tolerance", type=float, help="largest difference, relative to a stage's largest number")
@@ -408,7 +435,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.against == "ours":
             model = load_model(folder, args.device, dtype, fast)
             processor = load_processor(folder)
-            inputs = {n: t.to(args.device) for n, t in processor([args.prompt], [open_image(args.image)]).items()}
+            prompt = args.prompt or processor.chat([(QUESTION, None)], 1)
+            inputs = {n: t.to(args.device) for n, t in processor([prompt], [open_image(args.image)]).items()}
             rows = against_ours(model, inputs, args.budget, args.new_tokens)
             if args.json:
                 print(json.dumps([{"layer": i, "moved": m, "kept": k} for i, (m, k) in enumerate(rows)]))

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillava.model import Attention, TextConfig, causal_mask, manual_attention
+from minillava.config import TextConfig
+from minillava.model import Attention, causal_mask, manual_attention
 
 seeds = st.integers(0, 2**31)
 heads = st.sampled_from([(4, 4), (6, 2), (3, 1)])

@@ -18,8 +18,9 @@ from torch import nn
 from minillava import fast
 from minillava.checks import LlavaError
 from minillava.compressors import H2O
+from minillava.config import LlavaConfig
 from minillava.fast import FastKVCache, FastLinear, FastTopLayer, compile_steps, speed_up, times
-from minillava.model import Attention, DecoderLayer, KVCache, Llava, LlavaConfig
+from minillava.model import Attention, DecoderLayer, KVCache, Llava
 from prefixkv import PrefixKV
 from weights import load, load_model
 

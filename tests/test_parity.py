@@ -155,11 +155,10 @@ def test_the_parity_table_of_the_installed_version_has_no_difference(tmp_path):
     from bench.parity import compare as table
     from bench.parity import make
 
-    make(tmp_path)
+    make(tmp_path, ("CLIP, Llama", "LLaVA-NeXT, Llama"))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table([tmp_path]).splitlines()[2:-2]]
-    assert [row[:2] for row in rows] == [
-        [__version__, layout] for layout in ("as in memory", "as saved", "original LLaVA")
-    ]
+    layouts = ("LLaVA-NeXT, Llama", "as in memory", "as saved", "original LLaVA")
+    assert [row[:2] for row in rows] == [[__version__, layout] for layout in layouts]
     for row in rows:
         assert float(row[2].split(",")[0]) < LOGITS
         # Scores rounded to half precision would show in the tokens.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minillava.checks import LlavaError
-from minillava.processor import AddedToken, ImageProcessor, Processor, Tokenizer, open_image, to_rgb
+from minillava.processor import AddedToken, ImageProcessor, Tokenizer, llava_prompt, open_image, to_rgb
 from train.train_tiny import tokenizer_json
 
 # transformers rounds twice on the way (to float32 after rescaling, and after normalising), we round once.
@@ -237,7 +237,7 @@ def test_shorter_prompts_are_padded_on_the_left(tiny):
 
 
 def test_a_conversation_is_written_as_llava_was_trained():
-    assert Processor.chat([("What?", "A cat."), ("Where?", None)], num_images=1) == (
+    assert llava_prompt([("What?", "A cat."), ("Where?", None)], num_images=1) == (
         "USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Where? ASSISTANT:"
     )
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import minillava.anyres
 import minillava.compressors
 import minillava.fast
 import minillava.model
 import prefixkv
 from minillava.compressors import METHODS
+from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.fast import FastLinear, speed_up
-from minillava.model import Llava, LlavaConfig, TextConfig, VisionConfig, manual_attention
+from minillava.model import Llava, manual_attention
 from prefixkv import Plan, PrefixKV
 
 COMMENT = re.compile(r"\S\s+#\s*\[([^\]]+)\](?:: .*)?$")  # a reason may follow behind a colon
-SOURCES = [Path(module.__file__) for module in (minillava.model, minillava.fast, minillava.compressors, prefixkv)]
+SOURCES = [Path(module.__file__) for module in (minillava.model, minillava.anyres, minillava.fast,
+                                                  minillava.compressors, prefixkv)]  # fmt: skip
 
 # Sizes that no two dimensions share, so that a comment cannot be right by accident.
 CONFIG = LlavaConfig(
@@ -121,6 +125,11 @@ def exercise() -> None:
         model.generate(ids[:1, -4:], max_new_tokens=2, temperature=1.0, top_k=5, top_p=0.5, seed=1)
         speed_up(model)
     model.bfloat16().generate(ids, pixels, mask, max_new_tokens=2, eos_token_id=())
+    model = Llava(replace(CONFIG, image_grid_pinpoints=((28, 56), (56, 28), (56, 56))))
+    for size in ([20, 50], [61, 40]):
+        tiling = model.config.tiling(size)
+        ids = torch.tensor([[5, *[100] * tiling.tokens, 7]])
+        model(ids, torch.randn(tiling.tiles, 3, 28, 28), image_sizes=torch.tensor([size]))
     for batch in (1, 9):
         FastLinear(300, 512)(torch.randn(batch, 1, 300))  # wide enough to be shared out between threads
 

@@ -129,10 +129,10 @@ def test_an_index_must_stay_in_its_folder_and_its_shards_must_be_there(folder):
 @pytest.mark.parametrize(
     "change, word",
     [
-        (lambda c: c.update(model_type="llava_next"), "llava_next"),
+        (lambda c: c.update(model_type="paligemma"), "paligemma"),
         (lambda c: c.pop("model_type"), "model_type"),
-        (lambda c: c["text_config"].update(model_type="qwen2"), "qwen2"),
-        (lambda c: c["vision_config"].update(model_type="siglip_vision_model"), "siglip_vision_model"),
+        (lambda c: c["text_config"].update(model_type="qwen3"), "qwen3"),
+        (lambda c: c["vision_config"].update(model_type="dinov2"), "dinov2"),
         (lambda c: c.update(text_config=[]), "text_config"),
         (lambda c: c.update(text_config="llama"), "text_config"),
         (lambda c: c["text_config"].update(hidden_size=-4), "hidden_size"),
@@ -233,7 +233,7 @@ def test_only_weights_configs_and_the_tokenizer_are_downloaded(monkeypatch, smal
     assert asked == {
         "name": "someone/a-model",
         "revision": "v1",
-        "patterns": ["*.safetensors", "*.json", "tokenizer.model"],
+        "patterns": ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"],
     }
 
 

@@ -40,7 +40,8 @@ from torch import Tensor, nn
 
 from minillava.checks import LlavaError
 from minillava.compressors import Recorder
-from minillava.model import DecoderLayer, Llava, LlavaConfig, TextConfig, VisionConfig, merge_heads
+from minillava.config import LlavaConfig, TextConfig, VisionConfig
+from minillava.model import DecoderLayer, Llava, merge_heads
 from minillava.processor import ImageProcessor
 from prefixkv import PrefixKV, priority
 from train.evaluate import commonest, evaluate

@@ -1,0 +1,472 @@
+"""The rest of the LLaVA family beside `transformers`: SigLIP, Qwen2, Llama 3, LLaVA-NeXT, their texts and templates."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import demo
+import weights
+from bench.parity import FAMILY, GRIDS, IMAGE_ID, random_model
+from minillava import anyres, explore, verify
+from minillava.checks import LlavaError
+from minillava.processor import JsonTokenizer, read_template, read_tokenizer
+from minillava.template import TemplateError, render
+from prefixkv import Plan, PrefixKV
+
+LOGITS = 1e-5  # as in test_parity
+PINPOINTS = [(height, width) for height, width in GRIDS]
+
+# The forms of LLaVA-1.5 (parts), Llama 3 (text) and Qwen (text, with a system message of its own).
+LLAVA = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ part['text'] + ' ' }}{% endgeneration %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|head|>' + message['role'] + '<|/head|>\n\n' + message['content'] | trim + '<|eot|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}"
+)
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|head|>system\nHelp.<|eot|>\n' }}{% endif %}"
+    "{%- for message in messages %}{{ '<|head|>' + message['role'] + '\n' + message['content'] + '<|eot|>' + '\n' }}"
+    "{%- endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {"CLIP, Llama 3": LLAMA3, "SigLIP, Qwen2": CHATML, "LLaVA-NeXT, Llama": LLAVA, "LLaVA-NeXT, Mistral": None}
+
+
+def write(folder, kind, model):
+    """Weights, tokenizer, template and processor, every file by transformers; returns its processor."""
+    import tokenizers
+    import transformers as t
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|end_of_text|>", "<|begin|>", "<|eot|>", "<|head|>", "<|/head|>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=IMAGE_ID, special_tokens=special, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    words = ["USER: What is in the image? ASSISTANT: a red cat and a dog.", "Describe the image in detail, please."]
+    bpe.train_from_iterator(words * 4 + [f"{a}{b}" for a in words[0].split() for b in words[1].split()], trainer)
+    while bpe.get_vocab_size() < IMAGE_ID:
+        bpe.add_tokens([f"<|reserved {bpe.get_vocab_size()}|>"])
+    bpe.add_special_tokens(["<image>"])
+    if kind == "CLIP, Llama 3":
+        bpe.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", bpe.token_to_id("<|begin|>"))]
+        )
+    tokenizer = t.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|begin|>", eos_token="<|end_of_text|>", pad_token="<|end_of_text|>",
+        padding_side="left",
+    )  # fmt: skip
+    size, crop = {"shortest_edge": 28}, {"height": 28, "width": 28}
+    if kind.startswith("LLaVA-NeXT"):
+        images = t.models.llava_next.image_processing_pil_llava_next.LlavaNextImageProcessorPil(
+            size=size, crop_size=crop, image_grid_pinpoints=GRIDS
+        )
+        made = t.LlavaNextProcessor
+    elif kind.startswith("SigLIP"):
+        images = t.models.siglip.image_processing_pil_siglip.SiglipImageProcessorPil(size=crop)
+        made = t.LlavaProcessor
+    else:
+        images = t.models.clip.image_processing_pil_clip.CLIPImageProcessorPil(size=size, crop_size=crop)
+        made = t.LlavaProcessor
+    clip = not kind.startswith("SigLIP")
+    processor = made(
+        images, tokenizer, patch_size=7, vision_feature_select_strategy="default" if clip else "full",
+        num_additional_image_tokens=int(clip), chat_template=TEMPLATES[kind],
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return processor
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """Of a kind and a number of KV heads: (folder, transformers' model and processor, our model and processor)."""
+    made = {}
+
+    def get(kind, kv_heads=2):
+        if (kind, kv_heads) not in made:
+            folder, theirs = tmp_path_factory.mktemp("family"), random_model(kind, kv_heads)
+            processor = write(folder, kind, theirs)
+            made[kind, kv_heads] = folder, theirs, processor, *weights.load(folder)
+        return made[kind, kv_heads]
+
+    return get
+
+
+def picture(height, width, seed=0):
+    return Image.effect_noise((width, height), 90).convert("RGB").rotate(seed)
+
+
+ONE = (["USER: <image>\nWhat is in the image? ASSISTANT:"], [(40, 75)])
+SEVERAL = (["USER: <image> and <image>, please. ASSISTANT:"], [(40, 75), (90, 31)])
+BATCH = (["a <image> cat", "USER: What?", "<image><image> a red dog and a cat."], [(28, 200), (60, 60), (3, 120)])
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
+@pytest.mark.parametrize("kind", FAMILY)
+def test_pixels_ids_logits_and_tokens_are_those_of_transformers(family, kind, kv_heads):
+    _, theirs, processor, model, ours = family(kind, kv_heads)
+    for texts, sizes in (ONE, SEVERAL, BATCH):
+        pictures = [picture(*size, seed) for seed, size in enumerate(sizes)]
+        expected = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        inputs = ours(texts, pictures)
+        assert torch.equal(inputs["input_ids"], expected["input_ids"])
+        assert torch.equal(inputs["attention_mask"], expected["attention_mask"])
+        pixels = expected["pixel_values"]
+        if pixels.dim() == 5:  # filled up to the most tiles that a picture of the batch has
+            tilings = [model.config.tiling(size) for size in sizes]
+            pixels = torch.cat([tiles[: tiling.tiles] for tiles, tiling in zip(pixels, tilings)])
+            assert torch.equal(inputs["image_sizes"], expected["image_sizes"])
+        torch.testing.assert_close(inputs["pixel_values"], pixels, atol=1e-6, rtol=0)
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits = theirs(**inputs, position_ids=positions).logits
+            made = theirs.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=-1)
+        real = inputs["attention_mask"].bool()
+        assert float((model(**inputs) - logits)[real].abs().max().detach()) < LOGITS
+        expected = made[:, inputs["input_ids"].shape[1] :]
+        for compressor in (None, PrefixKV(1.0)):
+            found = model.generate(**inputs, max_new_tokens=64, eos_token_id=(), compressor=compressor)
+            assert torch.equal(found.token_ids, expected)
+        assert processor.batch_decode(expected, skip_special_tokens=True) == ours.decode(expected)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_bfloat16_gives_the_tokens_of_transformers(tmp_path, kind):
+    theirs = random_model(kind, 2, seed=1).to(torch.bfloat16)
+    write(tmp_path, kind, theirs)
+    theirs = type(theirs).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    model, processor = weights.load(tmp_path, dtype=torch.bfloat16, fast=False)
+    inputs = processor(SEVERAL[0], [picture(*size) for size in SEVERAL[1]])
+    pixels = inputs.pop("pixel_values").to(torch.bfloat16)
+    made = theirs.generate(**inputs, pixel_values=pixels, max_new_tokens=64, do_sample=False, eos_token_id=-1)
+    found = model.generate(**inputs, pixel_values=pixels, max_new_tokens=64, eos_token_id=())
+    assert torch.equal(found.token_ids, made[:, inputs["input_ids"].shape[1] :])
+
+
+# ---------------------------------------------------------------- tiles
+
+sides = st.integers(1, 400)
+grids = st.sampled_from([PINPOINTS, [(28, 140)], [(28, 28)], [(140, 28), (28, 140)], [(84, 56), (56, 84), (28, 28)]])
+
+
+@given(sides, sides, grids)
+def test_tokens_are_counted_before_as_they_are_packed_after(height, width, pinpoints):
+    from transformers.image_processing_utils import select_best_resolution
+    from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+
+    tiling = anyres.fit((height, width), pinpoints, 28, 4)
+    assert anyres.best_resolution((height, width), pinpoints) == select_best_resolution((height, width), pinpoints)
+    features, newline = torch.randn(tiling.tiles, 16, 3), torch.randn(3)
+    packed = anyres.pack(features, [tiling], newline)
+    assert len(packed) == tiling.tokens
+
+    vision = SimpleNamespace(image_size=28, patch_size=7)
+    config = SimpleNamespace(image_grid_pinpoints=[list(pair) for pair in pinpoints], vision_config=vision)
+    stand = SimpleNamespace(config=config)  # what `pack_image_features` reads of its model
+    expected, counts = LlavaNextModel.pack_image_features(
+        stand, [features], torch.tensor([[height, width]]), "default", newline
+    )
+    assert torch.equal(packed, expected[0]) and int(counts[0]) == tiling.tokens
+
+
+@settings(max_examples=25)
+@given(sides, sides, grids)
+def test_tiles_are_those_of_transformers(height, width, pinpoints):
+    import numpy as np
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    image = picture(height, width)
+    processor = LlavaNextImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    array = np.asarray(image).transpose(2, 0, 1)
+    expected = processor.get_image_patches(array, [list(p) for p in pinpoints], (28, 28), 28, Image.Resampling.BICUBIC)
+    found = anyres.cut(image, pinpoints, 28, (28, 28), int(Image.Resampling.BICUBIC))
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected):
+        assert np.array_equal(np.asarray(ours).transpose(2, 0, 1), theirs)
+
+
+def test_a_picture_of_more_tokens_than_positions_is_refused_with_both_numbers(tmp_path):
+    write(tmp_path, "LLaVA-NeXT, Llama", random_model("LLaVA-NeXT, Llama", 2))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 60
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    processor = weights.load_processor(tmp_path)
+    with pytest.raises(LlavaError, match=r"An image of 56 x 56 pixels becomes 88 tokens.* 60 positions"):
+        processor("<image>", [picture(56, 56)])
+
+
+def test_tokens_and_tiles_that_do_not_fit_are_refused_with_both_numbers(family):
+    *_, model, processor = family("LLaVA-NeXT, Llama")
+    inputs = processor(ONE[0], [picture(56, 56)])
+    with pytest.raises(LlavaError, match="hold 88 image tokens, but 1 images make"):
+        model(**{**inputs, "image_sizes": torch.tensor([[56, 30]])})
+    with pytest.raises(LlavaError, match=r"are 4 tiles; pictures of these image_sizes have 5"):
+        model(**{**inputs, "pixel_values": inputs["pixel_values"][:4]})
+    with pytest.raises(LlavaError, match="give image_sizes"):
+        model(inputs["input_ids"], inputs["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [({"image_grid_pinpoints": [[28]]}, r"\[\[28\]\]; expected pairs"),
+     ({"image_grid_pinpoints": 5}, "expected pairs"),
+     ({"image_grid_pinpoints": [[28, 40]]}, "multiples of image_size 28"),
+     ({"vision_feature_select_strategy": "full"}, "17 features of 16 patches"),
+     ({"model_type": "llava_onevision"}, "llava_onevision.*anyres_max_9"),
+     ({"model_type": "llava_next_video"}, "frames"), ({"model_type": "video_llava"}, "two vision towers"),
+     ({"model_type": "vipllava"}, "several vision layers")],
+)  # fmt: skip
+def test_a_config_that_cannot_be_used_is_refused_in_a_sentence(family, change, sentence):
+    raw = json.loads((family("LLaVA-NeXT, Llama")[0] / "config.json").read_text())
+    with pytest.raises(LlavaError, match=sentence):
+        weights.parse_config({**raw, **change}, {})
+
+
+def test_other_pinpoints_in_the_image_processors_config_are_refused(tmp_path):
+    write(tmp_path, "LLaVA-NeXT, Llama", random_model("LLaVA-NeXT, Llama", 2))
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({"image_grid_pinpoints": [[28, 28]]}))
+    with pytest.raises(LlavaError, match="different checkpoints"):
+        weights.load_processor(tmp_path)
+
+
+def test_qwen2_with_a_sliding_window_is_refused_beyond_it(family):
+    raw = json.loads((family("SigLIP, Qwen2")[0] / "config.json").read_text())
+    raw["text_config"] |= {"use_sliding_window": True, "sliding_window": 24}
+    assert weights.parse_config(raw, {}).text.max_position_embeddings == 24
+
+
+# ---------------------------------------------------------------- text
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.one_of(st.text(max_size=8), st.sampled_from(["<image>", "<|eot|>", " a", "\n"])), max_size=6).map(
+        "".join
+    )
+)
+def test_ids_and_text_of_a_tokenizer_json_are_those_of_transformers(family, words):
+    for kind in FAMILY[:2]:
+        _, _, theirs, _, ours = family(kind)
+        ids = theirs.tokenizer(words)["input_ids"]
+        assert ours.tokenizer.encode(words) == ids
+        assert ours.decode(ids) == theirs.tokenizer.decode(ids, skip_special_tokens=True)
+        assert ours.tokenizer.decode(ids, skip_special_tokens=False) == theirs.tokenizer.decode(ids)
+
+
+def test_sentencepiece_is_used_where_it_is(tiny, tmp_path, family):
+    folder = family("SigLIP, Qwen2")[0]
+    assert isinstance(read_tokenizer(folder), JsonTokenizer)
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer.model").write_bytes((weights.Path(demo.TINY) / "tokenizer.model").read_bytes())
+    assert not isinstance(read_tokenizer(tmp_path), JsonTokenizer)
+
+
+def test_without_the_tokenizers_library_the_command_that_installs_it_is_named(family, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(LlavaError, match=r"pip install -c constraints.txt -e '.\[hub\]'"):
+        read_tokenizer(family("SigLIP, Qwen2")[0])
+
+
+def test_an_image_token_that_only_config_json_names_is_added(tmp_path, family):
+    folder = family("SigLIP, Qwen2")[0]
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != "<image>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    made = JsonTokenizer.from_folder(tmp_path)
+    assert "<image>" not in made.added
+    from minillava.processor import AddedToken
+
+    assert made.with_token(AddedToken("<image>", IMAGE_ID)).encode("a<image>")[-1] == IMAGE_ID
+    with pytest.raises(LlavaError, match="the checkpoint says 319"):
+        JsonTokenizer.from_folder(tmp_path).with_token(AddedToken("<image>", 319))
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[1]", b"\xff", b'{"model": {"type": "BPE", "vocab": 3}}'])
+def test_a_damaged_tokenizer_json_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(LlavaError, match=r"tokenizer\.json"):
+        read_tokenizer(tmp_path)
+
+
+# ---------------------------------------------------------------- templates
+
+TALK = [("What is this?", "A red cat."), ("And that?", None)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILY if TEMPLATES[kind]])
+def test_prompts_are_those_that_transformers_makes_of_the_template(family, kind):
+    _, _, theirs, _, ours = family(kind)
+    parts = TEMPLATES[kind] is LLAVA
+
+    def content(text, image):
+        if parts:
+            return [{"type": "image"}] * image + [{"type": "text", "text": text}]
+        return "<image>\n" * image + text
+
+    messages = [
+        {"role": "user", "content": content("What is this?", 1)},
+        {"role": "assistant", "content": content("A red cat.", 0)},
+        {"role": "user", "content": content("And that?", 0)},
+    ]
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = ours.chat(TALK, 1)
+    assert prompt == expected.removeprefix("<|begin|>" if kind == "CLIP, Llama 3" else "")
+    image = picture(28, 28)
+    ids = theirs(text=expected, images=[image], return_tensors="pt", add_special_tokens=False)["input_ids"]
+    assert torch.equal(ours(prompt, [image])["input_ids"], ids)  # and BOS once
+
+
+def test_without_a_template_the_form_is_llava_15s(family):
+    processor = family("LLaVA-NeXT, Mistral")[4]
+    assert processor.template is None
+    assert processor.chat(TALK, 1) == "USER: <image>\nWhat is this? ASSISTANT: A red cat.</s>USER: And that? ASSISTANT:"
+
+
+ENDLESS = "{% set a = 'x' * 1000000 %}{% for i in a %}{% for j in a %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template, sentence",
+    [(ENDLESS, "did not end within"), ("{% set a = 'x' * 10 ** 11 %}", "too much memory"),
+     ("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}", "more than 1,000,000 characters"),
+     ("{% for m in messages %}{% if m.role != 'system' %}{{ raise_exception('unknown role ' + m.role) }}"
+      "{% endif %}{% endfor %}", "unknown role user"),
+     ("{{ messages.append(1) }}", "unsafe|immutable|append"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
+     ("{% set ns = namespace() %}{% set ns.__class__ = 3 %}", "underscore"), ("{% for %}", "Expected an expression"),
+     ("Hello", "leaves out an image or a question")],
+)  # fmt: skip
+def test_a_template_that_fails_or_runs_away_is_refused_in_a_sentence(family, monkeypatch, template, sentence):
+    monkeypatch.setattr("minillava.template.SECONDS", 1)
+    processor = family("SigLIP, Qwen2")[4]
+    monkeypatch.setattr(processor, "template", template)
+    with pytest.raises(LlavaError, match=f"chat template cannot be used: .*({sentence})") as caught:
+        processor.chat([("What?", None)], 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_reads_dates_json_and_names():
+    template = (
+        "{% set ns = namespace(n=1) %}{% set ns.n = 2 %}{{ ns.n }}{{ {'a': '<'} | tojson }}{{ dict(b=1) | tojson }}"
+    )
+    assert render(template, {}) == '2{"a": "<"}{"b": 1}'
+    assert len(render("{{ strftime_now('%Y') }}", {})) == 4
+    with pytest.raises(TemplateError):
+        render("{{ undefined.name }}", {})
+
+
+@pytest.mark.parametrize("where", ["jinja", "json", "tokenizer", "named", "none", "number"])
+def test_a_template_is_found_where_checkpoints_keep_it(tmp_path, where):
+    if where == "jinja":
+        (tmp_path / "chat_template.jinja").write_text("T")
+    if where == "json":
+        (tmp_path / "chat_template.json").write_text('{"chat_template": "T"}')
+    kept = {"tokenizer": "T", "named": [{"name": "tools", "template": "x"}, {"name": "default", "template": "T"}],
+            "number": 3}.get(where)  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": kept, "bos_token": {"content": "<s>"}})
+    )
+    if where == "number":
+        with pytest.raises(LlavaError, match="chat template is int"):
+            read_template(tmp_path)
+        return
+    assert read_template(tmp_path) == (None if where == "none" else "T", {"bos_token": "<s>"})
+
+
+# ---------------------------------------------------------------- the rest of the project on it
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_verify_agrees_in_every_stage(family, kind, tmp_path, capsys):
+    picture(40, 75).save(tmp_path / "picture.png")
+    arguments = ["--model", str(family(kind)[0]), "--image", str(tmp_path / "picture.png"), "--new-tokens", "8"]
+    assert verify.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "not compared" not in shown
+    assert ("tiles" in shown) == ("newline" in shown) == ("packed features" in shown) == kind.startswith("LLaVA-NeXT")
+
+
+PACK = anyres.pack
+
+
+@pytest.mark.parametrize(
+    "wrong, stage",
+    [(lambda f, t, newline: PACK(f, t, torch.zeros_like(newline)), "newline"),
+     (lambda f, t, newline: PACK(f.roll(-1, 0), t, newline), "packed features")],
+)  # fmt: skip
+def test_verify_names_the_stage_where_packing_goes_wrong(family, tmp_path, monkeypatch, capsys, wrong, stage):
+    picture(40, 75).save(tmp_path / "picture.png")
+    arguments = ["--model", str(family("LLaVA-NeXT, Llama")[0]), "--image", str(tmp_path / "picture.png"),
+                 "--new-tokens", "4"]  # fmt: skip
+    monkeypatch.setattr("minillava.model.pack", wrong)
+    assert verify.main(arguments) == 1
+    assert f"first stage that differs is {stage}." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_converting_and_inspecting(family, kind, tmp_path, capsys):
+    folder, _, _, model, processor = family(kind)
+    assert weights.main(["inspect", str(folder)]) == 0
+    assert "Every parameter is there." in capsys.readouterr().out
+    assert weights.main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    converted, theirs = weights.load(tmp_path / "out")
+    assert converted.config == model.config
+    assert all(torch.equal(tensor, converted.state_dict()[name]) for name, tensor in model.state_dict().items())
+    texts, pictures = [processor.chat([("What?", None)], 1)], [picture(40, 75)]
+    assert theirs.chat([("What?", None)], 1) == texts[0]
+    for name, tensor in processor(texts, pictures).items():
+        assert torch.equal(theirs(texts, pictures)[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["CLIP, Llama 3", "SigLIP, Qwen2"])
+def test_the_demo_says_what_transformers_says(family, kind, tmp_path, capsys):
+    folder, theirs, processor, _, ours = family(kind)
+    image = picture(40, 75)
+    image.save(tmp_path / "picture.png")
+    arguments = ["--model", str(folder), "--image", str(tmp_path / "picture.png"), "--max-new-tokens", "32", "--json"]
+    assert demo.main([*arguments, "--budget", "1.0"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    prompt = ours.chat([("Describe the image in detail.", None)], 1)
+    assert shown["prompt"] == prompt
+    inputs = processor(text=[prompt], images=[image], return_tensors="pt")
+    ends = list(ours.config.eos_token_id)
+    made = theirs.generate(**inputs, max_new_tokens=32, do_sample=False, eos_token_id=ends)
+    text = processor.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [run["text"] for run in shown["runs"]] == [text.strip()] * 2 or shown["runs"][0]["text"] == text
+
+
+def test_plans_eviction_and_the_page_work_on_tiles(family, tmp_path):
+    *_, model, processor = family("LLaVA-NeXT, Llama")
+    image = picture(40, 75)
+    inputs = processor(ONE[0], [image])
+    plan = Plan(0.3, [0.3] * 4, "model", 1)
+    for compressor in (PrefixKV(0.2), PrefixKV(plan=plan)):
+        made = model.generate(**inputs, max_new_tokens=40, eos_token_id=(), compressor=compressor)
+        assert made.token_ids.shape == (1, 40) and int(made.kept.max()) < inputs["input_ids"].shape[1]
+    data = explore.collect(model, processor, ONE[0][0], [image], (0.2,), 4)
+    tiling = model.config.tiling((40, 75))
+    cells = [position for position in data["patches"] if position is not None]
+    assert len(cells) == tiling.tokens and cells == sorted(cells)  # overview first, then row by row
+    assert len(data["patches"]) == data["columns"] * (tiling.side + tiling.height)
+    assert data["columns"] == tiling.width + 1
+    ends = [data["patches"][(tiling.side + row + 1) * data["columns"] - 1] for row in range(tiling.height)]
+    positions = (inputs["input_ids"][0] == IMAGE_ID).nonzero().flatten()
+    assert ends == [int(positions[tiling.side**2 + (row + 1) * (tiling.width + 1) - 1]) for row in range(tiling.height)]
+    assert "null" in explore.page(data) and explore.plot(data)[:4] == b"\x89PNG"
