@@ -46,13 +46,15 @@ ROPE_SETTINGS = {  # of each scaling that `rope_frequencies` knows
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-DEFAULTS: dict[str, dict[str, Any]] = {  # of each kind of part, where they differ from those in model.py
-    "llama": {},
-    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072},
-    "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768},
+DEFAULTS: dict[str, dict[str, Any]] = {  # of each kind of part, where they differ from those in config.py
+    "llama": {"eos_token_id": 2},
+    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+                "eos_token_id": 2},
+    "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+              "max_position_embeddings": 32768},
     "clip_vision_model": {},
     "siglip_vision_model": {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
-}
+}  # fmt: skip
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-NeXT
 RELATIVES = {  # what checkpoints of the wider family need that is not here
     "llava_onevision": "its limit on tiles (anyres_max_9), which shrinks features",
@@ -89,8 +91,9 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
     Raises LlavaError for an architecture that model.py does not hold and for values it cannot use.
     """
     kind = raw.get("model_type")
-    require(kind not in RELATIVES, f"config.json has model_type {kind!r}, which needs {RELATIVES.get(str(kind))}; "
-            "'llava' and 'llava_next' are implemented.")  # fmt: skip
+    if isinstance(kind, str) and kind in RELATIVES:
+        raise LlavaError(f"config.json has model_type {kind!r}, which needs {RELATIVES[kind]}; only 'llava' and "
+                         "'llava_next' are implemented.")  # fmt: skip
     known = ("llava", "llava_next")
     require(kind in known, f"config.json has model_type {kind!r}; only 'llava' and 'llava_next' are implemented.")
     parts = []
@@ -98,20 +101,26 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
                         ("vision_config", ("clip_vision_model", "siglip_vision_model"))):  # fmt: skip
         part = {} if raw.get(name) is None else raw[name]
         require(isinstance(part, dict), f"config.json has {name} = {part!r}; expected an object.")
-        found = part.get("model_type", kinds[0])
+        found = kinds[0] if part.get("model_type") is None else part["model_type"]
         names = ", ".join(map(repr, kinds))
         require(found in kinds, f"config.json has {name} of type {found!r}; only {names} are implemented.")
-        there = {key: value for key, value in part.items() if value is not None}
-        parts.append({**DEFAULTS[found], "model_type": found, **there})
+        # An absent key and null are the default, but these two say something by null: one per query head, no window.
+        said = {key: value for key, value in part.items()
+                if value is not None or key in ("num_key_value_heads", "sliding_window")}  # fmt: skip
+        parts.append({**DEFAULTS[found], **said, "model_type": found})
     text, vision = parts
-    # Llama with a window that attention reaches back to. Within it the two are the same; a longer text is refused.
-    window = text.get("sliding_window", 4096)
+    # A window is how far attention reaches back. Within it nothing differs from Llama; a longer text is refused.
+    window = None
+    if text["model_type"] == "mistral" or (text["model_type"] == "qwen2" and text.get("use_sliding_window")):
+        window = text.get("sliding_window", 4096)
     if text["model_type"] == "mistral":
-        window, text["model_type"] = raw["text_config"].get("sliding_window", 4096), "llama"
-    elif not (text["model_type"] == "qwen2" and text.get("use_sliding_window")):
-        window = None
+        text["model_type"] = "llama"
+    if text["model_type"] == "qwen2":
+        text.pop("attention_bias", None)  # a key of other kinds: here biases are where they are
     if type(window) is int and type(text.get("max_position_embeddings")) is int:
         text["max_position_embeddings"] = min(window, text["max_position_embeddings"])
+    partial = text.get("partial_rotary_factor")
+    require(partial in (None, 1), f"config.json has partial_rotary_factor = {partial!r}; RoPE turns whole heads here.")
     # transformers 5 moved rope_theta and rope_scaling into one dictionary, rope_parameters.
     scaling, parameters = (text.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
     require(isinstance(scaling, dict) and isinstance(parameters, dict), "config.json: RoPE settings are no object.")
@@ -119,20 +128,24 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
     text["rope_theta"] = rope.pop("rope_theta", text.get("rope_theta"))
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     text["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-    text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings"))
+    if raw.get("tie_word_embeddings") is not None and text.get("tie_word_embeddings") is not True:
+        text["tie_word_embeddings"] = raw["tie_word_embeddings"]  # either may say it
     top = {
         **raw,
-        "image_token_id": raw.get("image_token_id", raw.get("image_token_index")),
-        "pad_token_id": raw.get("pad_token_id", text.get("pad_token_id")),
+        "image_token_id": first(raw.get("image_token_id"), raw.get("image_token_index")),
         "eos_token_id": None,  # this, the grids and the two parts are set below
         "image_grid_pinpoints": None,
         "vision": None,
         "text": None,
     }
-    eos = next((part["eos_token_id"] for part in (generation, text, raw) if part.get("eos_token_id") is not None), 2)
+    said = raw.get("text_config") or {}
+    eos = first(*(part.get("eos_token_id") for part in (generation, said, raw, text)), [])
     ends = eos if isinstance(eos, list) else [eos]
     ids = all(type(end) is int and 0 <= end < 2**31 for end in ends)
     require(ids, f"eos_token_id is {str(eos)[:99]}; expected one id or a list of ids.")
+    pad = first(*(part.get("pad_token_id") for part in (generation, raw, text)))
+    # -1 stands for none. As transformers does, a sample that has ended is filled up with its end then.
+    top["pad_token_id"] = first(None if pad == -1 else pad, *ends[:1], 0)
     config = replace(
         read_fields(LlavaConfig, top, ""),
         vision=read_fields(VisionConfig, vision, "vision_config."),
@@ -142,6 +155,11 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
     )
     check_config(config)
     return config
+
+
+def first(*values: Any) -> Any:
+    """The first of them that is not None; None if there is none."""
+    return next((value for value in values if value is not None), None)
 
 
 def read_pinpoints(raw: dict[str, Any]) -> tuple[tuple[int, int], ...]:
@@ -193,11 +211,19 @@ def check_config(config: LlavaConfig) -> None:
     if text.rope_scaling:
         kind = text.rope_scaling["rope_type"]
         known = ", ".join(ROPE_SETTINGS)
-        require(kind in ROPE_SETTINGS, f"config.json asks for {kind!r} RoPE scaling; known are {known}.")
+        require(
+            isinstance(kind, str) and kind in ROPE_SETTINGS,
+            f"config.json asks for {kind!r} RoPE scaling; known are {known}.",
+        )
         for name in ROPE_SETTINGS[kind]:
             value = text.rope_scaling.get(name)
             fits = isinstance(value, (int, float)) and 0 < value < 1e12
             require(fits, f"config.json: RoPE scaling has {name} = {value!r}; expected a number above 0.")
+        if kind == "llama3":
+            low, high = (text.rope_scaling[name] for name in ("low_freq_factor", "high_freq_factor"))
+            require(
+                low < high, f"config.json: RoPE scaling has factors {low} and {high}; expected the lower one first."
+            )
 
 
 def read_config(folder: Path) -> LlavaConfig:
@@ -248,6 +274,10 @@ def from_original(raw: dict[str, Any], clip: dict[str, Any]) -> dict[str, Any]:
     features = {"patch": "default", "cls_patch": "full"}
     known = feature in features
     require(known, f"config.json has mm_vision_select_feature = {feature!r}; known are {', '.join(features)}.")
+    tower = clip.get("vision_config", clip)
+    tower = tower.get("model_type") if isinstance(tower, dict) else None
+    clips = tower in (None, "clip", "clip_vision_model")
+    require(clips, f"{raw['mm_vision_tower']!r:.99} is of type {tower!r}; in the original layout only CLIP is read.")
     vocabulary = raw.get("vocab_size", TextConfig.vocab_size)
     require(type(vocabulary) is int and vocabulary > 0, f"config.json has vocab_size = {vocabulary!r}; expected ids.")
     text = {name: value for name, value in raw.items() if not name.startswith("mm_")}
@@ -453,6 +483,8 @@ def match(model: Llava, folder: Path) -> Match:
         name, ours, shape = entry.name, our_name(entry.name), entry.shape
         if IGNORED.search(name) or CLIP_TEXT.search(name):
             continue
+        if ours == "image_newline" and not model.config.image_grid_pinpoints:  # saved, and not used without tiles
+            continue
         if ours not in wanted:
             problems.append(f"unexpected {name}")
         elif ours in source:
@@ -462,7 +494,7 @@ def match(model: Llava, folder: Path) -> Match:
         source[ours] = name
     missing = wanted.keys() - source.keys()
     tied = model.config.text.tie_word_embeddings and "lm_head.weight" in missing
-    if tied:  # a file that brings an output layer of its own is believed, whatever its config says
+    if tied:  # where a file brings an output layer of its own, the two are not shared, whatever its config says
         missing -= {"lm_head.weight"}
     return Match(files, source, tied, [f"missing {hub_name(name)}" for name in sorted(missing)] + problems)
 
@@ -704,13 +736,14 @@ def convert(folder: Path, out: Path) -> None:
         write_json(temporary / "config.json", config_dict(model.config, str(dtype).removeprefix("torch.")))
         save_weights(model, temporary / "model.safetensors", dtype)
         tokenizer = read_json(folder / "tokenizer_config.json")
+        plain = isinstance(processor.tokenizer, Tokenizer)  # else tokenizer.json has them all but for <image>
         added = {
             str(token.id): {"content": token.content, "lstrip": token.lstrip, "rstrip": token.rstrip,
                             "special": token.special, "normalized": False, "single_word": False}
             for token in processor.tokenizer.added.values()
-            if isinstance(processor.tokenizer, Tokenizer) or token.content == IMAGE_TOKEN  # others: in tokenizer.json
+            if plain or token.content == IMAGE_TOKEN
         }  # fmt: skip
-        if not isinstance(processor.tokenizer, Tokenizer):
+        if not plain:
             added |= tokenizer.get("added_tokens_decoder") or {}
         write_json(temporary / "tokenizer_config.json", {**tokenizer, "added_tokens_decoder": added})
         images: dict[str, object] = asdict(processor.image_processor)
@@ -718,6 +751,13 @@ def convert(folder: Path, out: Path) -> None:
             images["image_processor_type"] = "LlavaNextImageProcessor"
             images["image_grid_pinpoints"] = [list(pair) for pair in model.config.image_grid_pinpoints]
         write_json(temporary / "preprocessor_config.json", images)
+        config = model.config
+        write_json(temporary / "processor_config.json", {
+            "processor_class": f"Llava{'Next' if config.image_grid_pinpoints else ''}Processor",
+            "patch_size": config.vision.patch_size, "image_token": IMAGE_TOKEN,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+            "num_additional_image_tokens": int(config.vision.has_cls),
+        })  # fmt: skip
         write_json(temporary / "generation_config.json", {"eos_token_id": list(model.config.eos_token_id)})
         for name in ("tokenizer.model", "tokenizer.json", "special_tokens_map.json"):
             if (folder / name).is_file():

@@ -83,8 +83,8 @@ def random_model(kind: str, kv_heads: int, seed: int = 0, **top: Any) -> Any:
         text = t.LlamaConfig(
             **words, rms_norm_eps=1e-5, rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
         )
-    if kind == "SigLIP, Qwen2":
-        vision, text = t.SiglipVisionConfig(**sizes), t.Qwen2Config(**words)
+    if kind == "SigLIP, Qwen2":  # a border of two pixels is cut off, as in the real one's 384 / 14
+        vision, text = t.SiglipVisionConfig(**{**sizes, "image_size": 30}), t.Qwen2Config(**words)
         settings |= {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
     if kind == "LLaVA-NeXT, Mistral":
         text = t.MistralConfig(**words, sliding_window=None)
@@ -142,7 +142,8 @@ def make_inputs(model: Any, kind: str, dtype: str) -> dict[str, Tensor]:
     for count in counts:
         row += [torch.full((count,), IMAGE_ID), torch.randint(3, 300, (10,))]
     ids = torch.cat(row)[None]
-    pixels = torch.randn(tiles, 3, 28, 28).to(getattr(torch, dtype))
+    side = model.config.vision_config.image_size
+    pixels = torch.randn(tiles, 3, side, side).to(getattr(torch, dtype))
     inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
     return inputs | ({"image_sizes": torch.tensor(PICTURES)} if len(counts) > 1 else {})
 

@@ -55,16 +55,22 @@ class Tiling:
         """Tokens of the picture: the overview's patches, and the rows that stay with a newline each."""
         return self.side**2 + self.height * (self.width + 1)
 
+    @property
+    def newlines(self) -> list[int]:
+        """Which of the tokens end a row."""
+        return [self.side**2 + (row + 1) * (self.width + 1) - 1 for row in range(self.height)]
+
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
     """The grid, in pixels, that shows most of the picture's pixels; among equals the one with the least padding."""
 
-    def shown_and_padding(grid: Size) -> tuple[int, int]:
+    def quality(grid: Size) -> tuple[int, int]:
         scale = min(grid[1] / size[1], grid[0] / size[0])
         shown = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
-        return shown, shown - grid[0] * grid[1]
+        padding = grid[0] * grid[1] - shown
+        return shown, -padding
 
-    return max(pinpoints, key=shown_and_padding)
+    return max(pinpoints, key=quality)
 
 
 def fit(size: Size, pinpoints: Sequence[Size], tile: int, side: int) -> Tiling:
@@ -73,7 +79,7 @@ def fit(size: Size, pinpoints: Sequence[Size], tile: int, side: int) -> Tiling:
     rows, columns = grid[0] // tile, grid[1] // tile
     height, width = rows * side, columns * side  # of the grid, in patches
     top = left = 0
-    # transformers rounds to seven places before it cuts: 3 * (24 / 3) may be 23.999999999999996.
+    # What is behind the point is cut off. Before that come seven places of rounding: 3 * (24 / 3) may be 23.9999999999.
     if size[1] / size[0] > width / height:
         top = (height - int(round(size[0] * (width / size[1]), 7))) // 2
     else:
@@ -82,7 +88,10 @@ def fit(size: Size, pinpoints: Sequence[Size], tile: int, side: int) -> Tiling:
 
 
 def cut(image: Image.Image, pinpoints: Sequence[Size], tile: int, overview: Size, resample: int) -> list[Image.Image]:
-    """The overview, resized without regard to the picture's shape, and the tiles of its grid: RGB pictures."""
+    """The overview, resized without regard to the picture's shape, and the tiles of its grid: RGB pictures.
+
+    `transformers` rounds up here, where a picture is resized, and down where rows are counted; so does this file.
+    """
     filter, (width, height) = Image.Resampling(resample), image.size
     grid = best_resolution((height, width), pinpoints)
     if grid[1] / width < grid[0] / height:
@@ -102,6 +111,7 @@ def pack(features: Tensor, tilings: Sequence[Tiling], newline: Tensor) -> Tensor
     for tiling, tiles in zip(tilings, features.split([tiling.tiles for tiling in tilings])):
         overview, grid = tiles[0], tiles[1:]  # [P, D], [rows * columns, P, D]
         grid = grid.unflatten(1, (tiling.side, -1)).unflatten(0, (tiling.rows, -1))  # [rows, columns, side, side, D]
+        # First by row of tiles, then by row of patches in them: each row of patches runs over all tiles side by side.
         whole = grid.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # [rows * side, columns * side, D]
         shown = whole[tiling.top : tiling.top + tiling.height, tiling.left : tiling.left + tiling.width]
         ends = newline.to(shown.dtype).expand(tiling.height, 1, -1)  # [height, 1, D]

@@ -47,18 +47,23 @@ def check_prompt(config: TextConfig, input_ids: Tensor, attention_mask: Tensor |
 
 def check_images(config: LlavaConfig, found: int, pixel_values: Tensor | None, image_sizes: Tensor | None) -> None:
     """Raises LlavaError unless the images make as many tokens as the prompts have places for: `found`."""
-    images = 0 if pixel_values is None else len(pixel_values)
-    if not config.image_grid_pinpoints:
-        expected = images * config.num_image_tokens
-    else:
-        require(images == 0 or image_sizes is not None, "pixel_values are tiles of LLaVA-NeXT; give image_sizes, too.")
-        sizes = [] if image_sizes is None or images == 0 else image_sizes.tolist()
-        usable = all(len(size) == 2 and min(size) > 0 for size in sizes)
-        require(usable, f"image_sizes are {sizes!s:.99}; expected [I, 2]: each image's height and width.")
-        tilings = [config.tiling(size) for size in sizes]
-        expected, cut = sum(tiling.tokens for tiling in tilings), sum(tiling.tiles for tiling in tilings)
-        require(images == cut, f"pixel_values are {images} tiles; pictures of these image_sizes have {cut}.")
-        images = len(sizes)
+    if pixel_values is not None:
+        shape = list(pixel_values.shape)
+        require(len(shape) == 4, f"pixel_values are {shape}; expected [I, 3, R, R]: images, or tiles of all images.")
+    rows = 0 if pixel_values is None else len(pixel_values)  # images, or tiles of LLaVA-NeXT
+    if not config.image_grid_pinpoints or rows == 0:
+        expected = rows * config.num_image_tokens
+        require(found == expected, f"input_ids hold {found} image tokens, but {rows} images make {expected}.")
+        return
+    require(image_sizes is not None, "pixel_values are tiles of LLaVA-NeXT; give image_sizes, too.")
+    assert image_sizes is not None
+    usable = image_sizes.dim() == 2 and image_sizes.shape[1] == 2 and not image_sizes.is_floating_point()
+    usable = usable and bool((image_sizes > 0).all())
+    require(usable, f"image_sizes are {image_sizes.tolist()!s:.99}; expected [I, 2]: each image's height and width.")
+    tilings = [config.tiling(size) for size in image_sizes.tolist()]
+    expected, tiles = sum(tiling.tokens for tiling in tilings), sum(tiling.tiles for tiling in tilings)
+    require(rows == tiles, f"pixel_values are {rows} tiles; pictures of these image_sizes have {tiles}.")
+    images = len(tilings)
     require(found == expected, f"input_ids hold {found} image tokens, but {images} images make {expected}.")
 
 

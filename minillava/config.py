@@ -25,7 +25,7 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches per image. A border narrower than a patch is cut off, as the strided convolution below does."""
+        """Patches per image. A border narrower than a patch is cut off, as the strided convolution does."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -74,7 +74,7 @@ class LlavaConfig:
     text: TextConfig = TextConfig()
     image_token_id: int = 32000  # checkpoints have a larger vocabulary than the default, such as 32064
     vision_feature_layer: int = -2  # 0 is the input of the first layer, -1 the output of the last
-    vision_feature_select_strategy: str = "default"  # "default" drops the first position, "full" keeps all
+    vision_feature_select_strategy: str = "default"  # "full" keeps all; "default" drops the first: CLS, or a patch
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
     mm_projector_type: str = "mlp2x_gelu"  # or "linear": one layer, as in the first LLaVA
@@ -85,7 +85,8 @@ class LlavaConfig:
     @property
     def num_image_tokens(self) -> int:
         """Decoder positions that one image takes; in LLaVA-NeXT one tile, before padding is cut off."""
-        return self.vision.num_patches + self.vision.has_cls - (self.vision_feature_select_strategy == "default")
+        positions = self.vision.num_patches + self.vision.has_cls  # CLS counts as one
+        return positions - (self.vision_feature_select_strategy == "default")
 
     def tiling(self, size: Sequence[int]) -> Tiling:
         """LLaVA-NeXT: how a picture of (height, width) is cut into tiles."""

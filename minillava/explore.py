@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import difflib
 import io
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,30 +69,29 @@ def drawn(inputs: dict[str, Tensor], processor: Processor) -> tuple[Image.Image,
 
     LLaVA-NeXT's overview stands above its tiles, whose rows end in a grey cell, the newline. None: an empty cell.
     """
-    config = processor.config
-    vision, first = config.vision, int(config.num_image_tokens > config.vision.num_patches)  # first: CLS, if it is kept
-    side = vision.image_size // vision.patch_size
+    config, vision = processor.config, processor.config.vision
+    side, patch = vision.image_size // vision.patch_size, vision.patch_size
     if "image_sizes" not in inputs:
-        picture = seen_image(inputs["pixel_values"][0], processor, vision.patch_size)
-        return picture, side, list(range(first, first + side**2))
+        surplus = config.num_image_tokens - side**2  # 1 with CLS before the patches, -1 where a patch was dropped
+        cells: list[int | None] = (
+            [None, *range(side**2 - 1)] if surplus < 0 else list(range(surplus, surplus + side**2))
+        )
+        return seen_image(inputs["pixel_values"][0], processor, patch), side, cells
     tiling = config.tiling(inputs["image_sizes"][0].tolist())
-    tiles = [seen_image(pixels, processor, vision.patch_size) for pixels in inputs["pixel_values"][: tiling.tiles]]
-    edge = tiles[0].width  # of a tile, and so of `side` patches
-    whole = Image.new("RGB", (tiling.columns * edge, tiling.rows * edge))
-    for index, tile in enumerate(tiles[1:]):
-        whole.paste(tile, (index % tiling.columns * edge, index // tiling.columns * edge))
-    patch, width = vision.patch_size, tiling.width + 1
+    overview, *tiles = [seen_image(pixels, processor, patch) for pixels in inputs["pixel_values"][: tiling.tiles]]
+    grid = Image.new("RGB", (tiling.columns * overview.width, tiling.rows * overview.height))
+    for index, tile in enumerate(tiles):
+        grid.paste(tile, (index % tiling.columns * tile.width, index // tiling.columns * tile.height))
     left, top = tiling.left * patch, tiling.top * patch
-    columns = max(side, width)
+    row_tokens = tiling.width + 1  # with the newline
+    columns = max(side, row_tokens)
     picture = Image.new("RGB", (columns * patch, (side + tiling.height) * patch), "grey")
-    picture.paste(tiles[0])
-    picture.paste(whole.crop((left, top, whole.width - left, whole.height - top)), (0, side * patch))
-    cells: list[int | None] = []
-    for row in range(side):
-        cells += [*range(row * side, (row + 1) * side), *[None] * (columns - side)]
-    for row in range(tiling.height):
-        start = side**2 + row * width
-        cells += [*range(start, start + width), *[None] * (columns - width)]
+    picture.paste(overview)
+    picture.paste(grid.crop((left, top, grid.width - left, grid.height - top)), (0, side * patch))
+    tokens = iter(range(tiling.tokens))
+    cells = []
+    for count in [side] * side + [row_tokens] * tiling.height:
+        cells += [*itertools.islice(tokens, count), *[None] * (columns - count)]
     return picture, columns, cells
 
 
@@ -183,7 +183,7 @@ def collect(
 def piece(processor: Processor, id: int) -> str:
     """A token as it is shown: a leading space as such, a line break as ⏎."""
     text = processor.tokenizer.piece(id) or IMAGE_TOKEN
-    return text.replace("<0x0A>", "⏎").replace("▁", "␣" if text == "▁" else "")
+    return text.replace("<0x0A>", "⏎").replace("\n", "⏎").replace("▁", "␣" if text == "▁" else "")
 
 
 def page(data: dict[str, Any]) -> str:

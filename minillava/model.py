@@ -98,7 +98,7 @@ class VisionTower(nn.Module):
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, layer: int) -> Tensor:
-        """[I, 3, R, R] -> [I, P + 1, Dv], CLS first, after `layer` layers (negative: from the end)."""
+        """[I, 3, R, R] -> [I, P + 1, Dv] after `layer` layers (negative: from the end); SigLIP's are [I, P, Dv]."""
         patches = self.patch_embedding(pixel_values)  # [I, Dv, R // patch, R // patch]
         hidden = patches.flatten(2).transpose(1, 2)  # [I, P, Dv]
         if self.class_embedding is not None:

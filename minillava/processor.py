@@ -128,11 +128,19 @@ class ImageProcessor:
         names, kind = cls.__dataclass_fields__, str(raw.get("image_processor_type", ""))
         if kind.startswith("Siglip"):  # files leave defaults out
             raw = {**SIGLIP, **{name: value for name, value in raw.items() if value is not None}}
-        if kind.startswith("LlavaNext"):  # there do_pad fills a batch of tiles up
+        if kind.startswith(
+            "LlavaNext"
+        ):  # whose do_pad means something else: as many tiles for every picture of a batch
             raw = {**raw, "do_pad": False}
         values = {name: raw[name] for name in names if raw.get(name) is not None}
         processor = cls(**values)
         size_of(processor.size, "size"), size_of(processor.crop_size, "crop_size")
+        for name, value in vars(processor).items():
+            if name.startswith("do_") and type(value) is not bool:
+                raise LlavaError(f"The image processor's config has {name} = {value!r:.99}; expected true or false.")
+        factor = processor.rescale_factor
+        if type(factor) not in (int, float) or not math.isfinite(factor):
+            raise LlavaError(f"The image processor's config has rescale_factor = {factor!r:.99}; expected a number.")
         for name in ("image_mean", "image_std"):
             value = getattr(processor, name)
             numbers = isinstance(value, (list, tuple)) and len(value) == 3
@@ -311,7 +319,10 @@ class JsonTokenizer:
         content = read_bytes(path)
         read_json(path)  # what is no JSON gets a sentence of its own
         try:
-            made = cls(tokenizers.Tokenizer.from_str(content.decode()))
+            model = tokenizers.Tokenizer.from_str(content.decode())
+            model.no_truncation()  # a file keeps these settings of the one who saved it
+            model.no_padding()
+            made = cls(model)
             decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
             for id, entry in sorted(decoder.items(), key=lambda item: int(item[0])):
                 if entry["content"] not in made.added:
@@ -338,7 +349,7 @@ class JsonTokenizer:
         return str(self.model.decode([id], skip_special_tokens=False)).replace(" ", "▁")
 
     def with_token(self, token: AddedToken) -> JsonTokenizer:
-        """The same tokenizer with one more token. Raises LlavaError if its id is not the next one."""
+        """Adds a token to this tokenizer. Raises LlavaError if the next free id is not the token's."""
         import tokenizers
 
         options = {"lstrip": token.lstrip, "rstrip": token.rstrip, "normalized": False, "special": token.special}
@@ -358,7 +369,9 @@ class JsonTokenizer:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             reason = " ".join(str(error).split())
-            raise LlavaError(f"The tokenizer cannot encode a text ({reason:.200}); download it again.") from None
+            raise LlavaError(
+                f"The text cannot be made into tokens ({reason:.200}); look for characters that are no Unicode text."
+            ) from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids; ids that the tokenizer does not know (padding of the vocabulary) are left out."""
@@ -388,7 +401,7 @@ def read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
     if template is not None and not isinstance(template, str):
         raise LlavaError(f"{folder}: its chat template is {type(template).__name__}; expected text.")
     special: dict[str, str] = {}
-    for name, token in {**read_json(folder / "special_tokens_map.json"), **config}.items():
+    for name, token in [*read_json(folder / "special_tokens_map.json").items(), *config.items()]:
         content = token.get("content") if isinstance(token, dict) else token
         if name.endswith("_token") and isinstance(content, str):
             special[name] = content
@@ -418,6 +431,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- both
+
+
+def messages(turns: Sequence[tuple[str, str | None]], num_images: int, as_parts: bool) -> list[dict[str, Any]]:
+    """A conversation as chat templates take it, its images first; each content a list of parts, or text."""
+    made: list[dict[str, Any]] = []
+    for index, (question, answer) in enumerate(turns):
+        images = num_images if index == 0 else 0
+        parts = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
+        made.append({"role": "user", "content": parts if as_parts else f"{IMAGE_TOKEN}\n" * images + question})
+        if answer is not None:
+            made.append({"role": "assistant", "content": [{"type": "text", "text": answer}] if as_parts else answer})
+    return made
 
 
 def llava_prompt(turns: Sequence[tuple[str, str | None]], num_images: int = 0) -> str:
@@ -451,6 +476,8 @@ class Processor:
         """From a checkpoint's folder; raises LlavaError where its parts do not fit together."""
         folder = Path(folder)
         both = read_json(folder / "processor_config.json").get("image_processor") or {}
+        if not isinstance(both, dict):
+            raise LlavaError(f"{folder}: processor_config.json has an image_processor that is no object.")
         raw = {**both, **read_json(folder / "preprocessor_config.json")}
         tokenizer = read_tokenizer(folder)
         token = tokenizer.added.get(IMAGE_TOKEN)
@@ -559,30 +586,23 @@ class Processor:
         """
         if self.template is None:
             return llava_prompt(turns, num_images)
-        # A template reads a message's content as a list of parts, or, as those of language models do, as text.
+        # A template reads a message's content as a list of parts or, as those of language models do, as text. One that
+        # reads text fails on a list, or prints it as Python does, with 'type': in it.
+        said = "".join(question + (answer or "") for question, answer in turns)
+        reasons = []
         for as_parts in (True, False):
-            messages: list[dict[str, Any]] = []
-            for index, (question, answer) in enumerate(turns):
-                images = num_images if index == 0 else 0
-                text = {"type": "text", "text": question}
-                content = [*[{"type": "image"}] * images, text] if as_parts else f"{IMAGE_TOKEN}\n" * images + question
-                messages.append({"role": "user", "content": content})
-                if answer is not None:
-                    content = [{"type": "text", "text": answer}] if as_parts else answer
-                    messages.append({"role": "assistant", "content": content})
-            open_end = not turns or turns[-1][1] is None
-            values = {"messages": messages, "add_generation_prompt": open_end, **self.special_tokens}
-            reason = "it leaves out an image or a question"
+            values: dict[str, Any] = {"messages": messages(turns, num_images, as_parts), **self.special_tokens}
+            values["add_generation_prompt"] = not turns or turns[-1][1] is None
             try:
                 prompt = render(self.template, values)
             except TemplateError as error:
-                reason = str(error)
+                reasons.append(str(error))
                 continue
-            said = all(question.strip() in prompt for question, _ in turns)
-            named = num_images + sum(question.count(IMAGE_TOKEN) for question, _ in turns)
-            if prompt.count(IMAGE_TOKEN) == named and said and "'type':" not in prompt:
-                bos = self.special_tokens.get("bos_token")
-                first = self.tokenizer.encode("")[:1]  # of every text: BOS, or nothing
-                doubled = bos is not None and first and self.tokenizer.piece(first[0]) == bos
-                return prompt.removeprefix(bos) if doubled and bos is not None else prompt
+            all_shown = prompt.count(IMAGE_TOKEN) == num_images + said.count(IMAGE_TOKEN)
+            read = prompt.count("'type':") == said.count("'type':")
+            if all_shown and read and all(question.strip() in prompt for question, _ in turns):
+                first = self.tokenizer.encode("")[:1]  # of every text: BOS, or nothing; not to stand there twice
+                return prompt.removeprefix(self.tokenizer.piece(first[0])) if first else prompt
+            reasons.append("it leaves out an image or a question")
+        reason = "; with content as text: ".join(dict.fromkeys(reasons))
         raise LlavaError(f"The checkpoint's chat template cannot be used: {reason}. Write the whole prompt yourself.")

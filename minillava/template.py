@@ -2,13 +2,14 @@
 
 The template runs in Jinja's immutable sandbox, as in `transformers`: it cannot change what it is given, nor reach
 Python's internals. A clock ends it after some seconds, a limit on memory (where the system has one) when it grows, and
-a limit on length when it writes too much. This file is both sides: `render` starts it as a script, which imports Jinja
-and nothing else.
+a limit on length when it writes too much. This file is both sides: `render` starts it as a script, which imports
+Jinja, but neither torch nor the model.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -25,8 +26,9 @@ def render(template: str, values: dict[str, Any]) -> str:
     sent = json.dumps([template, values])
     try:
         done = subprocess.run(
-            [sys.executable, __file__], input=sent, capture_output=True, encoding="utf-8", timeout=SECONDS
-        )
+            [sys.executable, __file__], input=sent, capture_output=True, encoding="utf-8", errors="replace",
+            timeout=SECONDS,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise TemplateError(f"it did not end within {SECONDS} seconds") from None
     except (OSError, ValueError) as error:
@@ -57,7 +59,7 @@ def main() -> int:
     except ImportError:
         print("Jinja is not installed: pip install 'jinja2>=3.1.6'", file=sys.stderr)
         return 1
-    if tuple(int(part) for part in version("jinja2").split(".")[:3]) < (3, 1, 6):
+    if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < (3, 1, 6):
         print(f"Jinja {version('jinja2')} has holes in its sandbox: pip install 'jinja2>=3.1.6'", file=sys.stderr)
         return 1
 
@@ -72,23 +74,35 @@ def main() -> int:
             return nodes.Scope(body, lineno=line)
 
     class Names(Namespace):
-        """Jinja's `namespace`, without names that begin with an underscore: Python gives some of them a meaning."""
+        """Jinja's `namespace`, without names that begin with an underscore, such as `__class__`."""
 
-        def __init__(*arguments: Any, **names: Any) -> None:
-            Namespace.__init__(*arguments)
-            for name, value in names.items():
+        def __init__(*arguments: Any, **names: Any) -> None:  # no name is taken, so that a template may use `self`
+            Namespace.__init__(arguments[0])
+            for name, value in dict(*arguments[1:], **names).items():
                 arguments[0][name] = value
 
         def __setitem__(self, name: str, value: Any) -> None:
-            if name.startswith("_"):
+            if str(name).startswith("_"):
                 raise SecurityError(f"it sets {name!r}, which begins with an underscore")
             super().__setitem__(name, value)
+
+    class Dict:
+        """`dict` without the class's own attributes."""
+
+        def __call__(self, *arguments: Any, **names: Any) -> dict[Any, Any]:
+            return dict(*arguments, **names)
+
+        def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
+            return dict.fromkeys(*arguments)
 
     def refuse(message: str) -> None:
         raise JinjaError(message)
 
-    def tojson(value: Any, **options: Any) -> str:
-        return json.dumps(value, **{"ensure_ascii": False, **options})  # Jinja's own escapes what HTML would read
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        """Jinja's own escapes what HTML would read."""
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def strftime_now(pattern: str) -> str:
         from datetime import datetime
@@ -101,12 +115,7 @@ def main() -> int:
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = tojson
-        environment.globals.update(
-            raise_exception=refuse,
-            strftime_now=strftime_now,
-            namespace=Names,
-            dict=lambda *a, **names: dict(*a, **names),
-        )
+        environment.globals.update(raise_exception=refuse, strftime_now=strftime_now, namespace=Names, dict=Dict())
         pieces, length = [], 0
         for piece in environment.from_string(template).generate(**values):
             pieces.append(piece)
@@ -117,7 +126,7 @@ def main() -> int:
         print("it took too much memory", file=sys.stderr)
         return 1
     except Exception as error:  # a template may raise whatever Python can
-        print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        print(" ".join(str(error)[:1000].split()) or type(error).__name__, file=sys.stderr)
         return 1
     json.dump("".join(pieces), sys.stdout)
     return 0

@@ -281,8 +281,7 @@ class Reference:
 
     def newlines(self) -> list[int]:
         """LLaVA-NeXT: where among the picture's tokens a row ends."""
-        tiling = self.config.tiling(self.inputs["image_sizes"][0].tolist())
-        return [tiling.side**2 + (row + 1) * (tiling.width + 1) - 1 for row in range(tiling.height)]
+        return self.config.tiling(self.inputs["image_sizes"][0].tolist()).newlines
 
     def keep(self, stage: str, tensor: Tensor) -> None:
         """Puts a stage on disk."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ import weights
 from bench.parity import FAMILY, GRIDS, IMAGE_ID, random_model
 from minillava import anyres, explore, verify
 from minillava.checks import LlavaError
-from minillava.processor import JsonTokenizer, read_template, read_tokenizer
+from minillava.processor import JsonTokenizer, Processor, read_template, read_tokenizer
 from minillava.template import TemplateError, render
 from prefixkv import Plan, PrefixKV
 
@@ -69,10 +70,11 @@ def write(folder, kind, model):
             single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", bpe.token_to_id("<|begin|>"))]
         )
     tokenizer = t.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|begin|>", eos_token="<|end_of_text|>", pad_token="<|end_of_text|>",
+        tokenizer_object=bpe, bos_token="<|begin|>", eos_token="<|end_of_text|>", pad_token="<|eot|>",
         padding_side="left",
     )  # fmt: skip
-    size, crop = {"shortest_edge": 28}, {"height": 28, "width": 28}
+    side = model.config.vision_config.image_size
+    size, crop = {"shortest_edge": side}, {"height": side, "width": side}
     if kind.startswith("LLaVA-NeXT"):
         images = t.models.llava_next.image_processing_pil_llava_next.LlavaNextImageProcessorPil(
             size=size, crop_size=crop, image_grid_pinpoints=GRIDS
@@ -101,7 +103,7 @@ def family(tmp_path_factory):
 
     def get(kind, kv_heads=2):
         if (kind, kv_heads) not in made:
-            folder, theirs = tmp_path_factory.mktemp("family"), random_model(kind, kv_heads)
+            folder, theirs = tmp_path_factory.mktemp("family"), random_model(kind, kv_heads, pad_token_id=2)
             processor = write(folder, kind, theirs)
             made[kind, kv_heads] = folder, theirs, processor, *weights.load(folder)
         return made[kind, kv_heads]
@@ -110,7 +112,8 @@ def family(tmp_path_factory):
 
 
 def picture(height, width, seed=0):
-    return Image.effect_noise((width, height), 90).convert("RGB").rotate(seed)
+    noise = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(noise.numpy())
 
 
 ONE = (["USER: <image>\nWhat is in the image? ASSISTANT:"], [(40, 75)])
@@ -221,6 +224,10 @@ def test_tokens_and_tiles_that_do_not_fit_are_refused_with_both_numbers(family):
         model(**{**inputs, "pixel_values": inputs["pixel_values"][:4]})
     with pytest.raises(LlavaError, match="give image_sizes"):
         model(inputs["input_ids"], inputs["pixel_values"])
+    with pytest.raises(LlavaError, match=r"image_sizes are \[56, 56\]; expected \[I, 2\]"):
+        model(**{**inputs, "image_sizes": torch.tensor([56, 56])})
+    with pytest.raises(LlavaError, match=r"pixel_values are \[1, 5, 3, 28, 28\]; expected"):
+        model(**{**inputs, "pixel_values": inputs["pixel_values"][None]})
 
 
 @pytest.mark.parametrize(
@@ -237,6 +244,71 @@ def test_a_config_that_cannot_be_used_is_refused_in_a_sentence(family, change, s
     raw = json.loads((family("LLaVA-NeXT, Llama")[0] / "config.json").read_text())
     with pytest.raises(LlavaError, match=sentence):
         weights.parse_config({**raw, **change}, {})
+
+
+@pytest.mark.parametrize(
+    "top, text, generation, pad, eos",
+    [({}, {}, {}, 0, ()), ({"pad_token_id": None}, {"pad_token_id": 7}, {}, 7, ()),
+     ({}, {}, {"pad_token_id": 9}, 9, ()),
+     ({"pad_token_id": -1}, {}, {"eos_token_id": [5, 6]}, 5, (5, 6)), ({}, {"eos_token_id": 4}, {}, 4, (4,))],
+)  # fmt: skip
+def test_pad_and_end_of_qwen2_are_none_unless_a_file_names_them(family, top, text, generation, pad, eos):
+    raw = json.loads((family("SigLIP, Qwen2")[0] / "config.json").read_text())
+    raw.pop("pad_token_id"), raw.pop("eos_token_id", None)
+    for name in ("pad_token_id", "eos_token_id"):
+        raw["text_config"].pop(name, None)
+    raw["text_config"] |= text
+    config = weights.parse_config({**raw, **top}, generation)
+    assert (config.pad_token_id, config.eos_token_id) == (pad, eos)
+
+
+@pytest.mark.parametrize("kind, heads", [("qwen2", 32), ("mistral", 8), ("llama", 64)])
+def test_key_value_heads_that_a_file_does_not_name_are_those_of_its_kind(family, kind, heads):
+    raw = json.loads((family("SigLIP, Qwen2")[0] / "config.json").read_text())
+    del raw["text_config"]["num_key_value_heads"]
+    raw["text_config"] |= {"model_type": kind, "num_attention_heads": 64, "hidden_size": 128}
+    assert weights.parse_config(raw, {}).text.kv_heads == heads
+    raw["text_config"]["num_key_value_heads"] = None
+    assert weights.parse_config(raw, {}).text.kv_heads == 64
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [({"model_type": []}, r"model_type \[\]"),
+     ({"text_config": {"rope_scaling": {"rope_type": [1]}}}, "RoPE scaling"),
+     ({"text_config": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+     ({"text_config": {"rope_scaling": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 3, "high_freq_factor": 3,
+                                        "original_max_position_embeddings": 9}}}, "the lower one first")],
+)  # fmt: skip
+def test_other_configs_that_cannot_be_used_are_refused(family, change, sentence):
+    raw = json.loads((family("SigLIP, Qwen2")[0] / "config.json").read_text())
+    if "text_config" in change:
+        change = {"text_config": {**raw["text_config"], "rope_parameters": None, **change["text_config"]}}
+    with pytest.raises(LlavaError, match=sentence):
+        weights.parse_config({**raw, **change}, {})
+
+
+@pytest.mark.parametrize(
+    "name, value, sentence",
+    [("processor_config.json", {"image_processor": "x"}, "no object"),
+     ("preprocessor_config.json", {"rescale_factor": "a"}, "rescale_factor = 'a'"),
+     ("preprocessor_config.json", {"do_resize": "no"}, "do_resize = 'no'; expected true or false")],
+)  # fmt: skip
+def test_an_image_processors_config_of_other_types_is_refused(tmp_path, name, value, sentence):
+    write(tmp_path, "SigLIP, Qwen2", random_model("SigLIP, Qwen2", 2))
+    (tmp_path / name).write_text(json.dumps(value))
+    with pytest.raises(LlavaError, match=sentence):
+        weights.load_processor(tmp_path)
+
+
+def test_a_tied_qwen2_without_an_output_layer_loads(tmp_path):
+    theirs = random_model("SigLIP, Qwen2", 2, tie_word_embeddings=True)
+    write(tmp_path, "SigLIP, Qwen2", theirs)
+    model, processor = weights.load(tmp_path)
+    inputs = processor(ONE[0], [picture(30, 41)])
+    with torch.no_grad():
+        assert float((model(**inputs) - theirs(**inputs).logits).abs().max()) < LOGITS
+    assert model.lm_head.weight is model.language_model.embed_tokens.weight
 
 
 def test_other_pinpoints_in_the_image_processors_config_are_refused(tmp_path):
@@ -269,6 +341,22 @@ def test_ids_and_text_of_a_tokenizer_json_are_those_of_transformers(family, word
         assert ours.tokenizer.encode(words) == ids
         assert ours.decode(ids) == theirs.tokenizer.decode(ids, skip_special_tokens=True)
         assert ours.tokenizer.decode(ids, skip_special_tokens=False) == theirs.tokenizer.decode(ids)
+
+
+def test_truncation_and_padding_that_a_tokenizer_json_was_saved_with_are_off(tmp_path, family):
+    folder = family("SigLIP, Qwen2")[0]
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    raw["padding"] = {"strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2,
+                      "pad_type_id": 0, "pad_token": "<|eot|>"}  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    words = "Describe the image in detail."
+    assert read_tokenizer(tmp_path).encode(words) == read_tokenizer(folder).encode(words)
+
+
+def test_a_text_that_is_no_unicode_is_refused(family):
+    with pytest.raises(LlavaError, match="no Unicode text"):
+        family("SigLIP, Qwen2")[4]("a \ud800")
 
 
 def test_sentencepiece_is_used_where_it_is(tiny, tmp_path, family):
@@ -345,12 +433,15 @@ ENDLESS = "{% set a = 'x' * 1000000 %}{% for i in a %}{% for j in a %}{% endfor 
 
 @pytest.mark.parametrize(
     "template, sentence",
-    [(ENDLESS, "did not end within"), ("{% set a = 'x' * 10 ** 11 %}", "too much memory"),
+    [(ENDLESS, "did not end within"), ("{{ 1 | tojson(default=range) }}", "default"),
+     ("{% set a = 'x' * 10 ** 11 %}", "too much memory"),
      ("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}", "more than 1,000,000 characters"),
      ("{% for m in messages %}{% if m.role != 'system' %}{{ raise_exception('unknown role ' + m.role) }}"
       "{% endif %}{% endfor %}", "unknown role user"),
      ("{{ messages.append(1) }}", "unsafe|immutable|append"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
-     ("{% set ns = namespace() %}{% set ns.__class__ = 3 %}", "underscore"), ("{% for %}", "Expected an expression"),
+     ("{% set ns = namespace() %}{% set ns.__class__ = 3 %}", "underscore"),
+     ("{{ namespace(_a=1) }}", "underscore"), ("{{ namespace({'_a': 1}) }}", "underscore"),
+     ("{{ raise_exception('x' * 10 ** 6) }}", "xxx"), ("{% for %}", "Expected an expression"),
      ("Hello", "leaves out an image or a question")],
 )  # fmt: skip
 def test_a_template_that_fails_or_runs_away_is_refused_in_a_sentence(family, monkeypatch, template, sentence):
@@ -363,13 +454,22 @@ def test_a_template_that_fails_or_runs_away_is_refused_in_a_sentence(family, mon
 
 
 def test_a_template_reads_dates_json_and_names():
-    template = (
-        "{% set ns = namespace(n=1) %}{% set ns.n = 2 %}{{ ns.n }}{{ {'a': '<'} | tojson }}{{ dict(b=1) | tojson }}"
-    )
-    assert render(template, {}) == '2{"a": "<"}{"b": 1}'
+    names = "{% set ns = namespace(n=1) %}{% set ns.n = 2 %}{{ ns.n }}"
+    template = names + "{{ {'a': '<'} | tojson }}{{ dict(b=1) | tojson }}{{ dict.fromkeys('a') | tojson }}"
+    assert render(template, {}) == '2{"a": "<"}{"b": 1}{"a": null}'
     assert len(render("{{ strftime_now('%Y') }}", {})) == 4
     with pytest.raises(TemplateError):
         render("{{ undefined.name }}", {})
+
+
+def test_of_several_templates_the_processors_own_comes_first(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "3", "bos_token": null}')
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+    assert read_template(tmp_path) == ("3", {"bos_token": "<s>"})
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "2"}')
+    assert read_template(tmp_path)[0] == "2"
+    (tmp_path / "chat_template.jinja").write_text("1")
+    assert read_template(tmp_path)[0] == "1"
 
 
 @pytest.mark.parametrize("where", ["jinja", "json", "tokenizer", "named", "none", "number"])
@@ -426,6 +526,9 @@ def test_converting_and_inspecting(family, kind, tmp_path, capsys):
     assert weights.main(["inspect", str(folder)]) == 0
     assert "Every parameter is there." in capsys.readouterr().out
     assert weights.main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    from transformers import AutoProcessor
+
+    AutoProcessor.from_pretrained(tmp_path / "out")(text=["<image>"], images=[picture(40, 75)], return_tensors="pt")
     converted, theirs = weights.load(tmp_path / "out")
     assert converted.config == model.config
     assert all(torch.equal(tensor, converted.state_dict()[name]) for name, tensor in model.state_dict().items())
@@ -449,7 +552,28 @@ def test_the_demo_says_what_transformers_says(family, kind, tmp_path, capsys):
     ends = list(ours.config.eos_token_id)
     made = theirs.generate(**inputs, max_new_tokens=32, do_sample=False, eos_token_id=ends)
     text = processor.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert [run["text"] for run in shown["runs"]] == [text.strip()] * 2 or shown["runs"][0]["text"] == text
+    assert [run["text"].strip() for run in shown["runs"]] == [text.strip()] * 2
+
+
+@pytest.mark.parametrize("strategy, cells", [("full", list(range(16))), ("default", [None, *range(15)])])
+def test_the_page_shows_siglips_patches_with_and_without_the_first(family, strategy, cells):
+    *_, processor = family("SigLIP, Qwen2")
+    config = replace(processor.config, vision_feature_select_strategy=strategy)
+    made = Processor(processor.tokenizer, processor.image_processor, config)
+    assert explore.drawn(made("<image>", [picture(28, 28)]), made)[1:] == (4, cells)
+
+
+@pytest.mark.parametrize("text", ["What is {'type': 1}?", "Is <image> a word?"])
+def test_a_question_may_hold_what_a_failed_template_would_print(family, text):
+    assert text in family("LLaVA-NeXT, Llama")[4].chat([(text, None)], 1)
+
+
+def test_bos_that_a_template_writes_out_stands_once(family, monkeypatch):
+    processor = family("CLIP, Llama 3")[4]
+    monkeypatch.setattr(processor, "template", LLAMA3.replace("bos_token", "'<|begin|>'"))
+    monkeypatch.setattr(processor, "special_tokens", {})
+    ids = processor(processor.chat([("What?", None)]))["input_ids"][0].tolist()
+    assert ids.count(processor.tokenizer.added["<|begin|>"].id) == 1 and ids[0] == 1
 
 
 def test_plans_eviction_and_the_page_work_on_tiles(family, tmp_path):
@@ -468,5 +592,5 @@ def test_plans_eviction_and_the_page_work_on_tiles(family, tmp_path):
     assert data["columns"] == tiling.width + 1
     ends = [data["patches"][(tiling.side + row + 1) * data["columns"] - 1] for row in range(tiling.height)]
     positions = (inputs["input_ids"][0] == IMAGE_ID).nonzero().flatten()
-    assert ends == [int(positions[tiling.side**2 + (row + 1) * (tiling.width + 1) - 1]) for row in range(tiling.height)]
+    assert ends == [int(positions[token]) for token in tiling.newlines]
     assert "null" in explore.page(data) and explore.plot(data)[:4] == b"\x89PNG"
