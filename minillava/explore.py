@@ -135,9 +135,9 @@ def collect(
     everything = torch.ones(1, length, dtype=torch.bool)
     own = [[retain(row[None], count[None], everything)[0] for row, count in zip(scores, counts)] for _, counts in found]
     methods = [{"name": "PrefixKV", "kept": [[bits(row) for row in rows] for rows in own]}]
-    for number, name in enumerate(OTHERS):
+    for number, other in enumerate(OTHERS):
         theirs = recorder.kept[number * len(stops) : (number + 1) * len(stops)]
-        methods.append({"name": name, "kept": [[bits(row) for row in rows] for rows in theirs]})
+        methods.append({"name": other, "kept": [[bits(row) for row in rows] for rows in theirs]})
     ids = inputs["input_ids"][0].tolist()
     places = [position for position, id in enumerate(ids) if id == model.config.image_token_id]
     image, columns, cells = drawn(inputs, processor)
@@ -166,6 +166,7 @@ def collect(
         "prompt": prompt,
         "image": "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode(),
         "columns": columns,
+        "tiled": "image_sizes" in inputs,
         "patches": patches,
         "words": text,
         "importance": [[round(value, 5) for value in row] for row in scores.tolist()],

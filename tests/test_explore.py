@@ -55,6 +55,10 @@ def test_the_tokens_shown_are_those_that_a_cache_keeps(tiny, image, data, number
             assert {j for j, here in enumerate(found) if here} == positions
 
 
+def test_the_page_names_the_model(data):
+    assert data["model"] == "tiny"
+
+
 def test_the_page_opens_on_the_layer_that_is_farthest_from_the_budget(data):
     kept = explore.counts(data, data["start"])
     away = [abs(count - data["budgets"][data["start"]] * len(data["importance"][0])) for count in kept]
