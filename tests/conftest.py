@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 import weights
 from minillava import TINY
@@ -32,10 +32,15 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Every test runs either way. Without --sweep, those that search at random search for less long."""
+    """Every test runs either way. Without --sweep, those that search at random search for less long.
+
+    The profile `quick`, with `--hypothesis-profile`, is for tests that fail at once.
+    """
     settings.register_profile("project", deadline=None, derandomize=True,
                               max_examples=100 if config.getoption("--sweep") else 25)  # fmt: skip
-    settings.load_profile("project")
+    settings.register_profile("quick", deadline=None, derandomize=True, database=None, max_examples=5,
+                              phases=[Phase.explicit, Phase.generate])  # fmt: skip
+    settings.load_profile(config.getoption("--hypothesis-profile", None) or "project")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -22,13 +22,17 @@ FORKS = hasattr(os, "fork") and sys.platform != "darwin"  # macOS's libraries do
 @functools.cache
 def server() -> subprocess.Popen:
     """This process's server; it ends with it."""
-    made = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    atexit.register(made.kill)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a process that has threads cannot be forked
+    environment.pop("PYTHONPATH", None)  # each child has one of its own
+    made = subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    atexit.register(made.communicate)  # it ends where its input does
     return made
 
 
 def run(arguments, cwd, env=None, check=False):
-    """As `subprocess.run([sys.executable, *arguments], capture_output=True, text=True, ...)`."""
+    """As `subprocess.run([sys.executable, *arguments], capture_output=True, text=True, ...)`, without input."""
     arguments, env = [str(argument) for argument in arguments], dict(os.environ if env is None else env)
     if not FORKS:
         return subprocess.run(
@@ -40,7 +44,7 @@ def run(arguments, cwd, env=None, check=False):
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
         code = int(process.stdout.readline())
-        out, err = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
+        out, err = (Path(folder, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
     assert code == 0 or not check, err
     return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
@@ -54,39 +58,46 @@ def become(request) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        opened = os.open(os.path.join(request["folder"], name), os.O_WRONLY | os.O_CREAT)
-        os.dup2(opened, descriptor)
+        os.dup2(os.open(os.path.join(request["folder"], name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
-        setattr(sys, name, open(descriptor, "w", encoding=encoding, closefd=False))  # noqa: SIM115
+        errors = "backslashreplace" if name == "stderr" else "strict"
+        opened = open(descriptor, "w", encoding=encoding, errors=errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, opened)
+        setattr(sys, f"__{name}__", opened)
     first, *rest = request["arguments"]
     script = first not in ("-m", "-c")
-    sys.path[0] = os.path.dirname(os.path.abspath(first)) if script else request["cwd"]
+    # `python -m` takes the working directory's name when it starts, `python -c` the one at each import.
+    sys.path[0] = os.path.dirname(os.path.realpath(first)) if script else os.getcwd() if first == "-m" else ""
     sys.path[1:1] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     importlib.invalidate_caches()
-    sys.argv = [first, *rest] if script else rest
     code = 0
     try:
         if script:
+            sys.argv = [first, *rest]
             runpy.run_path(first, run_name="__main__")
         elif first == "-m":
+            sys.argv = rest
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
             sys.argv = ["-c", *rest[1:]]
-            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+            exec(compile(rest[0], "<string>", "exec"), sys.modules["__main__"].__dict__)
     except SystemExit as error:
-        if isinstance(error.code, str):
+        if error.code is not None and not isinstance(error.code, int):
             print(error.code, file=sys.stderr)
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         traceback.print_exc()
         code = 1
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code & 255)
 
 
 def main() -> None:
+    import hypothesis.strategies
     import numpy
     import PIL.Image
     import pytest
@@ -96,16 +107,16 @@ def main() -> None:
     import transformers
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
 
-    assert numpy and PIL and pytest and safetensors and sentencepiece and transformers
+    assert hypothesis and numpy and PIL and pytest and safetensors and sentencepiece and transformers
     assert CLIPVisionConfig and LlamaConfig and LlavaForConditionalGeneration
-    torch.set_num_threads(1)  # with threads of its own, a process cannot be forked
-    for line in sys.stdin:
+    torch.set_num_threads(1)
+    while line := sys.stdin.readline():
         request = json.loads(line)
         child = os.fork()
         if child == 0:
             become(request)
         _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), file=sys.__stdout__, flush=True)
+        print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, TINY, reference, write
@@ -36,7 +36,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_the_demo_without_arguments_gives_four_descriptions_and_a_table_in_80_columns():
-    done = subprocess.run([sys.executable, "demo.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = forked.run(["demo.py"], cwd=ROOT, check=True)
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.startswith(" ") and line][:4] == [
         "full cache",
@@ -85,10 +85,8 @@ def test_what_is_slow_shows_how_far_it_is_on_a_terminal_alone_and_leaves_nothing
 
 
 def test_the_demo_prints_ascii_to_a_terminal_that_knows_nothing_else():
-    done = subprocess.run(
-        [sys.executable, "demo.py", "--max-new-tokens", "3"], cwd=ROOT, capture_output=True, text=True, check=True,
-        env={"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    ascii_only = {"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin", "PYTHONPATH": str(ROOT)}
+    done = forked.run(["demo.py", "--max-new-tokens", "3"], cwd=ROOT, env=ascii_only, check=True)
     assert done.stdout.isascii()
 
 

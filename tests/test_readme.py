@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from typing import Any
 
+import forked
 import pytest
 import torch
 from conftest import ROOT
@@ -77,7 +76,7 @@ def commands() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("program, options", commands().items())
 def test_every_command_it_names_exists_with_the_options_it_gives(program, options):
-    done = subprocess.run([sys.executable, *program.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = forked.run([*program.split(), "--help"], cwd=ROOT)
     assert not re.search("No module named|can't open", done.stderr)
     missing = {option for option in options if not re.search(rf"(?<![\w-]){option}(?![\w-])", done.stdout)}
     assert not missing

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import forked
 import pytest
 from conftest import ROOT
 
@@ -33,7 +34,7 @@ def run(folder, text):
     path = folder / "tour.py"
     path.write_text(text.replace("Path(__file__).resolve().parent", f"Path({str(ROOT)!r})"), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment, cwd=folder)
+    return forked.run([path], cwd=folder, env=environment)
 
 
 def test_the_tour_runs_to_its_end(tmp_path):
