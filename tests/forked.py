@@ -97,6 +97,8 @@ def become(request) -> None:
 
 
 def main() -> None:
+    import gc
+
     import hypothesis.strategies
     import numpy
     import PIL.Image
@@ -110,6 +112,7 @@ def main() -> None:
     assert hypothesis and numpy and PIL and pytest and safetensors and sentencepiece and transformers
     assert CLIPVisionConfig and LlamaConfig and LlavaForConditionalGeneration
     torch.set_num_threads(1)
+    gc.freeze()  # a child's collections need not look at what is here
     while line := sys.stdin.readline():
         request = json.loads(line)
         child = os.fork()
