@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import forked
 import pytest
 import torch
 
@@ -17,7 +18,10 @@ def result(contender, step, kv, weights=1_000_000, prefill=1.0):
     )
 
 
-def test_a_small_run_of_every_kind_of_contender(tmp_path, capsys):
+def test_a_small_run_of_every_kind_of_contender(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        speed.subprocess, "run", lambda command, capture_output, text, cwd: forked.run(command[1:], cwd=cwd)
+    )
     names = ["transformers DynamicCache", "transformers StaticCache", "full", "PrefixKV 20%", "plan 20%"]
     assert (
         main(["--preset", "tiny", "--new", "4", "--rounds", "1", "--contenders", *names, "--out", str(tmp_path)]) == 0
