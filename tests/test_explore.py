@@ -133,9 +133,10 @@ def test_the_demo_writes_page_and_picture(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option", ["--explore", "--plot", "--save-plan"])
-def test_a_name_too_long_for_a_file_ends_with_2(tmp_path, capsys, option):
+def test_a_name_too_long_for_a_file_ends_with_2(tmp_path, capsys, small, option):
+    model = ["--model", str(small[0]), "--max-new-tokens", "2"]
     for length in (252, 5000):  # the second is too long to be asked about, the first for the name it is written under
-        assert demo.main(["--max-new-tokens", "2", option, str(tmp_path / ("x" * length + ".png")[-length:])]) == 2
+        assert demo.main([*model, option, str(tmp_path / ("x" * length + ".png")[-length:])]) == 2
         assert "cannot be written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -151,16 +152,18 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_done(tmp_p
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 @pytest.mark.parametrize("option", ["--explore", "--plot", "--save-plan"])
-def test_a_write_that_fails_ends_with_2_and_leaves_nothing(tmp_path, capsys, option):
+def test_a_write_that_fails_ends_with_2_and_leaves_nothing(tmp_path, capsys, small, option):
     (tmp_path / "a.png.part").symlink_to("/dev/full")  # no space is left there
-    assert demo.main(["--max-new-tokens", "2", option, str(tmp_path / "a.png")]) == 2
+    model = ["--model", str(small[0]), "--max-new-tokens", "2"]
+    assert demo.main([*model, option, str(tmp_path / "a.png")]) == 2
     shown = capsys.readouterr()
     assert "cannot be written" in shown.err and "same words" in shown.out
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_of_an_unknown_kind_is_refused(tmp_path, capsys):
-    assert demo.main(["--max-new-tokens", "2", "--plot", str(tmp_path / "a.xyz")]) == 2
+def test_a_picture_of_an_unknown_kind_is_refused(tmp_path, capsys, small):
+    model = ["--model", str(small[0]), "--max-new-tokens", "2"]
+    assert demo.main([*model, "--plot", str(tmp_path / "a.xyz")]) == 2
     assert "choose a name that ends in .png" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, reference, write
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import weights
 from bench import parts, quality
 from bench import published as bench_published
 from bench.quality import curves, gini, interval, likelihood, main, read_results, rouge_l
@@ -21,15 +23,30 @@ from minillava.checks import LlavaError
 from minillava.compressors import METHODS, Recorder
 from prefixkv import Plan, PrefixKV
 
+
+@pytest.fixture(scope="module")
+def quick_model(tmp_path_factory):
+    """A random checkpoint with the embedded one's tokenizer and number of layers, and small pictures."""
+    tiny = weights.read_config(TINY)
+    theirs = reference(
+        text={"vocab_size": tiny.text.vocab_size, "num_hidden_layers": 8, "max_position_embeddings": 1024},
+        image_token_index=tiny.image_token_id,
+    )
+    folder = write(theirs, tmp_path_factory.mktemp("model"), "disk5")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder)
+    return folder
+
+
 QUICK = ["--samples", "4", "--batch-size", "2", "--budgets", "0.3", "0.6", "--methods", "full", "local", "prefixkv",
          "plan", "--max-new-tokens", "12"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def quick(tmp_path_factory, quick_model):
     """A finished run of four scenes."""
     out = tmp_path_factory.mktemp("quick")
-    assert main([*QUICK, "--out", str(out)]) == 0
+    assert main([*QUICK, "--model", str(quick_model), "--out", str(out)]) == 0
     return out
 
 
@@ -84,19 +101,20 @@ def test_every_run_is_there_once_and_the_tables_show_each(quick):
         assert Image.open(quick / picture).size[0] > 500
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_table(quick, tmp_path, capsys):
+def test_a_run_that_was_stopped_goes_on_to_the_same_table(quick, quick_model, tmp_path, capsys):
     (tmp_path / "settings.json").write_bytes((quick / "settings.json").read_bytes())
     lines = (quick / "results-0.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "results-0.jsonl").write_text("".join(lines[:7]) + lines[7][:30])
-    assert main([*QUICK, "--out", str(tmp_path)]) == 0
+    assert main([*QUICK, "--model", str(quick_model), "--out", str(tmp_path)]) == 0
     assert "damaged" in capsys.readouterr().err
     assert (tmp_path / "table.md").read_bytes() == (quick / "table.md").read_bytes()
     assert sorted((tmp_path / "results-0.jsonl").read_text().splitlines()) == sorted(line.strip() for line in lines)
 
 
-def test_two_processes_make_the_table_of_one(quick, tmp_path):
+def test_two_processes_make_the_table_of_one(quick, quick_model, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bench.quality"]
-    done = subprocess.run([*command, *QUICK, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    command += [*QUICK, "--model", str(quick_model), "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.glob("*.jsonl")} == {"results-0.jsonl", "results-1.jsonl"}
     assert (tmp_path / "table.md").read_bytes() == (quick / "table.md").read_bytes()
@@ -114,8 +132,8 @@ def test_a_process_that_fails_stops_all_with_its_error(tmp_path):
     assert "no entry that can be used" in done.stderr
 
 
-def test_results_of_other_settings_are_not_mixed(quick, capsys):
-    assert main([*QUICK, "--out", str(quick), "--seed", "5"]) == 2
+def test_results_of_other_settings_are_not_mixed(quick, quick_model, capsys):
+    assert main([*QUICK, "--model", str(quick_model), "--out", str(quick), "--seed", "5"]) == 2
     assert "seed 0" in capsys.readouterr().err
 
 
