@@ -188,7 +188,6 @@ def test_compiled_steps_give_the_same_tokens_from_one_graph_for_all_prompts(shal
 
 def compiled_without_a_compiler(folder, monkeypatch):
     """A model whose steps are traced as for compiling, and run by torch; what counts the graphs."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)  # put back later
     traced = partial(torch.compile, backend="eager")
     monkeypatch.setattr(fast.torch, "compile", lambda step, dynamic, options: traced(step, dynamic=dynamic))
     model = load_model(folder)
@@ -209,12 +208,16 @@ def test_a_method_that_observes_runs_uncompiled_and_what_follows_is_right(shallo
 
 def test_more_graphs_than_torch_allows_by_itself_are_all_compiled(shallow, monkeypatch, request):
     folder, model, processor = shallow
-    sizes = range(1, 6)  # 10 graphs, and torch allows 8
-    if not request.config.getoption("--sweep"):  # each takes seconds
-        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
-        sizes = range(1, 3)
-    limit = torch._dynamo.config.recompile_limit
-    compiled, counters = compiled_without_a_compiler(folder, monkeypatch)
+    # Torch allows 8. Each graph takes seconds, so without --sweep it is made to allow fewer.
+    limit, sizes = (8, range(1, 6)) if request.config.getoption("--sweep") else (3, range(1, 3))
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        compiled, counters = compiled_without_a_compiler(folder, monkeypatch)
+        compare(model, compiled, processor, sizes)
+    assert counters["stats"]["unique_graphs"] == 2 * len(sizes) > limit
+
+
+def compare(model, compiled, processor, sizes):
+    """The same tokens from both, for batches of these sizes."""
     for size in sizes:
         for compressor in (None, PrefixKV(0.5)):
             expected, found = (
@@ -222,7 +225,6 @@ def test_more_graphs_than_torch_allows_by_itself_are_all_compiled(shallow, monke
                 for either in (model, compiled)
             )
             assert torch.equal(found, expected)
-    assert counters["stats"]["unique_graphs"] == 2 * len(sizes) > limit
 
 
 @pytest.mark.parametrize("prompts", PROMPTS)
