@@ -195,9 +195,13 @@ def check_config(config: LlavaConfig) -> None:
     inside = -depth - 1 <= layer <= depth
     require(inside, f"config.json has vision_feature_layer = {layer}; the tower has {depth} layers.")
     for height, width in config.image_grid_pinpoints:
-        fits = min(height, width) >= side and height % side == width % side == 0 and height * width <= 100 * side**2
+        fits = (
+            min(height, width) >= side
+            and height % side == width % side == 0
+            and height * width <= min(100 * side**2, 10**8)
+        )
         require(fits, f"config.json has [{height}, {width}] in image_grid_pinpoints; expected multiples of image_size "
-                f"{side}, 100 tiles at most.")  # fmt: skip
+                f"{side}, at most 100 tiles and 100 million pixels.")  # fmt: skip
     if config.image_grid_pinpoints:
         square = config.num_image_tokens == vision.num_patches
         require(square, f"config.json has vision_feature_select_strategy = {config.vision_feature_select_strategy!r}, "

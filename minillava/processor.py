@@ -296,6 +296,13 @@ class Tokenizer:
         return "".join(pieces)
 
 
+def reason_of(error: BaseException) -> str:
+    """What the `tokenizers` library says, in one line. It raises Exception itself, and panics that are not even that."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        raise error
+    return " ".join(str(error).split())[:200]
+
+
 class JsonTokenizer:
     """What a `tokenizer.json` describes, such as byte-level BPE, run by the `tokenizers` library."""
 
@@ -330,11 +337,9 @@ class JsonTokenizer:
                     made = made.with_token(AddedToken(entry["content"], int(id), **flags))
         except LlavaError:
             raise
-        except BaseException as error:  # the library raises Exception itself, and its panics are no Exception
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            reason = " ".join(str(error).split())
-            raise LlavaError(f"{path} is no tokenizer that can be used ({reason:.200}); download it again.") from None
+        except BaseException as error:
+            reason = reason_of(error)
+            raise LlavaError(f"{path} is no tokenizer that can be used ({reason}); download it again.") from None
         return made
 
     @property
@@ -366,11 +371,9 @@ class JsonTokenizer:
         try:
             return list(self.model.encode(text).ids)
         except BaseException as error:
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            reason = " ".join(str(error).split())
+            reason = reason_of(error)
             raise LlavaError(
-                f"The text cannot be made into tokens ({reason:.200}); look for characters that are no Unicode text."
+                f"The text cannot be made into tokens ({reason}); look for characters that are no Unicode text."
             ) from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -495,10 +498,8 @@ class Processor:
                 "the files belong to different checkpoints."
             )
         pinpoints = raw.get("image_grid_pinpoints")
-        if config.image_grid_pinpoints and pinpoints not in (
-            None,
-            [list(pair) for pair in config.image_grid_pinpoints],
-        ):
+        expected = [list(pair) for pair in config.image_grid_pinpoints]
+        if expected and pinpoints is not None and pinpoints != expected:
             raise LlavaError(
                 f"The image processor's config has image_grid_pinpoints = {pinpoints!s:.99}, config.json other ones; "
                 "the files belong to different checkpoints."
