@@ -297,7 +297,7 @@ class Tokenizer:
 
 
 def reason_of(error: BaseException) -> str:
-    """What the `tokenizers` library says, in one line. It raises Exception itself, and panics that are not even that."""
+    """What the `tokenizers` library says, in one line. It raises plain Exception, and panics that are not even that."""
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         raise error
     return " ".join(str(error).split())[:200]
