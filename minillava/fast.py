@@ -122,10 +122,11 @@ class FastLinear(nn.Linear):
     def one_loop(self, x: Tensor) -> Tensor:
         """The product of a compiled step: [B, 1, in] -> [B, 1, out].
 
-        For one sample, a loop reads four rows of the weight side by side: each row has a sum of its own, and one
-        sum need not wait for another.
+        For one sample and a weight beyond the processor's cache, a loop reads four rows side by side: each row has a
+        sum of its own, and one sum need not wait for another. With small weights the loops that this adds cost more.
         """
-        parts = self.weight.chunk(math.gcd(self.out_features, 4) if len(x) == 1 else 1)
+        large = len(x) == 1 and self.weight.numel() >= 2**20
+        parts = self.weight.chunk(math.gcd(self.out_features, 4) if large else 1)
         product = torch.cat([times(part, x[:, 0]) for part in parts], dim=-1)[:, None]  # [B, 1, out], float32
         return (product if self.bias is None else product + self.bias).to(x.dtype)
 
