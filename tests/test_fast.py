@@ -275,7 +275,7 @@ def test_one_tokens_attention_is_the_plain_one(seed, batch, heads, slots, masked
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("batch, tokens", [(1, 1), (2, 1), (4, 1), (5, 1), (33, 1), (1, 3), (4, 2)])
-@pytest.mark.parametrize("width, out", [(300, 512), (300, 511), (8, 16)])
+@pytest.mark.parametrize("width, out", [(300, 512), (300, 511), (8, 16), (300, 4096)])
 def test_a_product_shared_out_between_threads_is_the_product(batch, tokens, width, out, bias, compiled):
     layer = FastLinear(width, out, bias=bias)
     x = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(0))
