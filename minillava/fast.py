@@ -126,8 +126,9 @@ class FastLinear(nn.Linear):
         sum of its own, and one sum need not wait for another. With small weights the loops that this adds cost more.
         """
         large = len(x) == 1 and self.weight.numel() >= 2**20
-        parts = self.weight.chunk(math.gcd(self.out_features, 4) if large else 1)
-        product = torch.cat([times(part, x[:, 0]) for part in parts], dim=-1)[:, None]  # [B, 1, out], float32
+        parts = self.weight.chunk(math.gcd(self.out_features, 4)) if large else [self.weight]
+        products = [times(part, x[:, 0]) for part in parts]
+        product = (torch.cat(products, dim=-1) if large else products[0])[:, None]  # [B, 1, out], float32
         return (product if self.bias is None else product + self.bias).to(x.dtype)
 
 
