@@ -272,7 +272,7 @@ def from_original(raw: dict[str, Any], clip: dict[str, Any]) -> dict[str, Any]:
     kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
     kind, feature = str(raw.get("model_type")), raw.get("mm_vision_select_feature", "patch")
     require(kind in kinds, f"config.json has model_type {kind!r}; known are {', '.join(kinds)}.")
-    merge = raw.get("mm_patch_merge_type", "flat")
+    merge = first(raw.get("mm_patch_merge_type"), "flat")
     require(merge == "flat", f"config.json has mm_patch_merge_type {merge!r}: LLaVA-1.6 is read in the Hub's layout, "
             "such as that of llava-hf/llava-v1.6-vicuna-7b-hf.")  # fmt: skip
     features = {"patch": "default", "cls_patch": "full"}
@@ -303,12 +303,7 @@ def from_original(raw: dict[str, Any], clip: dict[str, Any]) -> dict[str, Any]:
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # no pickles, nothing executable
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
-PICKLES = [
-    "*.bin",
-    "*.json",
-    "*.jinja",
-    "tokenizer.model",
-]  # for repositories that have nothing else; read as plain tensors
+PICKLES = ["*.bin", *DOWNLOADED[1:]]  # for repositories that have nothing else; read as plain tensors
 
 # Checkpoint names to ours, applied in this order. One table serves the layouts in use:
 #   Hub, transformers up to 4.51     language_model.model.layers…        vision_tower.vision_model.encoder.layers…
