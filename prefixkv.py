@@ -173,7 +173,8 @@ class Compressor:
     2. `score`, then `planned`: for each layer of a prompt. A plan gives the sizes of all layers, or there is no plan.
     3. `allocate`: without a plan, once all layers are scored.
     4. `retain`, then `merge`: for each layer, when its size is known.
-    5. `capacity`, then `victim`: for each new token, for all layers at once. `observe`: for each new token and layer.
+    5. `capacity`, then `victim`: for each new token, for all layers at once.
+    6. `observe`, then `bias`: for each new token and layer.
 
     An object may keep notes between these calls, so it serves one text at a time.
     """
@@ -214,6 +215,10 @@ class Compressor:
 
     def observe(self, layer: int, query: Tensor, key: Tensor, position: Tensor) -> None:
         """Called with a new token's query [B, H, 1, Dh], the keys [B, Hkv, S, Dh] it reads, their positions [B, S]."""
+
+    def bias(self, layer: int, position: Tensor) -> Tensor | None:
+        """What is added to a new token's scores: [B, S], for the keys at `position` [B, S]. None adds nothing."""
+        return None
 
 
 class PrefixKV(Compressor):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minillava.compressors import Cover
+from minillava.compressors import H2O, Cover
 from prefixkv import PrefixKV
 
 
@@ -35,9 +35,21 @@ class WithoutSpacing(Cover):
 class WithoutShift(Cover):
     """The spacing is the same in every layer."""
 
-    def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
-        self.layer = 0
-        return super().retain(scores, counts, present)
+    TURNS = 0.0
+
+
+class WithoutWeights(Cover):
+    """A token that is kept stands for itself alone."""
+
+    def bias(self, layer: int, position: Tensor) -> None:  # type: ignore[override]
+        return None
+
+
+class WithoutSquares(Cover):
+    """Attention is summed as it is."""
+
+    def received_by(self, weights: Tensor) -> Tensor:
+        return H2O.received_by(self, weights)
 
 
 class WithoutLooking(Cover):
@@ -55,7 +67,9 @@ class WithPrefixSizes(Cover):
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
         super().allocate(scores, present)
-        return PrefixKV.allocate(self, scores, present)
+        counts = PrefixKV.allocate(self, scores, present)
+        self.kept = self.cover(scores, counts, present)
+        return counts
 
 
 VARIANTS: dict[str, type[PrefixKV]] = {
@@ -63,6 +77,8 @@ VARIANTS: dict[str, type[PrefixKV]] = {
     "cover without attention": WithoutAttention,
     "cover without spacing": WithoutSpacing,
     "cover without shift": WithoutShift,
+    "cover without weights": WithoutWeights,
+    "cover without squares": WithoutSquares,
     "cover without looking": WithoutLooking,
     "cover, PrefixKV's sizes": WithPrefixSizes,
 }

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from prefixkv import Compressor, PrefixKV, importance, require_finite, retain
 
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, less their whole parts, are the most even of all numbers' on a circle
+
 
 def spread(total: int, target: Tensor, low: int, high: int) -> Tensor:
     """Whole numbers [L] near `target` [L], each in low .. high, that sum to `total`. Early layers win ties in rounding.
@@ -57,6 +59,13 @@ def words(present: Tensor, image: Tensor) -> Tensor:
     return torch.where(image.any(1, keepdim=True), present & ~image, question(present, image))
 
 
+def best(scores: Tensor, counts: Tensor, among: Tensor) -> Tensor:
+    """The `counts` [..] tokens with the highest scores [.., N] `among` some [.., N]: bool [.., N]. Early ones win ties."""
+    ranked = scores.masked_fill(~among, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    chosen = (torch.arange(scores.shape[-1], device=scores.device) < counts[..., None]).expand_as(among)
+    return torch.zeros_like(among).scatter(-1, ranked, chosen)
+
+
 def last_attention(query: Tensor, key: Tensor, present: Tensor, width: int) -> Tensor:
     """Attention weights of the last `width` queries: query [B, H, N, Dh], key [B, Hkv, N, Dh] -> [B, H, width, N].
 
@@ -64,8 +73,8 @@ def last_attention(query: Tensor, key: Tensor, present: Tensor, width: int) -> T
     """
     length = present.shape[1]
     query = query[:, :, length - width :] * key.shape[-1] ** -0.5  # [B, H, width, Dh]
-    grouped = query.unflatten(1, (key.shape[1], -1))  # [B, Hkv, G, width, Dh]
-    scores = (grouped @ key[:, :, None].mT).float()  # [B, Hkv, G, width, N]
+    rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G * width, Dh]: no key is copied for them
+    scores = (rows @ key.mT).float().unflatten(2, (-1, width))  # [B, Hkv, G, width, N]
     lowest = torch.finfo(torch.float32).min  # not -infinity: padding may see no key, and its softmax would be NaN
     later = torch.ones(width, width, dtype=torch.bool, device=key.device).triu(1)
     scores[..., length - width :].masked_fill_(later, lowest)  # these queries see all keys before the first of them
@@ -172,15 +181,22 @@ class H2O(Uniform):
         recent = last(present, counts // 2)
         return retain(scores.masked_fill(recent, torch.inf), counts, present, self.start)
 
+    def received_by(self, weights: Tensor) -> Tensor:
+        """What the keys receive in all from queries with these weights: [B, H, W, N] -> [B, N]."""
+        return weights.mean(1).sum(1)
+
     def observe(self, layer: int, query: Tensor, key: Tensor, position: Tensor) -> None:
         """Adds the attention of a new token's query [B, H, 1, Dh] to the keys [B, Hkv, S, Dh] at `position` [B, S]."""
         grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3) * key.shape[-1] ** -0.5  # [B, Hkv, G, Dh]
-        scores = (grouped @ key.mT).float()  # [B, Hkv, G, S]
+        scores = (grouped @ key.mT).float().flatten(1, 2)[:, :, None]  # [B, H, 1, S]
+        bias = self.bias(layer, position)  # [B, S], or None
+        if bias is not None:
+            scores = scores + bias[:, None, None]
         scores = scores.masked_fill(position[:, None, None] < 0, torch.finfo(torch.float32).min)
         longest = int(position.max()) + 1
         if longest > self.received.shape[2]:
             self.received = F.pad(self.received, (0, longest - self.received.shape[2] + 64))
-        self.received[layer].scatter_add_(1, position.clamp(min=0), scores.softmax(-1).mean(dim=(1, 2)))
+        self.received[layer].scatter_add_(1, position.clamp(min=0), self.received_by(scores.softmax(-1)))
 
     def newest(self, kept: Tensor) -> Tensor:
         """How many of the newest tokens are spared: [L, B]. Half of those kept, less the one that is about to enter."""
@@ -312,48 +328,67 @@ class TGVKV(Uniform):
 
 
 class Cover(H2O):
-    """Keeps the words, a little of what they attend to, and an even cover of the picture.
+    """Keeps the words, a little of what they attend to, and an even cover of the picture that stands for all of it.
 
     Of a layer's tokens, the prompt's words take up to half: the last of them, if there are more. Of the rest, a share
     of LOOKED_AT are those that the words behind the image attend to most (VL-Cache, TGV-KV). All others are evenly
-    spaced over what is left, the picture. The spacing is shifted from layer to layer, so that together the layers see
-    nearly all of it, if there are as many as a gap is wide. Without a picture there is nothing to cover: half are the
-    newest tokens, the others those that the last 32 attend to most. While decoding, the token is dropped that has the
-    least attention from the question's and the new words (H2O's eviction, with these queries alone). The newest tokens
-    are spared, and so are the words of a prompt with a picture.
+    spaced over what is left, the picture. Tokens are laid around a circle in steps of the golden ratio, and those on
+    one arc are kept. So they are even in both directions, where every sixth patch would be a few columns. From layer to
+    layer the arc moves on, so that together the layers see nearly all of the picture.
+
+    Each of these tokens also stands for the dropped ones: of n on the arc's share of the circle, the one kept weighs n
+    in every softmax (ToMe's proportional attention, arXiv 2210.09461, section 3). Without a picture there is nothing to
+    cover: half are the newest tokens, the others those that the last 32 attend to most.
+
+    While decoding, the token is dropped that has the least attention from the question's and the new words (H2O's
+    eviction, with these queries alone). The newest tokens are spared, and so are the words of a prompt with a picture.
+    Attention is squared before it is summed, as errors are: a token that one word needs matters more than one that all
+    words glance at.
     """
 
-    LOOKED_AT = 0.05
+    LOOKED_AT = 0.2
+    TURNS = 1.0  # how far the arc moves from the first layer to behind the last one
 
     def begin(self, present: Tensor, image: Tensor) -> None:
         self.asked, self.layer = question(present, image), 0
         self.words, self.pictured = present & ~image, image.any(1)  # [B, N], [B]
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        return question_attention(query, key, present, self.asked).mean(1).sum(1)
+        return self.received_by(question_attention(query, key, present, self.asked))
+
+    def received_by(self, weights: Tensor) -> Tensor:
+        return weights.square().mean(1).sum(1)
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
-        self.layers = len(scores)
         spared = self.words & self.pictured[:, None]  # [B, N]
-        return super().allocate(scores + spared * 1e6, present)
+        counts = super().allocate(scores + spared * 1e6, present)
+        self.kept = self.cover(scores, counts, present)  # of all layers at once, which is faster
+        return counts
+
+    def cover(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
+        """Which tokens the layers keep: scores [L, B, N], counts [L, B] -> bool [L, B, N]. Notes their weights."""
+        number = present.cumsum(1)  # [B, N]: 1 for a prompt's first token
+        kept = (present & ((number <= self.start) | (number == number[:, -1:]))).expand_as(scores)
+        most = torch.minimum((counts // 2).clamp(min=1), counts - kept.sum(-1))  # [L, B]
+        kept = kept | (self.words & (self.words.flip(1).cumsum(1).flip(1) <= most[..., None]))
+        share = torch.where(self.pictured, self.LOOKED_AT, 1.0)  # [B]
+        kept = kept | best(scores, (share * (counts - kept.sum(-1))).round(), present & ~kept)
+        others, room = present & ~kept, counts - kept.sum(-1)  # [L, B, N], [L, B]
+        turn = torch.arange(len(scores), device=scores.device) * (self.TURNS / len(scores))  # [L]
+        angle = (number.double() * GOLDEN + turn[:, None, None]) % 1  # [L, B, N]: in turns
+        spaced = best(-angle, room, others)
+        weights = torch.where(spaced, (others.sum(-1) / room)[..., None], 1.0)
+        self.log_weights = F.pad(weights.log(), (0, 1))  # [L, B, N + 1]: the last one is that of all new tokens
+        self.padding = present.shape[1] - number[:, -1:]  # [B, 1]: behind it is position 0
+        return kept | spaced
 
     def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
-        kept = torch.zeros_like(present)
-        for row, count in enumerate(counts.tolist()):
-            own, spoken = present[row].nonzero()[:, 0], self.words[row].nonzero()[:, 0]
-            kept[row, own[: self.start]] = kept[row, own[-1]] = True
-            most = min(max(1, count // 2), count - int(kept[row].sum()))
-            kept[row, spoken[max(0, len(spoken) - most) :]] = True
-            others = own[~kept[row, own]]
-            room = count - int(kept[row].sum())
-            share = self.LOOKED_AT if self.pictured[row] else 1.0
-            looked = scores[row, others].argsort(descending=True, stable=True)[: round(share * room)]
-            kept[row, others[looked]] = True
-            others, room = own[~kept[row, own]], room - len(looked)
-            at = (torch.arange(room, device=own.device) + self.layer / self.layers) * len(others) / max(room, 1)
-            kept[row, others[at.long()]] = True
         self.layer += 1
-        return kept
+        return self.kept[self.layer - 1]
+
+    def bias(self, layer: int, position: Tensor) -> Tensor:
+        weights = self.log_weights[layer]  # [B, N + 1]
+        return weights.gather(1, (position + self.padding).clamp(0, weights.shape[1] - 1))
 
     def newest(self, kept: Tensor) -> Tensor:
         """How many of the newest tokens are spared: [L, B]. A quarter of those kept, but 8 at most."""

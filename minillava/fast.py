@@ -161,7 +161,7 @@ class FastAttention(Attention):
         else:
             scores = times(key, grouped * query.shape[3] ** -0.5)  # [B, Hkv, G, S]
             if mask is not None:
-                scores = scores.masked_fill(~mask, -math.inf)
+                scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
             context = times(value.mT, scores.softmax(-1)).to(query.dtype)  # [B, Hkv, G, Dh]
         return context.flatten(1, 2)[:, :, None]
 

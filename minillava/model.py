@@ -188,15 +188,16 @@ def manual_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     """Grouped-query attention by its definition: context [B, H, N, Dh] and weights [B, H, N, S].
 
     query [B, H, N, Dh]; key and value [B, Hkv, S, Dh], each read by G = H / Hkv query heads. The mask is True where
-    a query sees a key. Without one, the queries are the last N of S tokens, and attention is causal. The model uses
-    the fused `Attention.attend`, which tests compare with this.
+    a query sees a key, or it holds numbers that are added to the scores. Without one, the queries are the last N of S
+    tokens, and attention is causal. The model uses the fused `Attention.attend`, which tests compare with this.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.mT * query.shape[-1] ** -0.5  # [B, H, N, S]
     if mask is None:
         mask = torch.ones_like(scores, dtype=torch.bool).tril(key.shape[2] - query.shape[2])  # [B, H, N, S]
-    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)  # [B, H, N, S]
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask  # [B, H, N, S]
+    weights = scores.softmax(-1)  # [B, H, N, S]
     return weights @ value, weights
 
 
@@ -340,7 +341,11 @@ class KVCache:
         self.value[layer][row, :, slot] = value.squeeze(2)
         key, value, mask = self.read(layer)
         if self.compressor is not None:
-            self.compressor.observe(layer, query, key, self.position[layer, :, : key.shape[2]])
+            position = self.position[layer, :, : key.shape[2]]  # [B, S]
+            self.compressor.observe(layer, query, key, position)
+            bias = self.compressor.bias(layer, position)  # [B, S], or None
+            if bias is not None:
+                mask = bias.masked_fill(position < 0, -math.inf)[:, None, None].to(key.dtype)  # [B, 1, 1, S]
         return key, value, mask
 
     def read_prompt(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:

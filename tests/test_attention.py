@@ -43,6 +43,18 @@ def test_a_single_token_sees_every_key(seed, heads, keys):
     torch.testing.assert_close(fused(heads).attend(query, key, value, None), context, atol=2e-6, rtol=0)
 
 
+@given(seeds, heads, st.integers(1, 20))
+def test_a_key_with_the_logarithm_of_n_added_to_its_score_counts_as_n_keys(seed, heads, keys):
+    query, key, value = drawn(seed, 2, heads, 1, keys)
+    copies = torch.randint(1, 5, (keys,), generator=torch.Generator().manual_seed(seed))
+    expected, _ = manual_attention(query, *(t.repeat_interleave(copies, dim=2) for t in (key, value)), None)
+    bias = copies.log().expand(2, 1, 1, keys)
+    context, weights = manual_attention(query, key, value, bias)
+    torch.testing.assert_close(context, expected, atol=2e-6, rtol=0)  # means of up to 80 numbers up to 4, in float32
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, heads[0], 1))
+    torch.testing.assert_close(fused(heads).attend(query, key, value, bias), context, atol=2e-6, rtol=0)
+
+
 @given(seeds, heads, st.lists(st.integers(1, 20), min_size=2, max_size=3))
 def test_padded_prompts_fused_attention_is_the_definition_and_nobody_else_sees_padding(seed, heads, lengths):
     longest = max(lengths)

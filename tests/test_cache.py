@@ -249,3 +249,29 @@ def test_keys_and_values_lie_as_the_step_reads_them(dtype):
     assert cache.key[0].is_contiguous()
     assert (cache.value[0].mT if dtype == torch.float32 else cache.value[0]).is_contiguous()
     assert torch.equal(cache.value[0][:, :, :9], value) and torch.equal(cache.key[0][:, :, :9], key)
+
+
+class Shifted(PrefixKV):
+    """Adds as much to a score as its key's position says."""
+
+    def bias(self, layer, position):
+        return (position * (layer + 1) / 10).sin()
+
+
+@pytest.mark.parametrize("kind", [KVCache, FastKVCache, partial(FastKVCache, compiled=True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_bias_reaches_attention_for_the_keys_it_is_meant_for(kind, dtype):
+    present = torch.tensor([[False, False, True, True, True, True], [True] * 6])
+    cache = kind(present, 2, 5, Shifted(0.5))
+    query, key = torch.randn(2, 4, 6, SIZE).to(dtype), torch.randn(2, HEADS, 6, SIZE).to(dtype)
+    for layer in range(2):
+        cache.update(layer, query, key, key)
+    for _ in range(5):
+        cache.advance()
+        for layer in range(2):
+            read, _, mask = cache.update(layer, query[:, :, :1], key[:, :, :1], key[:, :, :1])
+            assert mask.dtype == dtype and mask.shape == (2, 1, 1, read.shape[2])
+            for row in range(2):
+                for slot, at in enumerate(cache.position[layer, row, : read.shape[2]].tolist()):
+                    expected = math.sin(at * (layer + 1) / 10) if at >= 0 else -math.inf
+                    assert float(mask[row, 0, 0, slot]) == pytest.approx(expected, abs=torch.finfo(dtype).eps)

@@ -268,6 +268,25 @@ def test_tgvkv_scores_are_those_of_its_equations(seed, length):
     assert kept[0, 0, ~image].all() or not kept[0, 0, image].any()  # words first
 
 
+@given(seeds, st.lists(st.integers(12, 90), min_size=1, max_size=3), st.floats(0.1, 0.9))
+def test_covers_evenly_spaced_tokens_stand_for_all_that_is_dropped(seed, lengths, budget):
+    query, key, present = attention(seed, 2, lengths)
+    compressor = Cover(budget)
+    _, kept = choose(compressor, query, key, present)
+    for layer in range(2):
+        for row, length in enumerate(lengths):
+            position = torch.arange(-1, length + 3).expand(len(lengths), -1)  # a free slot, the prompt, three new ones
+            weight = compressor.bias(layer, position)[row, 1:].exp()
+            held = kept[layer, row][present[row]]
+            assert (weight[length:] == 1).all() and (weight[:length][~held] == 1).all()
+            assert len(weight[weight > 1].unique()) <= 1  # all gaps are as wide
+            if (weight > 1).any():
+                # float32's logarithm of up to 90, and up to 90 such weights in the sum
+                assert float(weight[:length][held].sum()) == pytest.approx(length, rel=1e-5)
+                words = (~picture(present)[row][present[row]]).nonzero()[:, 0]
+                assert (weight[words[-min(len(words), int(held.sum()) // 2) :]] == 1).all()
+
+
 @given(seeds, st.integers(20, 90), st.floats(0.1, 0.9))
 def test_cover_keeps_words_a_little_attention_and_sees_all_of_the_picture(seed, length, budget):
     query, key, present = attention(seed, 8, [length])
@@ -277,7 +296,7 @@ def test_cover_keeps_words_a_little_attention_and_sees_all_of_the_picture(seed, 
     for layer in range(8):
         count = int(counts[layer, 0])
         assert kept[layer, 0, words[-min(len(words), count // 2) :]].all()
-        rows = weights_of(query[layer], key[layer])[:, int(image.nonzero()[-1]) + 1 :].mean(0).sum(0)
+        rows = weights_of(query[layer], key[layer])[:, int(image.nonzero()[-1]) + 1 :].square().mean(0).sum(0)
         others = [j for j in range(1, length) if j not in words[-min(len(words), count // 2) :]]
         room = count - (length - len(others))
         best = sorted(others, key=lambda j: -float(rows[j]))[: round(Cover.LOOKED_AT * room)]
@@ -303,7 +322,7 @@ def test_without_a_picture_cover_keeps_the_newest_half_and_what_the_last_tokens_
     scores = compressor.score(query[0], key[0], present)
     count = int(compressor.allocate(scores[None], present)[0, 0])
     kept = compressor.retain(scores, torch.tensor([count]), present)[0].nonzero()[:, 0].tolist()
-    received = weights_of(query[0], key[0])[:, -32:].mean(0).sum(0)
+    received = weights_of(query[0], key[0])[:, -32:].square().mean(0).sum(0)
     newest = list(range(length))[max(1, length - min(max(1, count // 2), count - 1)) :]
     others = [j for j in range(1, length) if j not in newest]
     best = sorted(others, key=lambda j: -float(received[j]))[: count - 1 - len(newest)]
@@ -375,7 +394,8 @@ def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(meth
     count = int(counts[0, 0])
     scores = compressor.score(query[0], key[0], present)[0]
     words = set((~picture(present)[0]).nonzero()[:, 0].tolist()) if method is Cover else set()  # go last
-    rows = [(j, key[0, 0, :, j], float(scores[j])) for j in kept[0, 0].nonzero()[:, 0].tolist()]
+    stands_for = compressor.log_weights[0][0].exp() if method is Cover else torch.ones(length)
+    rows = [(j, key[0, 0, :, j], stands_for[j], scores[j].item()) for j in kept[0, 0].nonzero()[:, 0].tolist()]
     for step in range(steps):
         new_key, new_query = torch.randn(1, 2, 1, 6, generator=generator), torch.randn(1, 4, 1, 6, generator=generator)
         cache.advance()
@@ -385,11 +405,14 @@ def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(meth
         if len(rows) == room:
             spared = min(8, count // 4) if method is Cover else count // 2 - 1
             candidates = [row for row in rows[: len(rows) - spared] if row[0] > 0]
-            rows.remove(min(candidates, key=lambda row: (row[0] in words, row[2])))
-        rows.append((length + step, new_key[0, :, 0], 0.0))
+            rows.remove(min(candidates, key=lambda row: (row[0] in words, row[3])))
+        rows.append((length + step, new_key[0, :, 0], torch.tensor(1.0), 0.0))
         held = torch.stack([row[1] for row in rows], 1)  # [2, S, 6]
-        weights = (new_query[0, :, 0].view(2, 2, 6) @ held.transpose(-1, -2) / 6**0.5).softmax(-1).mean((0, 1))
-        rows = [(at, k, score + float(weight)) for (at, k, score), weight in zip(rows, weights)]
+        shares = (new_query[0, :, 0].view(2, 2, 6) @ held.transpose(-1, -2) / 6**0.5).exp()  # [2, 2, S]
+        shares = shares * torch.stack([row[2] for row in rows])
+        shares = shares / shares.sum(-1, keepdim=True)
+        gained = (shares**2 if method is Cover else shares).mean((0, 1)).tolist()
+        rows = [(at, k, n, score + gain) for (at, k, n, score), gain in zip(rows, gained)]
         assert sorted(position[position >= 0].tolist()) == [row[0] for row in rows]
 
 
@@ -428,4 +451,4 @@ def test_a_cache_asks_in_the_order_that_the_base_class_tells(small):
     asked, layers = Asked(), len(model.language_model.layers)
     model.generate(**processor("a cat"), max_new_tokens=2, eos_token_id=(), compressor=asked)
     prompt = ["begin"] + ["score", "planned"] * layers + ["allocate"] + ["retain", "merge", "capacity"] * layers
-    assert asked.calls == [*prompt, "capacity", "victim", *["observe"] * layers]
+    assert asked.calls == [*prompt, "capacity", "victim", *["observe", "bias"] * layers]

@@ -250,9 +250,9 @@ def test_the_top_layers_last_token_alone_is_that_of_the_whole_layer(small, promp
 
 @given(
     st.integers(0, 2**31), st.integers(1, 3), st.sampled_from([(4, 4), (6, 2), (3, 1)]), st.integers(1, 60),
-    st.booleans(), st.booleans(), st.booleans(),
+    st.sampled_from(["all keys", "some", "weighted"]), st.booleans(), st.booleans(),
 )  # fmt: skip
-def test_one_tokens_attention_is_the_plain_one(seed, batch, heads, slots, masked, turned, compiled):
+def test_one_tokens_attention_is_the_plain_one(seed, batch, heads, slots, mask_kind, turned, compiled):
     generator = torch.Generator().manual_seed(seed)
     layer = Attention.__new__(Attention)
     nn.Module.__init__(layer)
@@ -261,9 +261,11 @@ def test_one_tokens_attention_is_the_plain_one(seed, batch, heads, slots, masked
     key, value = torch.randn(2, batch, heads[1], slots, 8, generator=generator)
     value = value.mT.contiguous().mT if turned else value
     mask = None
-    if masked:
+    if mask_kind != "all keys":
         mask = torch.rand(batch, 1, 1, slots, generator=generator) < 0.6
         mask[..., 0] = True
+        if mask_kind == "weighted":
+            mask = torch.randn(mask.shape, generator=generator).masked_fill(~mask, -torch.inf)
     expected = layer.attend(query, key, value, mask)
     layer.__class__ = fast.FastAttention
     with mock.patch("torch.compiler.is_compiling", lambda: compiled):

@@ -334,6 +334,7 @@ def test_the_base_class_keeps_every_token_and_leaves_all_as_it_is():
     assert compressor.capacity(counts, counts[0], counts[0] + 4).tolist() == [[7, 9]] * 3
     assert compressor.victim(torch.zeros(3, 2, 9), counts).tolist() == [[0, 0]] * 3
     assert compressor.observe(0, query[:, :, :1], key, torch.arange(5).expand(2, 5)) is None
+    assert compressor.bias(0, torch.arange(5).expand(2, 5)) is None
 
 
 # ---------------------------------------------------------------- eviction
