@@ -27,9 +27,10 @@ from tqdm import tqdm
 import demo
 from bench import quality, real
 from bench.quality import Collector, Record, digits, interval, log_perplexity, perplexity
+from bench.variants import WithoutSquares, WithoutWeights
 from minillava import TINY
 from minillava.checks import LlavaError, require
-from minillava.compressors import H2O, TGVKV, Cover, PyramidKV, Random, SnapKV, Uniform, VLCache
+from minillava.compressors import H2O, TGVKV, PyramidKV, Random, SnapKV, Uniform, VLCache
 from minillava.model import CosSin, KVCache, Llava, apply_rope
 from prefixkv import Compressor, PrefixKV, importance, retain
 from weights import find, load, write_file
@@ -58,7 +59,7 @@ EVICTIONS = {
     "none": "none (holds more bytes)",
     "queue": "oldest of the queue (PrefixKV)",
     "h2o": "least attention, newest half spared (H2O)",
-    "least": "least looked at, newest 8 spared (Cover)",
+    "least": "least looked at, newest 8 spared",
     "oldest": "oldest new token",
 }
 PARTS = {"score": SCORES, "sizes": SIZES, "eviction": EVICTIONS}
@@ -212,11 +213,15 @@ class Oldest(PrefixKV):
         return position.masked_fill(~new, torch.iinfo(position.dtype).max).argmin(-1)
 
 
+class Least(WithoutWeights, WithoutSquares):
+    """Drops the token that the question's and the new words have looked at least; the newest 8 are spared (`cover`)."""
+
+
 def evictor(prompt: Prompt, run: Run) -> Compressor:
     """Answers the cache while decoding. All but "none" hold the same bytes."""
     if run.eviction in ("none", ""):
         return Compressor()
-    methods = {"queue": PrefixKV, "h2o": H2O, "least": Cover, "oldest": Oldest}
+    methods = {"queue": PrefixKV, "h2o": H2O, "least": Least, "oldest": Oldest}
     method = methods[run.eviction](run.budget)
     if isinstance(method, H2O):  # it notes the attention that the prompt's tokens have received, and adds to that
         method.begin(prompt.present, prompt.image)

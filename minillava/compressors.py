@@ -8,6 +8,7 @@ names on the command line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,22 +25,26 @@ def spread(total: int, target: Tensor, low: int, high: int) -> Tensor:
 
     `total` lies in low * L .. high * L. If a layer is stopped at a bound, the others share the difference equally.
     """
-    shares, counts = target.double(), torch.zeros(len(target), dtype=torch.double)
-    free = torch.ones(len(target), dtype=torch.bool)
-    while free.any():
+    shares, counts = target.tolist(), [0.0] * len(target)
+    free, left = set(range(len(shares))), float(total)  # layers that are not at a bound, and what they share
+    while free:
         # Shift all free layers equally to reach the total. Then fix those past a bound, on the side that is off most.
-        counts[free] = shares[free] + (total - counts[~free].sum() - shares[free].sum()) / free.sum()
-        over, under = free & (counts > high), free & (counts < low)
-        bound = over if (counts[over] - high).sum() >= (low - counts[under]).sum() else under
-        if not bound.any():
+        shift = (left - sum(shares[layer] for layer in free)) / len(free)
+        for layer in free:
+            counts[layer] = shares[layer] + shift
+        over, under = {i for i in free if counts[i] > high}, {i for i in free if counts[i] < low}
+        if not over and not under:
             break
-        counts[bound] = high if bound is over else low
-        free &= ~bound
-    whole = (counts + 1e-9).floor().long()
-    room = (whole < high).nonzero()[:, 0]
-    rest = (counts - whole)[room].sort(descending=True, stable=True).indices[: total - int(whole.sum())]
-    whole[room[rest]] += 1
-    return whole
+        too_much, too_little = sum(counts[i] - high for i in over), sum(low - counts[i] for i in under)
+        past, bound = (over, high) if too_much >= too_little else (under, low)
+        for layer in past:
+            counts[layer] = bound
+        free, left = free - past, left - bound * len(past)
+    whole = [math.floor(count + 1e-9) for count in counts]
+    room = [layer for layer, count in enumerate(whole) if count < high]
+    for layer in sorted(room, key=lambda layer: whole[layer] - counts[layer])[: total - sum(whole)]:
+        whole[layer] += 1
+    return torch.tensor(whole)
 
 
 def last(present: Tensor, count: Tensor) -> Tensor:
@@ -60,7 +65,7 @@ def words(present: Tensor, image: Tensor) -> Tensor:
 
 
 def best(scores: Tensor, counts: Tensor, among: Tensor) -> Tensor:
-    """The `counts` [..] tokens with the highest scores [.., N] `among` some [.., N]: bool [.., N]. Early ones win ties."""
+    """Of tokens `among` [.., N], the `counts` [..] with the highest scores [.., N]: bool [.., N]. Earlier wins ties."""
     ranked = scores.masked_fill(~among, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     chosen = (torch.arange(scores.shape[-1], device=scores.device) < counts[..., None]).expand_as(among)
     return torch.zeros_like(among).scatter(-1, ranked, chosen)
@@ -333,7 +338,7 @@ class Cover(H2O):
     Of a layer's tokens, the prompt's words take up to half: the last of them, if there are more. Of the rest, a share
     of LOOKED_AT are those that the words behind the image attend to most (VL-Cache, TGV-KV). All others are evenly
     spaced over what is left, the picture. Tokens are laid around a circle in steps of the golden ratio, and those on
-    one arc are kept. So they are even in both directions, where every sixth patch would be a few columns. From layer to
+    one arc are kept. So they spread in both directions, where every sixth patch would be a few columns. From layer to
     layer the arc moves on, so that together the layers see nearly all of the picture.
 
     Each of these tokens also stands for the dropped ones: of n on the arc's share of the circle, the one kept weighs n

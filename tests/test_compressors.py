@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.variants import VARIANTS
 from minillava.compressors import (
     H2O,
     METHODS,
@@ -312,6 +313,45 @@ def test_cover_keeps_words_a_little_attention_and_sees_all_of_the_picture(seed, 
         int(counts.min()) // 2 >= len(words) and int(image.sum()) <= 8 * room
     ):  # a spacing of eight at most: eight layers
         assert int((~kept.any(0)[0]).sum()) <= missed
+
+
+def test_covers_spacing_is_spread_in_both_directions_of_the_picture():
+    """Of 24 x 24 patches, about a fifth: every row, every column, every window of 4 x 4, and all by some layer."""
+
+    class Even(Cover):
+        LOOKED_AT = 0.0
+
+    present = torch.ones(1, 600, dtype=torch.bool)
+    image = torch.zeros_like(present)
+    image[0, 8:584] = True
+    _, kept = choose(Even(0.2), *attention(0, 8, [600]), image)
+    patches = kept[:, 0, 8:584].view(8, 24, 24).float()
+    assert patches.sum(2).min() >= 3 and patches.sum(1).min() >= 3
+    assert torch.nn.functional.max_pool2d(patches[:, None], 4, stride=1).all()
+    assert patches.any(0).all()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@settings(max_examples=10)
+@given(seeds, st.lists(st.integers(12, 90), min_size=1, max_size=3), st.floats(0.1, 0.9))
+def test_cover_without_a_part_meets_the_budget_and_lacks_that_part(name, seed, lengths, budget):
+    query, key, present = attention(seed, 3, lengths)
+    compressor = VARIANTS[name](budget)
+    counts, kept = choose(compressor, query, key, present)
+    assert torch.equal(kept.sum(-1), counts)
+    assert counts.sum(0).tolist() == [max(round(budget * 3 * length), 6) for length in lengths]
+    position = torch.arange(12).expand(len(lengths), -1)
+    plain = Cover(budget)
+    whole = choose(plain, query, key, present)[1]
+    weighs = compressor.bias(0, position)
+    assert (weighs is None) == (name == "cover without weights")
+    if name in ("cover without weights", "cover without looking"):
+        assert torch.equal(kept, whole)
+    if name == "cover without spacing":
+        assert (weighs == 0).all()
+    if name == "cover without squares":
+        weights = torch.rand(1, 4, 5, 9)
+        torch.testing.assert_close(compressor.received_by(weights), weights.mean(1).sum(1))
 
 
 @given(seeds, st.integers(3, 90), st.floats(0.1, 0.9))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from bench import parts, quality
 from bench.parts import FULL, PARTS, Run, choose, evenly, evictor, expected_attention, greatest_mass, layer_sizes, main
-from minillava.compressors import H2O, Cover, PyramidKV, Random, Uniform, VLCache
+from minillava.compressors import H2O, PyramidKV, Random, Uniform, VLCache
 from minillava.model import rope_frequencies
 from prefixkv import PrefixKV
 
@@ -146,7 +146,7 @@ def test_the_full_run_is_the_full_cache(read):
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.6])
-@pytest.mark.parametrize("name, method", [("h2o", H2O), ("least", Cover)])
+@pytest.mark.parametrize("name, method", [("h2o", H2O), ("least", parts.Least)])
 def test_an_eviction_that_is_a_methods_drops_what_the_method_drops(read, budget, name, method):
     """From tokens of the prompt that neither of them chose."""
     model, inputs, prompt, answers = read
