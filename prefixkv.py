@@ -176,7 +176,7 @@ class Compressor:
     5. `capacity`, then `victim`: for each new token, for all layers at once.
     6. `observe`, then `bias`: for each new token and layer.
 
-    An object may keep notes between these calls, so it serves one text at a time.
+    An object may keep notes between these calls, so it serves one batch at a time.
     """
 
     budget = 1.0  # the share of the prompt's cache to keep
@@ -214,10 +214,16 @@ class Compressor:
         return torch.zeros_like(kept)  # not used: this class always has room
 
     def observe(self, layer: int, query: Tensor, key: Tensor, position: Tensor) -> None:
-        """Called with a new token's query [B, H, 1, Dh], the keys [B, Hkv, S, Dh] it reads, their positions [B, S]."""
+        """Called with a new token's query [B, H, 1, Dh], the keys [B, Hkv, S, Dh] it reads, their positions [B, S].
+
+        Its own key is one of them. Free slots have position -1.
+        """
 
     def bias(self, layer: int, position: Tensor) -> Tensor | None:
-        """What is added to a new token's scores: [B, S], for the keys at `position` [B, S]. None adds nothing."""
+        """Numbers [B, S] added to a new token's scores before the softmax, for the keys at `position` [B, S]; or None.
+
+        The cache masks free slots, whatever stands there.
+        """
         return None
 
 

@@ -59,7 +59,7 @@ EVICTIONS = {
     "none": "none (holds more bytes)",
     "queue": "oldest of the queue (PrefixKV)",
     "h2o": "least attention, newest half spared (H2O)",
-    "least": "least looked at, newest 8 spared",
+    "least": "least attention from words, newest 8 spared",
     "oldest": "oldest new token",
 }
 PARTS = {"score": SCORES, "sizes": SIZES, "eviction": EVICTIONS}
@@ -214,7 +214,7 @@ class Oldest(PrefixKV):
 
 
 class Least(WithoutWeights, WithoutSquares):
-    """Drops the token that the question's and the new words have looked at least; the newest 8 are spared (`cover`)."""
+    """As `cover`, drops the token with the least attention from the question and the new words; words go last."""
 
 
 def evictor(prompt: Prompt, run: Run) -> Compressor:

@@ -1,4 +1,4 @@
-"""`cover` with one of its parts removed: methods of `bench.quality` that are not in its table unless named.
+"""`cover` with one of its parts removed or replaced: methods of `bench.quality` that are not in its table unless named.
 
 python -m bench.quality --out runs/cover --methods full cover "cover without words" ...
 """
@@ -21,13 +21,13 @@ class WithoutWords(Cover):
 
 
 class WithoutAttention(Cover):
-    """All but the words is evenly spaced; eviction still goes by attention."""
+    """Everything but the words is evenly spaced; eviction still goes by attention."""
 
     LOOKED_AT = 0.0
 
 
 class WithoutSpacing(Cover):
-    """All but the words is what those behind the image attend to most."""
+    """Everything but the words is chosen by the attention of those behind the image."""
 
     LOOKED_AT = 1.0
 
@@ -41,7 +41,7 @@ class WithoutShift(Cover):
 class WithoutWeights(Cover):
     """A token that is kept stands for itself alone."""
 
-    def bias(self, layer: int, position: Tensor) -> None:  # type: ignore[override]
+    def bias(self, layer: int, position: Tensor) -> Tensor | None:
         return None
 
 
@@ -68,7 +68,7 @@ class WithPrefixSizes(Cover):
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
         super().allocate(scores, present)
         counts = PrefixKV.allocate(self, scores, present)
-        self.kept = self.cover(scores, counts, present)
+        self.chosen = self.cover(scores, counts, present)
         return counts
 
 

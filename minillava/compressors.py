@@ -2,8 +2,8 @@
 
 A class that follows a paper names it, and overrides only what the paper does differently. All keep as many tokens as
 PrefixKV does at the same budget. All but H2O, Local and Cover also evict as PrefixKV does while decoding, so that only
-the choice of tokens differs. In every method the heads of a layer share one set of kept tokens. `METHODS` has their
-names on the command line.
+the choice of tokens differs; Elastic also merges tokens. In every method the heads of a layer share one set of kept
+tokens. `METHODS` has their names on the command line.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prefixkv import Compressor, PrefixKV, importance, require_finite, retain
 
-GOLDEN = (5**0.5 - 1) / 2  # its multiples, less their whole parts, are the most even of all numbers' on a circle
+GOLDEN = (5**0.5 - 1) / 2  # the fractional parts of its multiples spread most evenly over 0 to 1
 
 
 def spread(total: int, target: Tensor, low: int, high: int) -> Tensor:
@@ -211,7 +211,8 @@ class H2O(Uniform):
         at = position.clamp(min=0)
         received = self.received.gather(2, at.clamp(max=self.received.shape[2] - 1))
         rank = position.argsort(-1, descending=True).argsort(-1)
-        spared = (position < self.start) | (rank < self.newest(kept)[..., None])
+        newest = self.newest(kept).minimum((kept - self.start - 1).clamp(min=0))  # [L, B]: one token can always go
+        spared = (position < self.start) | (rank < newest[..., None])
         return received.masked_fill(spared, torch.inf).argmin(-1)
 
 
@@ -337,22 +338,24 @@ class Cover(H2O):
 
     Of a layer's tokens, the prompt's words take up to half: the last of them, if there are more. Of the rest, a share
     of LOOKED_AT are those that the words behind the image attend to most (VL-Cache, TGV-KV). All others are evenly
-    spaced over what is left, the picture. Tokens are laid around a circle in steps of the golden ratio, and those on
-    one arc are kept. So they spread in both directions, where every sixth patch would be a few columns. From layer to
-    layer the arc moves on, so that together the layers see nearly all of the picture.
+    spaced over the tokens left: the picture, and words that found no room. These tokens are laid around a circle in
+    steps of the golden ratio, and one arc of it is kept. In a grid 24 wide, every sixth patch would form four columns;
+    an arc spreads in both directions, unless the grid is 13, 21 or 34 wide (Fibonacci's numbers). From layer to layer
+    the arc moves on by a turn / L: if L arcs fill the circle, the layers together see all of the picture.
 
-    Each of these tokens also stands for the dropped ones: of n on the arc's share of the circle, the one kept weighs n
-    in every softmax (ToMe's proportional attention, arXiv 2210.09461, section 3). Without a picture there is nothing to
-    cover: half are the newest tokens, the others those that the last 32 attend to most.
+    A spaced token also stands for dropped ones. If one of n is kept, log n is added to its score, so that a new token
+    counts it n times (ToMe's proportional attention, arXiv 2210.09461, section 3). One that is dropped while decoding
+    takes its weight with it. Without a picture there is nothing to cover: half are the newest tokens, the others those
+    that the last 32 attend to most.
 
-    While decoding, the token is dropped that has the least attention from the question's and the new words (H2O's
-    eviction, with these queries alone). The newest tokens are spared, and so are the words of a prompt with a picture.
-    Attention is squared before it is summed, as errors are: a token that one word needs matters more than one that all
-    words glance at.
+    While decoding, the token with the least attention from the question and the new words is dropped (H2O's eviction,
+    with these queries alone). A quarter, the newest, is spared, but 8 at most; the words of a prompt with a picture go
+    last. Attention is squared before it is summed, as errors are: a token that one word needs matters more than one
+    that all words glance at.
     """
 
     LOOKED_AT = 0.2
-    TURNS = 1.0  # how far the arc moves from the first layer to behind the last one
+    TURNS = 1.0  # how far the arc would have moved after the last layer
 
     def begin(self, present: Tensor, image: Tensor) -> None:
         self.asked, self.layer = question(present, image), 0
@@ -367,7 +370,7 @@ class Cover(H2O):
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
         spared = self.words & self.pictured[:, None]  # [B, N]
         counts = super().allocate(scores + spared * 1e6, present)
-        self.kept = self.cover(scores, counts, present)  # of all layers at once, which is faster
+        self.chosen = self.cover(scores, counts, present)  # of all layers at once, which is faster
         return counts
 
     def cover(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
@@ -388,10 +391,11 @@ class Cover(H2O):
         return kept | spaced
 
     def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
+        """What `allocate` has chosen: the cache asks once for each layer, in order."""
         self.layer += 1
-        return self.kept[self.layer - 1]
+        return self.chosen[self.layer - 1]
 
-    def bias(self, layer: int, position: Tensor) -> Tensor:
+    def bias(self, layer: int, position: Tensor) -> Tensor | None:
         weights = self.log_weights[layer]  # [B, N + 1]
         return weights.gather(1, (position + self.padding).clamp(0, weights.shape[1] - 1))
 

@@ -328,7 +328,8 @@ class KVCache:
     def update(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Takes a layer's key and value [B, Hkv, N, Dh]; returns the key, value and mask that attention reads.
 
-        For a prompt they are the ones passed in, uncompressed. For a new token (N = 1) they are what the layer holds.
+        For a prompt they are the ones passed in, uncompressed. For a new token (N = 1) they are what the layer holds,
+        and the mask is bool or, from a compressor's `bias`, numbers to add to the scores.
         """
         if len(self.key) < self.num_layers:  # the prompt is still being read
             mask = self.mask

@@ -260,7 +260,7 @@ class Shifted(PrefixKV):
 
 @pytest.mark.parametrize("kind", [KVCache, FastKVCache, partial(FastKVCache, compiled=True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_bias_reaches_attention_for_the_keys_it_is_meant_for(kind, dtype):
+def test_a_bias_is_in_the_mask_for_the_keys_it_is_meant_for(kind, dtype):
     present = torch.tensor([[False, False, True, True, True, True], [True] * 6])
     cache = kind(present, 2, 5, Shifted(0.5))
     query, key = torch.randn(2, 4, 6, SIZE).to(dtype), torch.randn(2, HEADS, 6, SIZE).to(dtype)

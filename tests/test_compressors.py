@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.parts import Least
 from bench.variants import VARIANTS
 from minillava.compressors import (
     H2O,
@@ -280,12 +281,14 @@ def test_covers_evenly_spaced_tokens_stand_for_all_that_is_dropped(seed, lengths
             weight = compressor.bias(layer, position)[row, 1:].exp()
             held = kept[layer, row][present[row]]
             assert (weight[length:] == 1).all() and (weight[:length][~held] == 1).all()
-            assert len(weight[weight > 1].unique()) <= 1  # all gaps are as wide
-            if (weight > 1).any():
+            words = (~picture(present)[row][present[row]]).nonzero()[:, 0]
+            most = max(1, int(held.sum()) // 2)
+            assert (weight[words[-min(len(words), most) :]] == 1).all()
+            room = int(held.sum()) - len({0, length - 1, *words.tolist()[-most:]})
+            if round(Cover.LOOKED_AT * room) < room:  # there are spaced tokens
                 # float32's logarithm of up to 90, and up to 90 such weights in the sum
                 assert float(weight[:length][held].sum()) == pytest.approx(length, rel=1e-5)
-                words = (~picture(present)[row][present[row]]).nonzero()[:, 0]
-                assert (weight[words[-min(len(words), int(held.sum()) // 2) :]] == 1).all()
+                assert len(weight[:length][held].unique()) <= 2  # all spaced tokens weigh the same
 
 
 @given(seeds, st.integers(20, 90), st.floats(0.1, 0.9))
@@ -334,24 +337,41 @@ def test_covers_spacing_is_spread_in_both_directions_of_the_picture():
 @pytest.mark.parametrize("name", VARIANTS)
 @settings(max_examples=10)
 @given(seeds, st.lists(st.integers(12, 90), min_size=1, max_size=3), st.floats(0.1, 0.9))
-def test_cover_without_a_part_meets_the_budget_and_lacks_that_part(name, seed, lengths, budget):
+def test_cover_without_a_part_meets_the_budget(name, seed, lengths, budget):
     query, key, present = attention(seed, 3, lengths)
     compressor = VARIANTS[name](budget)
     counts, kept = choose(compressor, query, key, present)
     assert torch.equal(kept.sum(-1), counts)
     assert counts.sum(0).tolist() == [max(round(budget * 3 * length), 6) for length in lengths]
-    position = torch.arange(12).expand(len(lengths), -1)
+
+
+def test_each_variant_of_cover_lacks_its_part():
+    query, key, present = attention(0, 3, [90])
+    image, budget = picture(present), 0.2
+
+    def made(name, query=query):
+        compressor = VARIANTS[name](budget)
+        return compressor, *choose(compressor, query, key, present)
+
     plain = Cover(budget)
-    whole = choose(plain, query, key, present)[1]
-    weighs = compressor.bias(0, position)
-    assert (weighs is None) == (name == "cover without weights")
-    if name in ("cover without weights", "cover without looking"):
-        assert torch.equal(kept, whole)
-    if name == "cover without spacing":
-        assert (weighs == 0).all()
-    if name == "cover without squares":
-        weights = torch.rand(1, 4, 5, 9)
-        torch.testing.assert_close(compressor.received_by(weights), weights.mean(1).sum(1))
+    counts, whole = choose(plain, query, key, present)
+    assert whole[0, 0, ~image[0]].sum() > made("cover without words")[2][0, 0, ~image[0]].sum()
+    assert torch.equal(made("cover without attention")[2], made("cover without attention", -query)[2])
+    assert not torch.equal(whole, choose(Cover(budget), -query, key, present)[1])
+    assert made("cover without spacing")[0].log_weights.eq(0).all() and not plain.log_weights.eq(0).all()
+    alike = (tensor[:1].expand(3, -1, -1, -1, -1) for tensor in (query, key))
+    sizes, still = choose(VARIANTS["cover without shift"](budget), *alike, present)
+    assert sizes[0] == sizes[1] and torch.equal(still[0], still[1]) and not torch.equal(whole[0], whole[1])
+    position = torch.arange(90)[None]
+    assert made("cover without weights")[0].bias(0, position) is None and plain.bias(0, position) is not None
+    weights = torch.rand(1, 4, 5, 9)
+    assert torch.equal(made("cover without squares")[0].received_by(weights), weights.mean(1).sum(1))
+    queue, kept = made("cover without looking")[0], torch.full((3, 1), 30)
+    slots = torch.randperm(40).expand(3, 1, 40)
+    assert torch.equal(queue.victim(slots, kept), PrefixKV(budget).victim(slots, kept))
+    sized = made("cover, PrefixKV's sizes")[1]
+    scores = torch.stack([plain.score(q, k, present) for q, k in zip(query, key)])
+    assert torch.equal(sized, PrefixKV(budget).allocate(scores, present)) and not torch.equal(sized, counts)
 
 
 @given(seeds, st.integers(3, 90), st.floats(0.1, 0.9))
@@ -420,7 +440,24 @@ def test_a_sample_gets_the_same_text_alone_and_in_a_batch(small, method):
         assert torch.equal(alone.token_ids[0], together.token_ids[index])
 
 
-@pytest.mark.parametrize("method", [H2O, Cover])
+@pytest.mark.parametrize("method", [H2O, Cover, Local])
+@settings(max_examples=30)
+@given(seeds, st.integers(3, 60), st.integers(1, 50), st.floats(0.05, 0.9))
+def test_the_first_tokens_are_never_dropped(method, seed, length, start, budget):
+    query, key, present = attention(seed, 2, [length])
+    compressor = method(budget, start)
+    _, kept = choose(compressor, query, key, present)
+    cache = KVCache(present, 2, 40, compressor)
+    for layer in range(2):
+        cache.store(key[layer], key[layer], kept[layer])
+    for _ in range(40):
+        cache.advance()
+        for layer in range(2):
+            cache.update(layer, query[layer, :, :, :1], key[layer, :, :, :1], key[layer, :, :, :1])
+        assert {*range(min(start, length))} <= {*cache.position[0, 0].tolist()} & {*cache.position[1, 0].tolist()}
+
+
+@pytest.mark.parametrize("method", [H2O, Cover, Least])
 @settings(max_examples=30)
 @given(seeds, st.integers(6, 40), st.integers(1, 50))
 def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(method, seed, length, steps):
@@ -433,7 +470,7 @@ def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(meth
     cache.store(key[0], key[0], kept[0])
     count = int(counts[0, 0])
     scores = compressor.score(query[0], key[0], present)[0]
-    words = set((~picture(present)[0]).nonzero()[:, 0].tolist()) if method is Cover else set()  # go last
+    words = set((~picture(present)[0]).nonzero()[:, 0].tolist()) if issubclass(method, Cover) else set()  # go last
     stands_for = compressor.log_weights[0][0].exp() if method is Cover else torch.ones(length)
     rows = [(j, key[0, 0, :, j], stands_for[j], scores[j].item()) for j in kept[0, 0].nonzero()[:, 0].tolist()]
     for step in range(steps):
@@ -443,7 +480,7 @@ def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(meth
         position = cache.position[0]
         room = int(compressor.capacity(counts, torch.tensor([length]), torch.tensor([length + step + 1])))
         if len(rows) == room:
-            spared = min(8, count // 4) if method is Cover else count // 2 - 1
+            spared = min(8, count // 4) if issubclass(method, Cover) else count // 2 - 1
             candidates = [row for row in rows[: len(rows) - spared] if row[0] > 0]
             rows.remove(min(candidates, key=lambda row: (row[0] in words, row[3])))
         rows.append((length + step, new_key[0, :, 0], torch.tensor(1.0), 0.0))
