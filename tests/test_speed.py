@@ -8,7 +8,7 @@ import forked
 import pytest
 import torch
 
-from bench import half, speed
+from bench import half, scoring, speed
 from bench.speed import PRESETS, Result, main, median, table
 
 
@@ -104,3 +104,19 @@ def test_the_difference_is_in_standard_deviations():
     mean, most, same = half.apart(exact + torch.tensor([[0.0, 0.0], [0.0, -3.0]]), exact)
     deviation = float(exact.double().std())
     assert (mean, most, same) == (pytest.approx(1.5 / deviation), pytest.approx(3 / deviation), 0.5)
+
+
+def test_scoring_divides_by_the_full_cache_of_the_same_round(capsys):
+    text = scoring.table(
+        {"full": [1.0, 2.0, 4.0, 8.0], "cover": [1.5, 2.0, 4.0, 80.0], "prefixkv": [2.0, 4.0, 8.0, 16.0]}
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert rows == [
+        ["full", "3.0000", "1.000 (1.00–1.00)"], ["cover", "3.0000", "1.250 (1.00–10.00)"],
+        ["prefixkv", "6.0000", "2.000 (2.00–2.00)"],
+    ]  # fmt: skip
+    assert scoring.main(["--rounds", "1", "--methods", "cover"]) == 0
+    out = capsys.readouterr().out
+    assert "592 prompt tokens" in out and [line.split("|")[1] for line in out.splitlines()[4:]] == [" full ", " cover "]
+    assert scoring.main(["--budget", "2"]) == 2
+    assert "above 0 and at most 1" in capsys.readouterr().err

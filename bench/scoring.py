@@ -1,0 +1,81 @@
+"""What choosing costs a prompt: prefill with a method, beside the full cache's, in turns: `python -m bench.scoring`.
+
+All methods run in one process, one after the other, round after round, so that a slow minute of the machine slows all
+of them. The ratio is the median over rounds of a method's time by the full cache's in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bench.speed import PRESETS, device_name, make_inputs, synchronize, write_checkpoint
+from minillava import TINY
+from minillava.compressors import METHODS
+from weights import load_model
+
+
+def table(seconds: dict[str, list[float]]) -> str:
+    """Markdown of the seconds of every round; "full" is what the others are divided by."""
+    lines = ["| | prefill s (median) | by the full cache's (middle half) |", "|---|---|---|"]
+    for name, each in seconds.items():
+        ratios = sorted(mine / full for mine, full in zip(each, seconds["full"]))
+        low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
+        lines.append(
+            f"| {name} | {statistics.median(each):.4f} | {statistics.median(ratios):.3f} ({low:.2f}–{high:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with one sentence for what cannot be run."""
+    parser = argparse.ArgumentParser(prog="python -m bench.scoring", description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="shapes, as in bench.speed (default: tiny)")
+    parser.add_argument("--batch", type=int, help="prompts at once")
+    parser.add_argument("--methods", nargs="+", default=["cover", "prefixkv"], choices=METHODS, metavar="NAME",
+                        help=", ".join(METHODS))  # fmt: skip
+    parser.add_argument("--budget", type=float, default=0.2, help="share of the cache to keep (default: 0.2)")
+    parser.add_argument("--rounds", type=int, default=40, help="(default: 40)")
+    args = parser.parse_args(arguments)
+    preset = PRESETS[args.preset]
+    preset = replace(preset, batch=args.batch or preset.batch)
+    if preset.device.startswith("cuda") and not torch.cuda.is_available():
+        print(f"bench.scoring: error: the preset {args.preset} needs a GPU; there is none here.", file=sys.stderr)
+        return 2
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            dtype = getattr(torch, preset.dtype)
+            if preset.model is not None:
+                write_checkpoint(preset.model, Path(scratch), dtype)
+            model = load_model(TINY if preset.model is None else Path(scratch), preset.device, dtype)
+            inputs = make_inputs(model.config, preset)
+            names = ["full", *args.methods]
+            seconds: dict[str, list[float]] = {name: [] for name in names}
+            for number in range(args.rounds + 1):
+                for place in range(len(names)):
+                    name = names[(number + place) % len(names)]  # another one begins every round
+                    compressor = None if name == "full" else METHODS[name](args.budget)
+                    synchronize(preset.device)
+                    start = time.perf_counter()
+                    model.prefill(**inputs, max_new_tokens=preset.new, compressor=compressor)
+                    synchronize(preset.device)
+                    if number > 0:  # the first round warms up
+                        seconds[name].append(time.perf_counter() - start)
+        text = table(seconds)
+    except ValueError as error:
+        print(f"bench.scoring: error: {error}", file=sys.stderr)
+        return 2
+    print(f"Batch {preset.batch}, {preset.prompt} prompt tokens, {preset.dtype} on {device_name(preset.device)}, "
+          f"budget {args.budget:.0%}, {args.rounds} rounds.\n\n{text}")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
