@@ -396,7 +396,7 @@ class Cover(H2O):
         return self.chosen[self.layer - 1]
 
     def bias(self, layer: int, position: Tensor) -> Tensor | None:
-        weights = self.log_weights[layer]  # [B, N + 1]
+        weights = self.log_weights[layer]  # [B, T]
         return weights.gather(1, (position + self.padding).clamp(0, weights.shape[1] - 1))
 
     def newest(self, kept: Tensor) -> Tensor:
