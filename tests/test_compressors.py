@@ -312,9 +312,8 @@ def test_cover_keeps_words_a_little_attention_and_sees_all_of_the_picture(seed, 
     counts, kept = choose(Even(budget), query, key, present)
     room = int(counts.min()) - len(words)
     missed = 0 if counts.min() == counts.max() else 0.1 * int(image.sum())  # unequal layers have unequal spacings
-    if (
-        int(counts.min()) // 2 >= len(words) and int(image.sum()) <= 8 * room
-    ):  # a spacing of eight at most: eight layers
+    words_fit = int(counts.min()) // 2 >= len(words)
+    if words_fit and int(image.sum()) <= 8 * room:  # eight layers' arcs fill the circle
         assert int((~kept.any(0)[0]).sum()) <= missed
 
 
