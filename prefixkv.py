@@ -124,9 +124,10 @@ def retain(scores: Tensor, counts: Tensor, present: Tensor, start: int = 1) -> T
 
 def require_finite(scores: Tensor) -> None:
     """Raises ValueError if the scores [L, B, N] hold NaN or infinity."""
-    if len(broken := (~scores.isfinite()).nonzero()):
+    if not scores.isfinite().all():
+        broken = int((~scores.isfinite()).nonzero()[0, 0])
         raise ValueError(
-            f"The importance of layer {int(broken[0, 0])} holds NaN or infinity; expected finite numbers. "
+            f"The importance of layer {broken} holds NaN or infinity; expected finite numbers. "
             "Check the weights and the dtype of the model."
         )
 

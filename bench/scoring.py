@@ -1,12 +1,13 @@
 """What choosing costs a prompt: prefill with a method, beside the full cache's, in turns: `python -m bench.scoring`.
 
-All methods run in one process, one after the other, round after round, so that a slow minute of the machine slows all
+All methods run in one process, in an order drawn for every round, so that a slow minute of the machine slows all
 of them. The ratio is the median over rounds of a method's time by the full cache's in the same round.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import sys
 import tempfile
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=["cover", "prefixkv"], choices=METHODS, metavar="NAME",
                         help=", ".join(METHODS))  # fmt: skip
     parser.add_argument("--budget", type=float, default=0.2, help="share of the cache to keep (default: 0.2)")
-    parser.add_argument("--rounds", type=int, default=40, help="(default: 40)")
+    parser.add_argument("--rounds", type=int, default=100, help="(default: 100)")
     args = parser.parse_args(arguments)
     preset = PRESETS[args.preset]
     preset = replace(preset, batch=args.batch or preset.batch)
@@ -58,9 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
             inputs = make_inputs(model.config, preset)
             names = ["full", *args.methods]
             seconds: dict[str, list[float]] = {name: [] for name in names}
+            order = random.Random(0)
             for number in range(args.rounds + 1):
-                for place in range(len(names)):
-                    name = names[(number + place) % len(names)]  # another one begins every round
+                # Drawn, since what ran just before leaves its traces in the processor's cache and the heap.
+                for name in order.sample(names, len(names)):
                     compressor = None if name == "full" else METHODS[name](args.budget)
                     synchronize(preset.device)
                     start = time.perf_counter()

@@ -48,9 +48,9 @@ def spread(total: int, target: Tensor, low: int, high: int) -> Tensor:
 
 
 def last(present: Tensor, count: Tensor) -> Tensor:
-    """The last `count` [B] tokens of every prompt: bool [B, N]."""
-    order = present.long().cumsum(-1)
-    return present & (order > order[:, -1:] - count[:, None])
+    """The last `count` of the tokens in `present` [B, N]: bool [.., N], if `count` is [..], so [B] or [L, B]."""
+    order = present.cumsum(-1)
+    return present & (order > order[:, -1:] - count[..., None])
 
 
 def question(present: Tensor, image: Tensor, window: int = 32) -> Tensor:
@@ -65,36 +65,37 @@ def words(present: Tensor, image: Tensor) -> Tensor:
 
 
 def best(scores: Tensor, counts: Tensor, among: Tensor) -> Tensor:
-    """Of tokens `among` [.., N], the `counts` [..] with the highest scores [.., N]: bool [.., N]. Earlier wins ties."""
-    ranked = scores.masked_fill(~among, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    chosen = (torch.arange(scores.shape[-1], device=scores.device) < counts[..., None]).expand_as(among)
+    """Of tokens `among` [.., N], the `counts` [..] with the highest scores [.., N]: bool [.., N]."""
+    most = int(counts.max())
+    ranked = scores.masked_fill(~among, -torch.inf).topk(most).indices  # [.., most], the highest first
+    chosen = (torch.arange(most, device=scores.device) < counts[..., None]).expand_as(ranked)
     return torch.zeros_like(among).scatter(-1, ranked, chosen)
 
 
-def last_attention(query: Tensor, key: Tensor, present: Tensor, width: int) -> Tensor:
-    """Attention weights of the last `width` queries: query [B, H, N, Dh], key [B, Hkv, N, Dh] -> [B, H, width, N].
+def asking(present: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """What `last_attention` needs: a mask [B, 1, W, N], and which of the last W queries are asked, [B, 1, W, 1].
 
-    All of these numbers are in memory at once, in float32; unlike `importance`, it is meant for few queries.
+    The W queries are those from the first one that is asked in any prompt, so where `asked` [B, N] is True, to the end.
+    The mask is added to their scores: 0 for the keys that a query sees, the lowest number for the others.
     """
-    length = present.shape[1]
-    query = query[:, :, length - width :] * key.shape[-1] ** -0.5  # [B, H, width, Dh]
-    rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G * width, Dh]: no key is copied for them
-    scores = (rows @ key.mT).float().unflatten(2, (-1, width))  # [B, Hkv, G, width, N]
+    place = torch.arange(present.shape[1], device=present.device)
+    first = int(asked.any(0).long().argmax())
+    seen = present[:, None, None] & (place <= place[first:, None])  # [B, 1, W, N]
     lowest = torch.finfo(torch.float32).min  # not -infinity: padding may see no key, and its softmax would be NaN
-    later = torch.ones(width, width, dtype=torch.bool, device=key.device).triu(1)
-    scores[..., length - width :].masked_fill_(later, lowest)  # these queries see all keys before the first of them
-    if not present.all():
-        scores.masked_fill_(~present[:, None, None, None], lowest)
-    return scores.softmax(-1).flatten(1, 2)
+    return torch.where(seen, 0.0, lowest), asked[:, None, first:, None]
 
 
-def question_attention(query: Tensor, key: Tensor, present: Tensor, asked: Tensor) -> Tensor:
-    """Attention weights of the queries where `asked` [B, N] is True: [B, H, W, N].
+def last_attention(query: Tensor, key: Tensor, mask: Tensor, asked: Tensor) -> Tensor:
+    """Attention weights of the last W queries: query [B, H, N, Dh], key [B, Hkv, N, Dh] -> [B, H, W, N], float32.
 
-    The W queries are those from the first one asked in any prompt to the end. Rows of others among them are 0.
+    mask [B, 1, W, N] and asked [B, 1, W, 1] as `asking` makes them. Rows of queries that are not asked are 0. All these
+    numbers are in memory at once; unlike `importance`, it is meant for few queries.
     """
-    width = present.shape[1] - int(asked.any(0).long().argmax())
-    return last_attention(query, key, present, width) * asked[:, None, -width:, None]
+    width = mask.shape[2]
+    # The queries that share a key form one matrix, so that no key is copied for them.
+    rows = query[:, :, -width:].reshape(len(key), key.shape[1], -1, key.shape[3])  # [B, Hkv, G * width, Dh]
+    scores = (rows @ key.mT).float().view(len(key), -1, width, key.shape[2])  # [B, H, width, N]
+    return torch.add(mask, scores, alpha=key.shape[3] ** -0.5).softmax(-1).mul_(asked)
 
 
 class Recorder(Compressor):
@@ -233,7 +234,7 @@ class SnapKV(Uniform):
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
         window = last(present, self.width(present))  # [B, N]
-        received = question_attention(query, key, present, window).mean(1).sum(1)  # [B, N]
+        received = last_attention(query, key, *asking(present, window)).mean(1).sum(1)  # [B, N]
         before = received.masked_fill(window, 0.0)[:, None]  # [B, 1, N]: the window's own keys are not pooled
         pooled = F.max_pool1d(before, self.kernel, stride=1, padding=self.kernel // 2)[:, 0]  # [B, N]
         return torch.where(window, received, pooled).masked_fill(~present, 0.0)
@@ -296,7 +297,7 @@ class VLCache(Uniform):
         self.density: list[Tensor] = []  # of each layer [B]
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        weight = question_attention(query, key, present, self.asked)  # [B, H, W, N]
+        weight = last_attention(query, key, *asking(present, self.asked))  # [B, H, W, N]
         dense = (weight > 0) & (weight >= 0.01 * weight.amax(-1, keepdim=True))  # [B, H, W, N]
         seen = (present.cumsum(-1) * self.asked).sum(-1)  # [B]: keys that each word sees, over all words
         self.density.append(dense.sum((1, 2, 3)) / (seen * query.shape[1]))
@@ -319,7 +320,7 @@ class TGVKV(Uniform):
         self.looks: list[Tensor] = []  # of each layer [B]
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        weight = question_attention(query, key, present, self.asked).mean(1)  # [B, W, N]
+        weight = last_attention(query, key, *asking(present, self.asked)).mean(1)  # [B, W, N]
         later = self.asked.flip(1).cumsum(1).flip(1)  # [B, N]: words from here on, this one included
         weighty = (weight.sum(1) / later.clamp(min=1))[:, -weight.shape[1] :]  # [B, W]
         self.looks.append((weight.sum(1) * self.image).sum(-1))
@@ -358,14 +359,14 @@ class Cover(H2O):
     TURNS = 1.0  # how far the arc would have moved after the last layer
 
     def begin(self, present: Tensor, image: Tensor) -> None:
-        self.asked, self.layer = question(present, image), 0
+        self.asking, self.layer = asking(present, question(present, image)), 0
         self.words, self.pictured = present & ~image, image.any(1)  # [B, N], [B]
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        return self.received_by(question_attention(query, key, present, self.asked))
+        return self.received_by(last_attention(query, key, *self.asking))
 
     def received_by(self, weights: Tensor) -> Tensor:
-        return weights.square().mean(1).sum(1)
+        return weights.square().sum((1, 2))
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
         spared = self.words & self.pictured[:, None]  # [B, N]
@@ -376,17 +377,19 @@ class Cover(H2O):
     def cover(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
         """Which tokens the layers keep: scores [L, B, N], counts [L, B] -> bool [L, B, N]. Notes their weights."""
         number = present.cumsum(1)  # [B, N]: 1 for a prompt's first token
-        kept = (present & ((number <= self.start) | (number == number[:, -1:]))).expand_as(scores)
+        kept = present & ((number <= self.start) | (number == number[:, -1:]))  # [B, N]
         most = torch.minimum((counts // 2).clamp(min=1), counts - kept.sum(-1))  # [L, B]
-        kept = kept | (self.words & (self.words.flip(1).cumsum(1).flip(1) <= most[..., None]))
-        share = torch.where(self.pictured, self.LOOKED_AT, 1.0)  # [B]
-        kept = kept | best(scores, (share * (counts - kept.sum(-1))).round(), present & ~kept)
-        others, room = present & ~kept, counts - kept.sum(-1)  # [L, B, N], [L, B]
+        kept = kept | last(self.words, most)  # [L, B, N]
+        room = counts - kept.sum(-1)  # [L, B]
+        looked_at = (torch.where(self.pictured, self.LOOKED_AT, 1.0) * room).round()  # [L, B]
+        kept = kept | best(scores, looked_at, present & ~kept)  # [L, B, N]
+        others, room = present & ~kept, room - looked_at  # [L, B, N], [L, B]
         turn = torch.arange(len(scores), device=scores.device) * (self.TURNS / len(scores))  # [L]
         angle = (number.double() * GOLDEN + turn[:, None, None]) % 1  # [L, B, N]: in turns
         spaced = best(-angle, room, others)
-        weights = torch.where(spaced, (others.sum(-1) / room)[..., None], 1.0)
-        self.log_weights = F.pad(weights.log(), (0, 1))  # [L, B, N + 1]: the last one is that of all new tokens
+        stand_for = (others.sum(-1) / room)[..., None]  # [L, B, 1]
+        log_weights = torch.where(spaced, stand_for.log(), 0.0)  # [L, B, N]
+        self.log_weights = F.pad(log_weights, (0, 1))  # [L, B, N + 1]: the last one is that of all new tokens
         self.padding = present.shape[1] - number[:, -1:]  # [B, 1]: behind it is position 0
         return kept | spaced
 

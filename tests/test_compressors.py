@@ -25,6 +25,7 @@ from minillava.compressors import (
     SnapKV,
     Uniform,
     VLCache,
+    asking,
     last_attention,
     question,
     spread,
@@ -202,11 +203,16 @@ def test_the_words_behind_the_last_image_ask_or_the_last_tokens(prompts):
         assert found == [index >= len(text) - expected for index in range(len(text))]
 
 
+def asking_last(present, width):
+    """What `last_attention` needs for the last `width` queries."""
+    return asking(present, (torch.arange(present.shape[1]) >= present.shape[1] - width).expand_as(present))
+
+
 @given(seeds, st.integers(2, 50), st.data())
 def test_attention_of_the_last_queries_is_that_of_the_definition(seed, length, data):
     query, key, present = attention(seed, 1, [length])
     width = data.draw(st.integers(1, length))
-    found = last_attention(query[0], key[0], present, width)[0]
+    found = last_attention(query[0], key[0], *asking_last(present, width))[0]
     # float32 softmax of at most 50 weights
     torch.testing.assert_close(found.double(), weights_of(query[0], key[0])[:, -width:], rtol=1e-5, atol=1e-6)
 
@@ -215,8 +221,10 @@ def test_attention_of_the_last_queries_is_that_of_the_definition(seed, length, d
 def test_attention_of_the_last_queries_does_not_see_padding(seed, length, padding, data):
     query, key, present = attention(seed, 1, [length, length + padding])
     width = data.draw(st.integers(1, length))
-    together = last_attention(query[0], key[0], present, width)[0]
-    alone = last_attention(query[0, :1, :, padding:], key[0, :1, :, padding:], present[:1, padding:], width)[0]
+    together = last_attention(query[0], key[0], *asking_last(present, width))[0]
+    alone = last_attention(
+        query[0, :1, :, padding:], key[0, :1, :, padding:], *asking_last(present[:1, padding:], width)
+    )[0]
     assert not together[..., :padding].any()
     torch.testing.assert_close(together[..., padding:], alone, rtol=1e-5, atol=1e-6)  # sums in another order
 
@@ -234,8 +242,9 @@ class Largest(TorchDispatchMode):
 
 def test_attention_of_the_last_queries_takes_no_room_for_the_others():
     query, key, present = attention(0, 1, [500])
+    asked = asking_last(present, 3)
     with Largest() as largest:
-        last_attention(query[0], key[0], present, 3)
+        last_attention(query[0], key[0], *asked)
     assert largest.numbers <= query[0].numel()  # a whole table has 4 x 500 x 500, and queries have 4 x 500 x 6
 
 
@@ -487,7 +496,7 @@ def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(meth
         shares = (new_query[0, :, 0].view(2, 2, 6) @ held.transpose(-1, -2) / 6**0.5).exp()  # [2, 2, S]
         shares = shares * torch.stack([row[2] for row in rows])
         shares = shares / shares.sum(-1, keepdim=True)
-        gained = (shares**2 if method is Cover else shares).mean((0, 1)).tolist()
+        gained = shares.square().sum((0, 1)).tolist() if method is Cover else shares.mean((0, 1)).tolist()
         rows = [(at, k, n, score + gain) for (at, k, n, score), gain in zip(rows, gained)]
         assert sorted(position[position >= 0].tolist()) == [row[0] for row in rows]
 
