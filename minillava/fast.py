@@ -19,7 +19,8 @@ to 538); its gain in time was lost in the noise. The table is in bench/results/s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -270,12 +271,21 @@ def speed_up(model: Llava) -> Llava:
     return model
 
 
+def kept_checks(checks: Sequence[Any]) -> list[bool]:
+    """Which of torch.compile's checks ("guards") are made before every step: of the model, only those of its weights.
+
+    Of its modules there are some 200 for each layer. They took a quarter of a small model's step.
+    """
+    return [check.guard_type == "TENSOR_MATCH" or "_modules" not in check.name for check in checks]
+
+
 def compile_steps(model: Llava) -> None:
     """Compiles the decode step into a few kernels, to save launches and passes over memory.
 
     Each batch size up to eight is compiled by itself, and again with a compressor. Each takes a minute or two for 8
     layers, five for 22. On a CPU a C++ compiler is needed. In 16 bits a compiled step may round otherwise
-    than an eager one.
+    than an eager one. Weights may be changed afterwards; modules, their settings and their hooks may not: a step would
+    not notice.
     """
     speed_up(model)
     if not isinstance(model, FastLlava):
@@ -284,5 +294,10 @@ def compile_steps(model: Llava) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # Threshold 0: what several products read is computed once, not again for every row.
     options: dict[str, Any] = {"realize_reads_threshold": 0}
-    # The plain method, since FastLlava's own calls the compiled one. It is kept as a function, so it needs the model.
-    model.compiled_step = torch.compile(Llava.next_logits, dynamic=True, options=options)
+    if hasattr(torch.compiler, "keep_tensor_guards_unsafe"):  # only then does torch.compile know the option
+        options["guard_filter_fn"] = kept_checks
+    # The plain method, since FastLlava's own calls the compiled one. torch.compile keeps its graphs beside a function's
+    # code. A copy of the code gives this model graphs of its own, since they do not check which model they are for.
+    plain = Llava.next_logits
+    step = FunctionType(plain.__code__.replace(), plain.__globals__)
+    model.compiled_step = torch.compile(step, dynamic=True, options=options)

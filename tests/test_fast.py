@@ -189,7 +189,11 @@ def test_compiled_steps_give_the_same_tokens_from_one_graph_for_all_prompts(shal
 def compiled_without_a_compiler(folder, monkeypatch):
     """A model whose steps are traced as for compiling, and run by torch; what counts the graphs."""
     traced = partial(torch.compile, backend="eager")
-    monkeypatch.setattr(fast.torch, "compile", lambda step, dynamic, options: traced(step, dynamic=dynamic))
+
+    def compile(step, dynamic, options):
+        return traced(step, dynamic=dynamic, options={key: options[key] for key in options if "guard" in key})
+
+    monkeypatch.setattr(fast.torch, "compile", compile)
     model = load_model(folder)
     compile_steps(model)
     torch._dynamo.reset()
@@ -214,6 +218,37 @@ def test_more_graphs_than_torch_allows_by_itself_are_all_compiled(shallow, monke
         compiled, counters = compiled_without_a_compiler(folder, monkeypatch)
         compare(model, compiled, processor, sizes)
     assert counters["stats"]["unique_graphs"] == 2 * len(sizes) > limit
+
+
+def test_compiled_models_do_not_share_graphs_and_new_weights_are_noticed(shallow, monkeypatch):
+    """Two models with weights of the same shapes do not share a graph, and new weights are noticed."""
+    folder, model, processor = shallow
+
+    def logits(model):
+        prompt = processor(["two red"])
+        first, cache = model.prefill(**prompt, max_new_tokens=1)
+        return model.decode_step(first.argmax(-1), cache)
+
+    def same(one, two):
+        return torch.allclose(logits(one), logits(two), rtol=1e-5, atol=1e-4)  # sums in another order
+
+    compiled, counters = compiled_without_a_compiler(folder, monkeypatch)
+    assert same(compiled, model)
+    other, turned = load_model(folder), load_model(folder)
+    for either in (other, turned):
+        for layer in either.language_model.layers:
+            layer.mlp.activation = F.relu
+    compile_steps(turned)
+    assert same(turned, other) and not same(turned, compiled)
+    graphs = counters["stats"]["unique_graphs"]
+    for either in (other, turned):
+        either.lm_head.weight.data *= 2
+    assert same(turned, other) and counters["stats"]["unique_graphs"] == graphs
+    for either in (other, turned):
+        either.lm_head.weight = nn.Parameter(either.lm_head.weight[:100])
+    assert (
+        same(turned, other) and counters["stats"]["unique_graphs"] == graphs + 1
+    )  # the old one would read past its end
 
 
 def compare(model, compiled, processor, sizes):
