@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -27,7 +28,7 @@ else:
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--sweep", action="store_true", help="long searches: 100 examples a property, 60 s of hostile input"
+        "--sweep", action="store_true", help="the same tests with more of everything: examples, pictures, seconds"
     )
 
 
@@ -108,8 +109,9 @@ def write(model, folder: Path, layout: str, tokenizer: bool = True) -> Path:
     return folder
 
 
-def write_processor(folder: Path, side: int) -> None:
-    """Tokenizer of 300 and a few pieces and an image processor for `side` pixels."""
+@functools.cache
+def tokenizer_model() -> bytes:
+    """A tokenizer of 300 and a few pieces."""
     import io
 
     import sentencepiece
@@ -120,13 +122,24 @@ def write_processor(folder: Path, side: int) -> None:
         sentence_iterator=iter(words * 4), model_writer=made, model_type="bpe", vocab_size=305, hard_vocab_limit=False,
         byte_fallback=True, remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
     )  # fmt: skip
-    (folder / "tokenizer.model").write_bytes(made.getvalue())
+    return made.getvalue()
+
+
+def write_processor(folder: Path, side: int) -> None:
+    """The tokenizer, and an image processor for `side` pixels."""
+    (folder / "tokenizer.model").write_bytes(tokenizer_model())
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"added_tokens_decoder": {str(IMAGE_ID): {"content": "<image>", "special": True}}})
     )
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}})
     )
+
+
+@pytest.fixture
+def sweep(request) -> bool:
+    """Whether tests may take long."""
+    return request.config.getoption("--sweep")
 
 
 @pytest.fixture(scope="session")

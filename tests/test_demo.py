@@ -163,12 +163,12 @@ def test_json_is_one_object_with_every_field(capsys):
     assert full["kv_bytes"] == full["kv_bytes_full"] == (full["prompt_tokens"] + len(full["token_ids"]) - 1) * 8 * 512
 
 
-def test_json_tokens_are_those_of_transformers_for_a_checkpoint_it_wrote(tmp_path, capsys):
+def test_json_tokens_are_those_of_transformers_for_a_checkpoint_it_wrote(tmp_path, capsys, sweep):
     theirs = reference(seed=7, kv_heads=2, text={"max_position_embeddings": 512})
     theirs.generation_config.eos_token_id = None
     folder = write(theirs, tmp_path / "checkpoint", "disk5")
     _, processor = weights.load(folder)
-    pictures = [Image.effect_noise((30 + i, 50 - i), 20 + 4 * i).convert("RGB") for i in range(20)]
+    pictures = [Image.effect_noise((30 + i, 50 - i), 20 + 4 * i).convert("RGB") for i in range(20 if sweep else 8)]
     questions = ("What is in the image?", "describe it in detail", "yes no", "two red")
     compare(capsys, theirs, processor, pictures, questions, tmp_path, "--model", str(folder))
 
@@ -201,7 +201,7 @@ def ends(theirs, tokens, end):
     return tokens[end - 1] == stop and not {*tokens[end:]} - {pad}
 
 
-def test_json_tokens_are_those_of_transformers_for_the_embedded_checkpoint(tiny_reference, tiny, tmp_path, capsys):
+def test_json_tokens_are_those_of_transformers_for_the_embedded_checkpoint(tiny_reference, tiny, tmp_path, capsys, sweep):
     _, processor = tiny
     questions = (
         "Describe the image in detail.",
@@ -209,7 +209,7 @@ def test_json_tokens_are_those_of_transformers_for_the_embedded_checkpoint(tiny_
         "What is in the centre?",
         "Anything else?",
     )
-    pictures = [draw(make_scene(random.Random(f"demo {index}")))[0] for index in range(20)]
+    pictures = [draw(make_scene(random.Random(f"demo {index}")))[0] for index in range(20 if sweep else 8)]
     compare(capsys, tiny_reference, processor, pictures, questions, tmp_path)
 
 

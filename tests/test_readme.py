@@ -22,7 +22,8 @@ def blocks(language: str) -> list[str]:
 
 
 def test_there_are_exactly_two_set_up_commands():
-    commands = blocks("sh")
+    (block,) = blocks("sh")
+    commands = block.splitlines()
     assert [command.split("&& ")[-1].strip() for command in commands] == ["python demo.py", "pytest -n auto"]
     assert all(command.startswith("pip install -c constraints.txt -e ") for command in commands)
     assert r"grep -m 1 '&& pytest -n auto$' README.md" in (ROOT / ".ci" / "run").read_text()
