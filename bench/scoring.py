@@ -1,7 +1,7 @@
 """What choosing costs a prompt: prefill with a method, beside the full cache's, in turns: `python -m bench.scoring`.
 
 All methods run in one process, in an order drawn for every round, so that a slow minute of the machine slows all
-of them. The ratio is the median over rounds of a method's time by the full cache's in the same round.
+of them. The ratio is the median over rounds of a method's time divided by the full cache's in the same round.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 
 from bench.speed import PRESETS, device_name, make_inputs, synchronize, write_checkpoint
 from minillava import TINY
+from minillava.checks import require
 from minillava.compressors import METHODS
 from weights import load_model
 
 
 def table(seconds: dict[str, list[float]]) -> str:
     """Markdown of the seconds of every round; "full" is what the others are divided by."""
-    lines = ["| | prefill s (median) | by the full cache's (middle half) |", "|---|---|---|"]
+    lines = ["| | prefill s (median) | divided by the full cache's (middle half) |", "|---|---|---|"]
     for name, each in seconds.items():
         ratios = sorted(mine / full for mine, full in zip(each, seconds["full"]))
         low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
@@ -46,18 +47,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=100, help="(default: 100)")
     args = parser.parse_args(arguments)
     preset = PRESETS[args.preset]
-    preset = replace(preset, batch=args.batch or preset.batch)
+    if args.batch is not None:
+        preset = replace(preset, batch=args.batch)
     if preset.device.startswith("cuda") and not torch.cuda.is_available():
         print(f"bench.scoring: error: the preset {args.preset} needs a GPU; there is none here.", file=sys.stderr)
         return 2
     try:
+        require(args.rounds > 0 and preset.batch > 0, "--rounds and --batch are 0 or less; expected 1 or more.")
         with tempfile.TemporaryDirectory() as scratch:
             dtype = getattr(torch, preset.dtype)
             if preset.model is not None:
                 write_checkpoint(preset.model, Path(scratch), dtype)
             model = load_model(TINY if preset.model is None else Path(scratch), preset.device, dtype)
             inputs = make_inputs(model.config, preset)
-            names = ["full", *args.methods]
+            names = ["full", *dict.fromkeys(args.methods)]
             seconds: dict[str, list[float]] = {name: [] for name in names}
             order = random.Random(0)
             for number in range(args.rounds + 1):

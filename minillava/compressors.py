@@ -48,7 +48,7 @@ def spread(total: int, target: Tensor, low: int, high: int) -> Tensor:
 
 
 def last(present: Tensor, count: Tensor) -> Tensor:
-    """The last `count` of the tokens in `present` [B, N]: bool [.., N], if `count` is [..], so [B] or [L, B]."""
+    """The last `count` tokens of `present` [B, N]: count [B] -> bool [B, N], or [L, B] -> [L, B, N]."""
     order = present.cumsum(-1)
     return present & (order > order[:, -1:] - count[..., None])
 
@@ -65,7 +65,10 @@ def words(present: Tensor, image: Tensor) -> Tensor:
 
 
 def best(scores: Tensor, counts: Tensor, among: Tensor) -> Tensor:
-    """Of tokens `among` [.., N], the `counts` [..] with the highest scores [.., N]: bool [.., N]."""
+    """Of tokens `among` [.., N], the `counts` [..] with the highest scores [.., N]: bool [.., N]. Ties go either way.
+
+    `among` has at least `counts` tokens.
+    """
     most = int(counts.max())
     ranked = scores.masked_fill(~among, -torch.inf).topk(most).indices  # [.., most], the highest first
     chosen = (torch.arange(most, device=scores.device) < counts[..., None]).expand_as(ranked)
@@ -75,8 +78,8 @@ def best(scores: Tensor, counts: Tensor, among: Tensor) -> Tensor:
 def asking(present: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
     """What `last_attention` needs: a mask [B, 1, W, N], and which of the last W queries are asked, [B, 1, W, 1].
 
-    The W queries are those from the first one that is asked in any prompt, so where `asked` [B, N] is True, to the end.
-    The mask is added to their scores: 0 for the keys that a query sees, the lowest number for the others.
+    `asked` [B, N] is True for the queries that a method asks. W tokens reach from the first of them in any prompt to
+    the end. The mask is added to scores: 0 for keys that a query sees, the lowest number for later keys and padding.
     """
     place = torch.arange(present.shape[1], device=present.device)
     first = int(asked.any(0).long().argmax())
@@ -92,10 +95,11 @@ def last_attention(query: Tensor, key: Tensor, mask: Tensor, asked: Tensor) -> T
     numbers are in memory at once; unlike `importance`, it is meant for few queries.
     """
     width = mask.shape[2]
-    # The queries that share a key form one matrix, so that no key is copied for them.
+    # The H / Hkv neighbouring query heads that share a key head form one matrix, so that no key is copied for them.
     rows = query[:, :, -width:].reshape(len(key), key.shape[1], -1, key.shape[3])  # [B, Hkv, G * width, Dh]
+    rows = rows * key.shape[3] ** -0.5  # before the product, which could be too large for float16
     scores = (rows @ key.mT).float().view(len(key), -1, width, key.shape[2])  # [B, H, width, N]
-    return torch.add(mask, scores, alpha=key.shape[3] ** -0.5).softmax(-1).mul_(asked)
+    return scores.add_(mask).softmax(-1).mul_(asked)
 
 
 class Recorder(Compressor):
@@ -184,7 +188,7 @@ class H2O(Uniform):
         return super().allocate(scores, present)
 
     def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
-        recent = last(present, counts // 2)
+        recent = last(present, (counts // 2).minimum(counts - self.start))
         return retain(scores.masked_fill(recent, torch.inf), counts, present, self.start)
 
     def received_by(self, weights: Tensor) -> Tensor:
@@ -337,12 +341,13 @@ class TGVKV(Uniform):
 class Cover(H2O):
     """Keeps the words, a little of what they attend to, and an even cover of the picture that stands for all of it.
 
-    Of a layer's tokens, the prompt's words take up to half: the last of them, if there are more. Of the rest, a share
-    of LOOKED_AT are those that the words behind the image attend to most (VL-Cache, TGV-KV). All others are evenly
-    spaced over the tokens left: the picture, and words that found no room. These tokens are laid around a circle in
-    steps of the golden ratio, and one arc of it is kept. In a grid 24 wide, every sixth patch would form four columns;
-    an arc spreads in both directions, unless the grid is 13, 21 or 34 wide (Fibonacci's numbers). From layer to layer
-    the arc moves on by a turn / L: if L arcs fill the circle, the layers together see all of the picture.
+    The first and the last token stay anyway. Up to half of a layer's tokens are words of the prompt: the last of them,
+    if there are more. Of the rest, a share of LOOKED_AT are those that the words behind the image attend to most
+    (VL-Cache, TGV-KV). All others are evenly spaced over the tokens left: the picture, and words that found no room.
+    These tokens are laid around a circle in steps of the golden ratio, and one arc of it is kept. In a grid 24 wide,
+    every sixth patch would form four columns; an arc spreads in both directions, unless the grid is 13, 21 or 34 wide
+    (Fibonacci's numbers). From layer to layer the arc moves on by a turn / L: if L arcs fill the circle, the layers
+    together see all of the picture.
 
     A spaced token also stands for dropped ones. If one of n is kept, log n is added to its score, so that a new token
     counts it n times (ToMe's proportional attention, arXiv 2210.09461, section 3). One that is dropped while decoding
@@ -359,18 +364,18 @@ class Cover(H2O):
     TURNS = 1.0  # how far the arc would have moved after the last layer
 
     def begin(self, present: Tensor, image: Tensor) -> None:
-        self.asking, self.layer = asking(present, question(present, image)), 0
+        self.queries, self.layer = asking(present, question(present, image)), 0
         self.words, self.pictured = present & ~image, image.any(1)  # [B, N], [B]
 
     def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        return self.received_by(last_attention(query, key, *self.asking))
+        return self.received_by(last_attention(query, key, *self.queries))
 
     def received_by(self, weights: Tensor) -> Tensor:
         return weights.square().sum((1, 2))
 
     def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
         spared = self.words & self.pictured[:, None]  # [B, N]
-        counts = super().allocate(scores + spared * 1e6, present)
+        counts = super().allocate(scores + spared * 1e6, present)  # more than any attention, so that words go last
         self.chosen = self.cover(scores, counts, present)  # of all layers at once, which is faster
         return counts
 
@@ -387,10 +392,10 @@ class Cover(H2O):
         turn = torch.arange(len(scores), device=scores.device) * (self.TURNS / len(scores))  # [L]
         angle = (number.double() * GOLDEN + turn[:, None, None]) % 1  # [L, B, N]: in turns
         spaced = best(-angle, room, others)
-        stand_for = (others.sum(-1) / room)[..., None]  # [L, B, 1]
+        stand_for = (others.sum(-1) / room)[..., None]  # [L, B, 1]; not read where there is no room
         log_weights = torch.where(spaced, stand_for.log(), 0.0)  # [L, B, N]
         self.log_weights = F.pad(log_weights, (0, 1))  # [L, B, N + 1]: the last one is that of all new tokens
-        self.padding = present.shape[1] - number[:, -1:]  # [B, 1]: behind it is position 0
+        self.padding = present.shape[1] - number[:, -1:]  # [B, 1]: the column of position 0
         return kept | spaced
 
     def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:

@@ -272,11 +272,13 @@ def speed_up(model: Llava) -> Llava:
 
 
 def kept_checks(checks: Sequence[Any]) -> list[bool]:
-    """Which of torch.compile's checks ("guards") are made before every step: of the model, only those of its weights.
+    """Which of torch.compile's checks ("guards") are made before every step: of the modules, only those of tensors.
 
-    Of its modules there are some 200 for each layer. They took a quarter of a small model's step.
+    A layer's modules have some 200 others, named such as "self._modules['lm_head']". They took a quarter of a small
+    model's step.
     """
-    return [check.guard_type == "TENSOR_MATCH" or "_modules" not in check.name for check in checks]
+    tensors = ("TENSOR_MATCH", "DUPLICATE_INPUT")  # shape and dtype, and whether two names are one tensor
+    return [check.guard_type in tensors or "_modules" not in check.name for check in checks]
 
 
 def compile_steps(model: Llava) -> None:
@@ -297,7 +299,8 @@ def compile_steps(model: Llava) -> None:
     if hasattr(torch.compiler, "keep_tensor_guards_unsafe"):  # only then does torch.compile know the option
         options["guard_filter_fn"] = kept_checks
     # The plain method, since FastLlava's own calls the compiled one. torch.compile keeps its graphs beside a function's
-    # code. A copy of the code gives this model graphs of its own, since they do not check which model they are for.
+    # code. A copy of the code gives this model graphs of its own, since they do not check which model they are for. (A
+    # method that calls `super()` could not be copied so.)
     plain = Llava.next_logits
     step = FunctionType(plain.__code__.replace(), plain.__globals__)
     model.compiled_step = torch.compile(step, dynamic=True, options=options)

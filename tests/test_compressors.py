@@ -229,6 +229,22 @@ def test_attention_of_the_last_queries_does_not_see_padding(seed, length, paddin
     torch.testing.assert_close(together[..., padding:], alone, rtol=1e-5, atol=1e-6)  # sums in another order
 
 
+def test_attention_of_the_last_queries_is_finite_where_products_are_too_large_for_float16():
+    query, key = torch.full((1, 4, 9, 6), 120.0).half(), torch.full((1, 2, 9, 6), 120.0).half()  # 86,400, scaled 35,273
+    asked = asking_last(torch.ones(1, 9, dtype=torch.bool), 3)
+    expected = torch.ones(3, 9).tril(6) / torch.tensor([[7.0], [8.0], [9.0]])
+    torch.testing.assert_close(last_attention(query, key, *asked)[0], expected.expand(4, 3, 9))
+
+
+@given(seeds, st.integers(3, 40), st.integers(0, 40))
+def test_h2o_keeps_the_first_tokens_and_the_newest(seed, length, start):
+    compressor = H2O(0.5)
+    compressor.start = start
+    counts, kept = choose(compressor, *attention(seed, 1, [length]))
+    newest = min(int(counts) // 2, int(counts) - start)
+    assert kept[0, 0, :start].all() and kept[0, 0, length - max(1, newest) :].all()
+
+
 class Largest(TorchDispatchMode):
     """Remembers how many numbers the largest tensor has that is made meanwhile."""
 

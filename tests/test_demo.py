@@ -201,7 +201,9 @@ def ends(theirs, tokens, end):
     return tokens[end - 1] == stop and not {*tokens[end:]} - {pad}
 
 
-def test_json_tokens_are_those_of_transformers_for_the_embedded_checkpoint(tiny_reference, tiny, tmp_path, capsys, sweep):
+def test_json_tokens_are_those_of_transformers_for_the_embedded_checkpoint(
+    tiny_reference, tiny, tmp_path, capsys, sweep
+):
     _, processor = tiny
     questions = (
         "Describe the image in detail.",

@@ -172,7 +172,7 @@ def test_compiled_steps_give_the_same_tokens_from_one_graph_for_all_prompts(shal
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    # PrefixKV's widest layer is the first with the second prompts, the last with the others.
+    # PrefixKV's widest layer is the first with the second prompts, the last with the others (see `FastKVCache.store`).
     one, two = PROMPTS[0], ["what is that", "a cat and a dog on the mat"]
     others = ["a cat", "yes two three red blue a cat describe"]
     # Each graph takes half a minute. One of a single prompt and one of several, with and without a method, are enough.
@@ -190,7 +190,7 @@ def test_compiled_steps_give_the_same_tokens_from_one_graph_for_all_prompts(shal
 
 
 def compiled_without_a_compiler(folder, monkeypatch):
-    """A model whose steps are traced as for compiling, and run by torch; what counts the graphs."""
+    """A model whose steps are traced as for compiling but run by torch, and torch's counters of graphs."""
     traced = partial(torch.compile, backend="eager")
 
     def compile(step, dynamic, options):
@@ -240,7 +240,7 @@ def test_compiled_models_do_not_share_graphs_and_new_weights_are_noticed(shallow
     other, turned = load_model(folder), load_model(folder)
     for either in (other, turned):
         for layer in either.language_model.layers:
-            layer.mlp.activation = F.relu
+            layer.mlp.activation = F.relu  # all shapes are as before, so the other's graph would fit
     compile_steps(turned)
     assert same(turned, other) and not same(turned, compiled)
     graphs = counters["stats"]["unique_graphs"]

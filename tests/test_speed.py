@@ -119,4 +119,5 @@ def test_scoring_divides_by_the_full_cache_of_the_same_round(capsys):
     out = capsys.readouterr().out
     assert "592 prompt tokens" in out and [line.split("|")[1] for line in out.splitlines()[4:]] == [" full ", " cover "]
     assert scoring.main(["--budget", "2"]) == 2
+    assert scoring.main(["--rounds", "0"]) == scoring.main(["--batch", "0"]) == 2
     assert "above 0 and at most 1" in capsys.readouterr().err
