@@ -1,34 +1,28 @@
-"""Checkpoints for the tests: random ones of the installed `transformers` in every layout, and the embedded one."""
+"""What all tests share: paths, options, and the checkpoints that most of them use.
+
+With `pytest -n`, the process that hands out the tests reads this file, too. So it imports nothing that takes seconds.
+"""
 
 from __future__ import annotations
 
-import functools
-import json
 import os
-import re
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import Phase, settings
 
-import weights
-from minillava import TINY
-
 ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "minillava" / "tiny"
 GOLDEN = ROOT.parent / "shared" / "golden"
 PLANS = ROOT.parent / "shared" / "paper" / "published_plans"
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n`: as many processes as cores, each with one thread
-    os.environ["OMP_NUM_THREADS"] = "1"  # what the tests start has one, too
-    torch.set_num_threads(1)
-else:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+# Before torch is imported. `pytest -n` has a process for each core; what the tests start has as many threads, too.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(2, os.cpu_count() or 1))
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--sweep", action="store_true", help="the same tests with more of everything: examples, pictures, seconds"
+        "--sweep", action="store_true", help="the same tests with more of everything: examples, tokens, seconds"
     )
 
 
@@ -38,7 +32,7 @@ def pytest_configure(config):
     The profile `quick`, with `--hypothesis-profile`, is for tests that fail at once.
     """
     settings.register_profile("project", deadline=None, derandomize=True,
-                              max_examples=100 if config.getoption("--sweep") else 25)  # fmt: skip
+                              max_examples=100 if config.getoption("--sweep") else 10)  # fmt: skip
     settings.register_profile("quick", deadline=None, derandomize=True, database=None, max_examples=5,
                               phases=[Phase.explicit, Phase.generate])  # fmt: skip
     settings.load_profile(config.getoption("--hypothesis-profile", None) or "project")
@@ -50,107 +44,30 @@ def pytest_xdist_auto_num_workers():
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-LAYOUTS = ("hub", "memory", "disk5")
-IMAGE_ID = 310
-
-
-def reference(seed=0, *, kv_heads=4, tied=False, text=None, vision=None, **top):
-    """A randomly initialised `LlavaForConditionalGeneration` in float32, with weights large enough to matter."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    torch.manual_seed(seed)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            **{"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
-               "image_size": 28, "patch_size": 7, **(vision or {})}
-        ),
-        text_config=LlamaConfig(
-            **{"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-               "num_attention_heads": 4, "num_key_value_heads": kv_heads, "max_position_embeddings": 256,
-               "tie_word_embeddings": tied, **(text or {})}
-        ),
-        **{"image_token_index": IMAGE_ID, "tie_word_embeddings": tied, "pad_token_id": 0, **top},
-    )  # fmt: skip
-    model = LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=1.2 * parameter[0].numel() ** -0.5)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
-def write(model, folder: Path, layout: str, tokenizer: bool = True) -> Path:
-    """Saves a reference model under `folder` in one of LAYOUTS, with the embedded tokenizer beside it."""
-    from safetensors.torch import load_file, save_file
-
-    model.save_pretrained(folder)
-    if layout == "memory":
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        if model.config.tie_word_embeddings:
-            del state["lm_head.weight"]
-        save_file(state, folder / "model.safetensors")
-    if layout == "hub":
-        state = load_file(folder / "model.safetensors")
-        renamed = {
-            re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name): tensor
-            for name, tensor in state.items()
-        }
-        save_file(renamed, folder / "model.safetensors")
-        config = json.loads((folder / "config.json").read_text())
-        rope = config["text_config"].pop("rope_parameters")
-        config["text_config"]["rope_theta"] = rope.pop("rope_theta")
-        config["text_config"]["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-        (folder / "config.json").write_text(json.dumps(config))
-    if tokenizer:
-        side = model.config.vision_config.image_size
-        write_processor(folder, side)
-    return folder
-
-
-@functools.cache
-def tokenizer_model() -> bytes:
-    """A tokenizer of 300 and a few pieces."""
-    import io
-
-    import sentencepiece
-
-    made = io.BytesIO()
-    words = ["USER: What is in the image? ASSISTANT: a cat.", "describe it in detail", "yes no two three red blue"]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words * 4), model_writer=made, model_type="bpe", vocab_size=305, hard_vocab_limit=False,
-        byte_fallback=True, remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
-    )  # fmt: skip
-    return made.getvalue()
-
-
-def write_processor(folder: Path, side: int) -> None:
-    """The tokenizer, and an image processor for `side` pixels."""
-    (folder / "tokenizer.model").write_bytes(tokenizer_model())
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"added_tokens_decoder": {str(IMAGE_ID): {"content": "<image>", "special": True}}})
-    )
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps({"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}})
-    )
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sweep(request) -> bool:
     """Whether tests may take long."""
     return request.config.getoption("--sweep")
 
 
 @pytest.fixture(scope="session")
+def tokens(sweep) -> int:
+    """How many greedy tokens are compared."""
+    return 64 if sweep else 16
+
+
+@pytest.fixture(scope="session")
 def tiny():
     """The embedded checkpoint: (model, processor)."""
+    import weights
+
     return weights.load(TINY)
 
 
 @pytest.fixture(scope="session")
 def tiny_reference():
     """The embedded checkpoint as transformers loads it, in float32."""
+    import torch
     from transformers import LlavaForConditionalGeneration
 
     return LlavaForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
@@ -159,6 +76,10 @@ def tiny_reference():
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """A random checkpoint with grouped-query attention: (folder, transformers' model, our model, processor)."""
+    from checkpoints import reference, write
+
+    import weights
+
     model = reference(kv_heads=2)
     folder = write(model, tmp_path_factory.mktemp("small"), "disk5")
     return folder, model, *weights.load(folder)

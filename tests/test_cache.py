@@ -169,7 +169,7 @@ def test_a_sample_gets_the_same_kept_tokens_and_text_alone_and_in_a_batch(small,
         assert torch.equal(alone.token_ids[0], together.token_ids[index])
 
 
-def test_five_different_prompts_alone_and_in_a_batch_on_the_embedded_checkpoint(tiny):
+def test_five_different_prompts_alone_and_in_a_batch_on_the_embedded_checkpoint(tiny, tokens):
     """The same kept tokens, and the same 64 greedy tokens; three of the prompts show an image."""
     from PIL import Image
 
@@ -183,10 +183,10 @@ def test_five_different_prompts_alone_and_in_a_batch_on_the_embedded_checkpoint(
         ("Count.", None),
     ]
     prompts = [processor.chat([(question, None)], int(picture is not None)) for question, picture in ask]
-    options = {"max_new_tokens": 64, "eos_token_id": (), "compressor": PrefixKV(0.3)}
+    options = {"max_new_tokens": tokens, "eos_token_id": (), "compressor": PrefixKV(0.3)}
     batch = processor(prompts, [picture for _, picture in ask if picture is not None])
     together = model.generate(**batch, **options)
-    assert together.token_ids.shape == (5, 64)
+    assert together.token_ids.shape == (5, tokens)
     _, cache = model.prefill(**batch, compressor=options["compressor"])
     for index, (prompt, (_, picture)) in enumerate(zip(prompts, ask)):
         inputs = processor(prompt, [] if picture is None else [picture])

@@ -13,7 +13,8 @@ import sys
 import forked
 import pytest
 import torch
-from conftest import ROOT, TINY, reference, write
+from checkpoints import reference, write
+from conftest import ROOT, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -168,7 +169,7 @@ def test_json_tokens_are_those_of_transformers_for_a_checkpoint_it_wrote(tmp_pat
     theirs.generation_config.eos_token_id = None
     folder = write(theirs, tmp_path / "checkpoint", "disk5")
     _, processor = weights.load(folder)
-    pictures = [Image.effect_noise((30 + i, 50 - i), 20 + 4 * i).convert("RGB") for i in range(20 if sweep else 8)]
+    pictures = [Image.effect_noise((30 + i, 50 - i), 20 + 4 * i).convert("RGB") for i in range(20 if sweep else 4)]
     questions = ("What is in the image?", "describe it in detail", "yes no", "two red")
     compare(capsys, theirs, processor, pictures, questions, tmp_path, "--model", str(folder))
 
@@ -211,12 +212,13 @@ def test_json_tokens_are_those_of_transformers_for_the_embedded_checkpoint(
         "What is in the centre?",
         "Anything else?",
     )
-    pictures = [draw(make_scene(random.Random(f"demo {index}")))[0] for index in range(20 if sweep else 8)]
+    pictures = [draw(make_scene(random.Random(f"demo {index}")))[0] for index in range(20 if sweep else 4)]
     compare(capsys, tiny_reference, processor, pictures, questions, tmp_path)
 
 
 def test_a_seed_makes_sampling_repeatable(capsys):
-    arguments = ("--json", "--temperature", "1.5", "--top-k", "50", "--top-p", "0.99", "--max-new-tokens", "30")
+    arguments = ("--json", "--temperature", "1.5", "--top-k", "50", "--top-p", "0.99", "--budget", "50%",
+                 "--max-new-tokens", "16")  # fmt: skip
     first, again, other = (
         [r["token_ids"] for r in json.loads(run(capsys, *arguments, "--seed", seed)[1])["runs"]] for seed in "112"
     )
@@ -230,7 +232,7 @@ def test_a_tiny_temperature_is_no_error(capsys):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_answers_by_its_name(capsys, method):
-    code, out, _ = run(capsys, "--json", "--method", method, "--budget", "0.4", "--max-new-tokens", "20")
+    code, out, _ = run(capsys, "--json", "--method", method, "--budget", "0.4", "--max-new-tokens", "6")
     full, compressed = json.loads(out)["runs"]
     assert code == 0 and (compressed["method"], compressed["budget"]) == (method, 0.4)
     assert sum(compressed["kept_per_layer"]) == round(0.4 * sum(full["kept_per_layer"]))

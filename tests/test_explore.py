@@ -38,15 +38,15 @@ def image():
 def data(tiny, image):
     model, processor = tiny
     prompt = processor.chat([("Describe the image in detail.", None)], 1)
-    return explore.collect(model, processor, prompt, [image], (0.5, 0.2), 24, "somewhere/tiny")
+    return explore.collect(model, processor, prompt, [image], (0.5, 0.2), 12, "somewhere/tiny")
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_the_tokens_shown_are_those_that_a_cache_keeps(tiny, image, data, number):
+def test_the_tokens_shown_are_those_that_a_cache_keeps(tiny, image, data, number, sweep):
     model, processor = tiny
     method = (PrefixKV, *explore.OTHERS.values())[number]
     inputs = processor(data["prompt"], [image])
-    for stop, budget in enumerate(data["budgets"]):
+    for stop, budget in list(enumerate(data["budgets"]))[:: 1 if sweep else 6]:
         _, cache = model.prefill(**inputs, max_new_tokens=1, compressor=method(budget))
         assert cache.kept[:, 0].tolist() == explore.counts(data, stop, number)
         for layer in range(8):
@@ -109,8 +109,8 @@ def test_the_page_needs_no_network_and_is_small(data):
     assert not re.search(r"(src|href)\s*=\s*[\"']?https?:|@import|url\(['\"]?http", text)
 
 
-def test_text_that_is_html_stays_text(tiny, image):
-    model, processor = tiny
+def test_text_that_is_html_stays_text(small, image):
+    _, _, model, processor = small
     made = explore.collect(model, processor, f"USER: <image>\n{NASTY} ASSISTANT:", [image], (0.5,), 4, NASTY)
     text = explore.page(made)
     assert "<script>document" not in text and "<img" not in text
@@ -268,8 +268,8 @@ def test_the_page_works_in_a_browser_without_a_message(tmp_path, data, width):
 
 
 @browser
-def test_a_prompt_that_is_html_does_nothing_in_a_browser(tmp_path, tiny, image):
-    model, processor = tiny
+def test_a_prompt_that_is_html_does_nothing_in_a_browser(tmp_path, small, image):
+    _, _, model, processor = small
     made = explore.collect(model, processor, f"USER: <image>\n{NASTY} ASSISTANT:", [image], (0.5, 0.2), 4, NASTY)
     seen = visit(explore.page(made), tmp_path, 800)
     assert seen["title"] == "What is kept of a KV cache" and seen["errors"] == []

@@ -8,7 +8,8 @@ import pickle
 
 import pytest
 import torch
-from conftest import IMAGE_ID, TINY, reference, write, write_processor
+from checkpoints import IMAGE_ID, reference, write, write_processor
+from conftest import TINY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -323,21 +324,35 @@ QUICK = ["--samples", "3", "--batch-size", "2", "--budgets", "0.3", "--scores", 
          "--evictions", "queue", "none", "--max-new-tokens", "5"]  # fmt: skip
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_table(tmp_path, monkeypatch, capsys):
+def shorten(patch):
+    """Scenes with short answers."""
     short = [replace(sample, answer=sample.answer[:60]) for sample in quality.scenes(3, 0, "parts reading")]
-    monkeypatch.setattr(quality, "scenes", lambda count, seed, split: {"parts reading": short}[split])
-    out = ["--out", str(tmp_path / "out")]
-    assert main([*QUICK, *out]) == 0
+    patch.setattr(quality, "scenes", lambda count, seed, split: {"parts reading": short}[split])
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory):
+    """A finished run of three scenes."""
+    out = tmp_path_factory.mktemp("parts") / "reading"
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        assert main([*QUICK, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_table(reading, tmp_path, monkeypatch, capsys):
+    out = ["--out", str(shutil.copytree(reading, tmp_path / "out"))]
     path = tmp_path / "out" / "results.jsonl"
     lines, table = path.read_text().splitlines(), (tmp_path / "out" / "table.md").read_text()
-    assert table.strip() == capsys.readouterr().out.strip()
     assert (tmp_path / "out" / "parts.png").stat().st_size > 10000
     assert len(lines) == len(set(lines)) == 3 * 5
+    shorten(monkeypatch)
     monkeypatch.setattr(parts, "plot", lambda *arguments: None)  # once is enough
     path.write_text("\n".join([*lines[:4], lines[4][:20]]))
     assert main([*QUICK, *out]) == 0
     assert sorted(path.read_text().splitlines()) == sorted(lines)
-    assert (tmp_path / "out" / "table.md").read_text() == table
+    assert table == (tmp_path / "out" / "table.md").read_text()
+    assert table.strip() == capsys.readouterr().out.strip()
     assert main([*QUICK, "--seed", "1", *out]) == 2
     assert "seed 0 → 1" in capsys.readouterr().err
 
@@ -387,11 +402,8 @@ def test_arguments_that_make_no_sense_end_with_2(arguments):
     assert error.value.code == 2
 
 
-def test_nothing_is_chosen_on_what_it_is_reported_on(read, tmp_path, capsys):
-    out = tmp_path / "reading"
-    assert main([*QUICK, "--out", str(out)]) == 0
-    capsys.readouterr()
-    assert main([*QUICK, "--chosen", str(out), "--out", str(tmp_path / "again")]) == 2
+def test_nothing_is_chosen_on_what_it_is_reported_on(reading, tmp_path, capsys):
+    assert main([*QUICK, "--chosen", str(reading), "--out", str(tmp_path / "again")]) == 2
     assert "is of the split reading, too" in capsys.readouterr().err
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import reference as random_model
-from conftest import write
+from checkpoints import reference as random_model
+from checkpoints import write
 from torch import nn
 
 import minillava.model

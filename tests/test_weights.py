@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, reference, write
+from checkpoints import reference, write
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import weights
@@ -256,7 +257,7 @@ print(sum(p.numel() * p.element_size() for p in model.parameters()), max(peak, a
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_loading_holds_one_model_and_one_tensor(tmp_path):
-    model = reference(text={"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 8000})
+    model = reference(text={"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 4000})
     write(model, tmp_path, "disk5")
     model.save_pretrained(tmp_path, max_shard_size="100MB")
     (tmp_path / "model.safetensors").unlink()
@@ -265,7 +266,7 @@ def test_loading_holds_one_model_and_one_tensor(tmp_path):
         [sys.executable, "-c", MEASURE, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
     )
     size, used = map(int, done.stdout.split())
-    assert size > 400e6
+    assert size > 200e6
     assert used < 1.05 * size  # 1.00 was measured; a second copy of the model would make it 2
 
 
