@@ -41,7 +41,8 @@ def test_without_its_body_the_named_tests_fail_and_restored_it_is_what_it_was(tr
     before = contents(tree)
     remove(name, tree)
     done = forked.run(
-        ["-m", "pytest", "-p", "no:cacheprovider", "--hypothesis-profile", "quick", *EXERCISES[name].tests],
+        ["-m", "pytest", "--tb=line", "-p", "no:cacheprovider", "--hypothesis-profile", "quick",
+         *EXERCISES[name].tests],
         cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)},
     )  # fmt: skip
     closing = done.stdout.splitlines()[-1]

@@ -164,39 +164,15 @@ def test_all_slots_under_a_mask_give_the_same_tokens_as_those_that_are_filled(ti
             assert torch.equal(generate(model, processor, PROMPTS[1], compressor=compressor).token_ids, expected)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU; none was found")
-def test_compiled_steps_give_the_same_tokens_from_one_graph_for_all_prompts(shallow, sweep):
-    folder, model, processor = shallow
-    compiled = load_model(folder)
-    compile_steps(compiled)
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    # PrefixKV's widest layer is the first with the second prompts, the last with the others (see `FastKVCache.store`).
-    one, two = PROMPTS[0], ["what is that", "a cat and a dog on the mat"]
-    others = ["a cat", "yes two three red blue a cat describe"]
-    cases = [(two, PrefixKV(0.5)), (others, PrefixKV(0.5))]
-    if sweep:  # each graph takes half a minute
-        cases += [(one, None), (one, PrefixKV(0.5)), (two, None)]
-    widest = []
-    for prompts, compressor in cases:
-        expected = generate(model, processor, prompts, compressor=compressor)
-        found = generate(compiled, processor, prompts, compressor=compressor)
-        assert torch.equal(found.token_ids, expected.token_ids)
-        widest.append(int(found.kept.amax(0).argmax()))
-    assert widest[:2] == [0, 1]
-    # a graph for each size of batch and for each method: no prompt is compiled for itself
-    assert counters["stats"]["unique_graphs"] == (4 if sweep else 1) and not counters["graph_break"]
+def compile_from(folder, monkeypatch=None):
+    """A model with compiled steps, and torch's counters. With monkeypatch, graphs are made but run by torch."""
+    if monkeypatch:
+        traced = partial(torch.compile, backend="eager")
 
+        def compile(step, dynamic, options):
+            return traced(step, dynamic=dynamic, options={key: options[key] for key in options if "guard" in key})
 
-def compiled_without_a_compiler(folder, monkeypatch):
-    """A model whose steps are traced as for compiling but run by torch, and torch's counters of graphs."""
-    traced = partial(torch.compile, backend="eager")
-
-    def compile(step, dynamic, options):
-        return traced(step, dynamic=dynamic, options={key: options[key] for key in options if "guard" in key})
-
-    monkeypatch.setattr(fast.torch, "compile", compile)
+        monkeypatch.setattr(fast.torch, "compile", compile)
     model = load_model(folder)
     compile_steps(model)
     torch._dynamo.reset()
@@ -204,9 +180,32 @@ def compiled_without_a_compiler(folder, monkeypatch):
     return model, torch._dynamo.utils.counters
 
 
+def test_compiled_steps_give_the_same_tokens_from_one_graph_for_all_prompts(shallow, monkeypatch, sweep):
+    """Each graph takes half a minute to compile, so without --sweep there is one, and torch runs it."""
+    if sweep and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU; none was found")
+    folder, model, processor = shallow
+    quick, counters = compile_from(folder, None if sweep else monkeypatch)
+    # PrefixKV's widest layer is the first with the second prompts, the last with the others (see `FastKVCache.store`).
+    one, two = PROMPTS[0], ["what is that", "a cat and a dog on the mat"]
+    others = ["a cat", "yes two three red blue a cat describe"]
+    cases = [(two, PrefixKV(0.5)), (others, PrefixKV(0.5))]
+    if sweep:
+        cases += [(one, None), (one, PrefixKV(0.5)), (two, None)]
+    widest = []
+    for prompts, compressor in cases:
+        expected = generate(model, processor, prompts, compressor=compressor)
+        found = generate(quick, processor, prompts, compressor=compressor)
+        assert torch.equal(found.token_ids, expected.token_ids)
+        widest.append(int(found.kept.amax(0).argmax()))
+    assert widest[:2] == [0, 1]
+    # a graph for each size of batch and for each method: no prompt is compiled for itself
+    assert counters["stats"]["unique_graphs"] == (4 if sweep else 1) and not counters["graph_break"]
+
+
 def test_a_method_that_observes_runs_uncompiled_and_what_follows_is_right(shallow, monkeypatch):
     folder, model, processor = shallow
-    compiled, counters = compiled_without_a_compiler(folder, monkeypatch)
+    compiled, counters = compile_from(folder, monkeypatch)
     for compressor in (None, H2O(0.5), PrefixKV(0.5), H2O(0.5), None):
         expected = generate(model, processor, PROMPTS[1], compressor=compressor).token_ids
         assert torch.equal(generate(compiled, processor, PROMPTS[1], compressor=compressor).token_ids, expected)
@@ -218,7 +217,7 @@ def test_more_graphs_than_torch_allows_by_itself_are_all_compiled(shallow, monke
     # Torch allows 8. Each graph takes seconds, so without --sweep it is made to allow fewer.
     limit, sizes = (8, range(1, 6)) if sweep else (1, [2])
     with torch._dynamo.config.patch(recompile_limit=limit):
-        compiled, counters = compiled_without_a_compiler(folder, monkeypatch)
+        compiled, counters = compile_from(folder, monkeypatch)
         compare(model, compiled, processor, sizes)
     assert counters["stats"]["unique_graphs"] == 2 * len(sizes) > limit
 
@@ -234,7 +233,7 @@ def test_compiled_models_do_not_share_graphs_and_new_weights_are_noticed(shallow
     def same(one, two):
         return torch.allclose(logits(one), logits(two), rtol=1e-5, atol=1e-4)  # sums in another order
 
-    compiled, counters = compiled_without_a_compiler(folder, monkeypatch)
+    compiled, counters = compile_from(folder, monkeypatch)
     assert same(compiled, model)
     other, turned = load_model(folder), load_model(folder)
     for either in (other, turned):
