@@ -41,9 +41,14 @@ def generate(model, processor, prompts, max_new_tokens=48, **options):
 
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory):
-    """As `small`, with two layers: every layer is compiled again for every graph."""
-    folder = write(reference(1, kv_heads=2, text={"num_hidden_layers": 2}), tmp_path_factory.mktemp("two"), "disk5")
-    return folder, *load(folder)
+    """As `small`, with one layer or two: every layer is compiled again for every graph."""
+
+    def make(layers):
+        model = reference(1, kv_heads=2, text={"num_hidden_layers": layers})
+        folder = write(model, tmp_path_factory.mktemp("shallow"), "disk5")
+        return folder, *load(folder)
+
+    return make
 
 
 def with_16_bit_products(model):
@@ -184,7 +189,7 @@ def test_compiled_steps_give_the_same_tokens_from_one_graph_for_all_prompts(shal
     """Each graph takes half a minute to compile, so without --sweep there is one, and torch runs it."""
     if sweep and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU; none was found")
-    folder, model, processor = shallow
+    folder, model, processor = shallow(2)
     quick, counters = compile_from(folder, None if sweep else monkeypatch)
     # PrefixKV's widest layer is the first with the second prompts, the last with the others (see `FastKVCache.store`).
     one, two = PROMPTS[0], ["what is that", "a cat and a dog on the mat"]
@@ -204,7 +209,7 @@ def test_compiled_steps_give_the_same_tokens_from_one_graph_for_all_prompts(shal
 
 
 def test_a_method_that_observes_runs_uncompiled_and_what_follows_is_right(shallow, monkeypatch):
-    folder, model, processor = shallow
+    folder, model, processor = shallow(1)
     compiled, counters = compile_from(folder, monkeypatch)
     for compressor in (None, H2O(0.5), PrefixKV(0.5), H2O(0.5), None):
         expected = generate(model, processor, PROMPTS[1], compressor=compressor).token_ids
@@ -213,7 +218,7 @@ def test_a_method_that_observes_runs_uncompiled_and_what_follows_is_right(shallo
 
 
 def test_more_graphs_than_torch_allows_by_itself_are_all_compiled(shallow, monkeypatch, sweep):
-    folder, model, processor = shallow
+    folder, model, processor = shallow(1)
     # Torch allows 8. Each graph takes seconds, so without --sweep it is made to allow fewer.
     limit, sizes = (8, range(1, 6)) if sweep else (1, [2])
     with torch._dynamo.config.patch(recompile_limit=limit):
@@ -223,7 +228,7 @@ def test_more_graphs_than_torch_allows_by_itself_are_all_compiled(shallow, monke
 
 
 def test_compiled_models_do_not_share_graphs_and_new_weights_are_noticed(shallow, monkeypatch):
-    folder, model, processor = shallow
+    folder, model, processor = shallow(1)
 
     def logits(model):
         prompt = processor(["two red"])
