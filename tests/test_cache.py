@@ -153,7 +153,7 @@ def test_a_full_budget_is_bit_for_bit_no_compressor(small, images):
 @pytest.mark.parametrize(
     "compressor", [None, PrefixKV(0.4), PrefixKV(0.3, decode="keep"), PrefixKV(plan=Plan(0.5, [0.5] * 4))]
 )
-def test_a_sample_gets_the_same_kept_tokens_and_text_alone_and_in_a_batch(small, compressor):
+def test_a_sample_gets_the_same_kept_tokens_and_text_alone_and_in_a_batch(small, compressor, tokens):
     _, _, model, processor = small
     texts = [
         "a cat.",
@@ -162,9 +162,9 @@ def test_a_sample_gets_the_same_kept_tokens_and_text_alone_and_in_a_batch(small,
         "describe it in detail yes no",
         "three blue cat",
     ]
-    together = model.generate(**processor(texts), max_new_tokens=30, eos_token_id=(), compressor=compressor)
+    together = model.generate(**processor(texts), max_new_tokens=tokens, eos_token_id=(), compressor=compressor)
     for index, text in enumerate(texts):
-        alone = model.generate(**processor(text), max_new_tokens=30, eos_token_id=(), compressor=compressor)
+        alone = model.generate(**processor(text), max_new_tokens=tokens, eos_token_id=(), compressor=compressor)
         assert torch.equal(alone.kept[0], together.kept[index])
         assert torch.equal(alone.token_ids[0], together.token_ids[index])
 
