@@ -216,30 +216,32 @@ def test_json_tokens_are_those_of_transformers_for_the_embedded_checkpoint(
     compare(capsys, tiny_reference, processor, pictures, questions, tmp_path)
 
 
-def test_a_seed_makes_sampling_repeatable(capsys):
-    arguments = ("--json", "--temperature", "1.5", "--top-k", "50", "--top-p", "0.99", "--budget", "50%",
-                 "--max-new-tokens", "16")  # fmt: skip
+def test_a_seed_makes_sampling_repeatable(capsys, small):
+    arguments = ("--model", str(small[0]), "--json", "--budget", "50%", "--max-new-tokens", "16",
+                 "--temperature", "1.5", "--top-k", "50", "--top-p", "0.99")  # fmt: skip
     first, again, other = (
         [r["token_ids"] for r in json.loads(run(capsys, *arguments, "--seed", seed)[1])["runs"]] for seed in "112"
     )
     assert first == again != other
 
 
-def test_a_tiny_temperature_is_no_error(capsys):
-    code, out, err = run(capsys, "--json", "--temperature", "1e-40", "--max-new-tokens", "4")
+def test_a_tiny_temperature_is_no_error(capsys, small):
+    model = ("--model", str(small[0]))
+    code, out, err = run(capsys, *model, "--json", "--temperature", "1e-40", "--max-new-tokens", "4")
     assert (code, err) == (0, "") and len(json.loads(out)["runs"]) == 4
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_answers_by_its_name(capsys, method):
-    code, out, _ = run(capsys, "--json", "--method", method, "--budget", "0.4", "--max-new-tokens", "6")
+def test_every_method_answers_by_its_name(capsys, small, method):
+    model = ("--model", str(small[0]))
+    code, out, _ = run(capsys, *model, "--json", "--method", method, "--budget", "0.4", "--max-new-tokens", "6")
     full, compressed = json.loads(out)["runs"]
     assert code == 0 and (compressed["method"], compressed["budget"]) == (method, 0.4)
     assert sum(compressed["kept_per_layer"]) == round(0.4 * sum(full["kept_per_layer"]))
 
 
-def test_methods_and_budgets_are_combined_and_named_in_the_table(capsys):
-    chosen = ("--method", "h2o", "--method", "random", "--budget", "0.3", "--budget", "0.1")
+def test_methods_and_budgets_are_combined_and_named_in_the_table(capsys, small):
+    chosen = ("--model", str(small[0]), "--method", "h2o", "--method", "random", "--budget", "0.3", "--budget", "0.1")
     code, out, _ = run(capsys, *chosen, "--max-new-tokens", "3")
     assert code == 0
     rows = [line.split()[:2] for line in out.splitlines()[-5:]]
@@ -254,9 +256,9 @@ def test_several_images_in_one_prompt(capsys):
 
 
 @pytest.mark.parametrize("options", [(), ("--method", "h2o"), ("--budget", "30%")])
-def test_a_conversation_of_several_turns(capsys, monkeypatch, options):
+def test_a_conversation_of_several_turns(capsys, small, monkeypatch, options):
     monkeypatch.setattr("sys.stdin", io.StringIO("How many objects are there?\nWhat is at the top left?\n\n"))
-    code, out, _ = run(capsys, "--chat", "--max-new-tokens", "12", *options)
+    code, out, _ = run(capsys, "--model", str(small[0]), "--chat", "--max-new-tokens", "12", *options)
     assert code == 0
     assert out.count("you: ") == 3
 
