@@ -208,7 +208,9 @@ addEventListener("load", () => {
   for (const key of ["ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp", "ArrowUp", "ArrowDown"])
     document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
   result.keys = look();
-  $("run").value = 1; $("run").dispatchEvent(new Event("change")); result.run = look();
+  const run = number => { $("run").value = number; $("run").dispatchEvent(new Event("change")); };
+  run(0); result.first = look();
+  run(1);
   move("budget", data.start);
   $("method").value = 1; $("method").dispatchEvent(new Event("change")); result.method = look();
   result.width = document.documentElement.scrollWidth; result.inner = innerWidth;
@@ -252,6 +254,8 @@ def test_the_page_works_in_a_browser_without_a_message(tmp_path, data, width):
         here = explore.kept(data, layer, stop, method)
         return sum(not here[position] for position in data["patches"])
 
+    lowest = " ".join(text for _, text in data["runs"][1]["right"]).split()  # as the slider's budget
+    assert start["answer"].split() == lowest != seen["first"]["answer"].split()
     assert start["dropped"] == dropped(data["layer"]) and start["layer"] == str(data["layer"])
     assert start["story"].startswith("Layer ") and "its attention is spread over many keys. Layer " in start["story"]
     assert layer["dropped"] == dropped(5) and layer["layer"] == "5"
@@ -260,7 +264,6 @@ def test_the_page_works_in_a_browser_without_a_message(tmp_path, data, width):
     assert everything["words"] == len(data["words"])
     assert float(everything["level"]) < float(layer["level"]) and float(everything["bar"]) == 250
     assert seen["keys"]["patch"].startswith("Patch in row 2, column 1;") and seen["keys"]["rows"] == 8
-    assert seen["run"]["answer"].split() == " ".join(text for _, text in data["runs"][1]["right"]).split()
     other = seen["method"]
     assert other["dropped"] == dropped(5, 1) and other["name"] == "cover" and other["hidden"] == "hidden"
     assert other["story"] == "cover keeps 20 % in every layer."
