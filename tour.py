@@ -194,7 +194,7 @@ show({f"layer {i}": row[is_image].view(rows, rows) for i, row in enumerate(table
 curve = priority(table)  # [L, N + 1]: P(0), P(1) .. P(N)
 for number, row in enumerate(curve):
     half = int((row < 0.5).sum())  # P(0) .. P(half - 1) are below a half, P(half) is not
-    print(f"layer {number}: half of the importance is in {half:3} keys  {'#' * (half // 2)}")
+    print(f"layer {number}: half of the importance is in {half:3} keys  {'#' * (half // 4)}")
 assert torch.allclose(curve[:, -1], torch.ones(len(table), dtype=torch.float64))
 
 # %% [markdown]
