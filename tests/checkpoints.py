@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-LAYOUTS = ("hub", "memory", "disk5")
+LAYOUTS = ("hub", "memory", "disk5")  # as on the Hub, in transformers' memory, as transformers 5 saves; see weights.py
 IMAGE_ID = 310
 
 
@@ -41,7 +41,7 @@ def reference(seed=0, *, kv_heads=4, tied=False, text=None, vision=None, **top):
 
 
 def write(model, folder: Path, layout: str, tokenizer: bool = True) -> Path:
-    """Saves a reference model under `folder` in one of LAYOUTS, with the embedded tokenizer beside it."""
+    """Saves a reference model under `folder` in one of LAYOUTS, with a tokenizer and an image processor."""
     from safetensors.torch import load_file, save_file
 
     model.save_pretrained(folder)

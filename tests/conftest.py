@@ -1,23 +1,33 @@
 """What all tests share: paths, options, and the checkpoints that most of them use.
 
-With `pytest -n`, the process that hands out the tests reads this file, too. So it imports nothing that takes seconds.
+With `pytest -n`, the process that hands out the tests imports this file but runs none. So torch, transformers and
+`weights` are imported where they are used.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import Phase, settings
 
+from minillava import TINY
+
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "minillava" / "tiny"
+# Beside the clone on the authors' machine; without them, the tests that need them are skipped.
 GOLDEN = ROOT.parent / "shared" / "golden"
 PLANS = ROOT.parent / "shared" / "paper" / "published_plans"
 
-# Before torch is imported. `pytest -n` has a process for each core; what the tests start has as many threads, too.
-os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(2, os.cpu_count() or 1))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# torch reads these once, when it is imported; so do the programs that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of the processes of `pytest -n`
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(2, CORES)))
+if "torch" in sys.modules:  # a plugin was faster
+    sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_addoption(parser):
@@ -27,12 +37,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Every test runs either way. Without --sweep, those that search at random search for less long.
+    """Without --sweep, tests take fewer examples, tokens and pictures.
 
-    The profile `quick`, with `--hypothesis-profile`, is for tests that fail at once.
+    The profile `quick`, with `--hypothesis-profile`, is for tests that have to fail: they need no smaller example.
     """
     settings.register_profile("project", deadline=None, derandomize=True,
-                              max_examples=100 if config.getoption("--sweep") else 10)  # fmt: skip
+                              max_examples=100 if config.getoption("--sweep") else 25)  # fmt: skip
     settings.register_profile("quick", deadline=None, derandomize=True, database=None, max_examples=5,
                               phases=[Phase.explicit, Phase.generate])  # fmt: skip
     settings.load_profile(config.getoption("--hypothesis-profile", None) or "project")
@@ -41,7 +51,7 @@ def pytest_configure(config):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """Processes of `pytest -n auto`: one a core, but no more than four, since each takes up to 2 GB."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(4, CORES)
 
 
 @pytest.fixture(scope="session")
@@ -51,8 +61,8 @@ def sweep(request) -> bool:
 
 
 @pytest.fixture(scope="session")
-def tokens(sweep) -> int:
-    """How many greedy tokens are compared."""
+def new_tokens(sweep) -> int:
+    """How many tokens are generated and compared."""
     return 64 if sweep else 16
 
 

@@ -153,7 +153,7 @@ def test_a_full_budget_is_bit_for_bit_no_compressor(small, images):
 @pytest.mark.parametrize(
     "compressor", [None, PrefixKV(0.4), PrefixKV(0.3, decode="keep"), PrefixKV(plan=Plan(0.5, [0.5] * 4))]
 )
-def test_a_sample_gets_the_same_kept_tokens_and_text_alone_and_in_a_batch(small, compressor, tokens):
+def test_a_sample_gets_the_same_kept_tokens_and_text_alone_and_in_a_batch(small, compressor, new_tokens):
     _, _, model, processor = small
     texts = [
         "a cat.",
@@ -162,14 +162,14 @@ def test_a_sample_gets_the_same_kept_tokens_and_text_alone_and_in_a_batch(small,
         "describe it in detail yes no",
         "three blue cat",
     ]
-    together = model.generate(**processor(texts), max_new_tokens=tokens, eos_token_id=(), compressor=compressor)
+    together = model.generate(**processor(texts), max_new_tokens=new_tokens, eos_token_id=(), compressor=compressor)
     for index, text in enumerate(texts):
-        alone = model.generate(**processor(text), max_new_tokens=tokens, eos_token_id=(), compressor=compressor)
+        alone = model.generate(**processor(text), max_new_tokens=new_tokens, eos_token_id=(), compressor=compressor)
         assert torch.equal(alone.kept[0], together.kept[index])
         assert torch.equal(alone.token_ids[0], together.token_ids[index])
 
 
-def test_five_different_prompts_alone_and_in_a_batch_on_the_embedded_checkpoint(tiny, tokens):
+def test_five_different_prompts_alone_and_in_a_batch_on_the_embedded_checkpoint(tiny):
     """The same kept tokens, and the same 64 greedy tokens; three of the prompts show an image."""
     from PIL import Image
 
@@ -183,10 +183,10 @@ def test_five_different_prompts_alone_and_in_a_batch_on_the_embedded_checkpoint(
         ("Count.", None),
     ]
     prompts = [processor.chat([(question, None)], int(picture is not None)) for question, picture in ask]
-    options = {"max_new_tokens": tokens, "eos_token_id": (), "compressor": PrefixKV(0.3)}
+    options = {"max_new_tokens": 64, "eos_token_id": (), "compressor": PrefixKV(0.3)}
     batch = processor(prompts, [picture for _, picture in ask if picture is not None])
     together = model.generate(**batch, **options)
-    assert together.token_ids.shape == (5, tokens)
+    assert together.token_ids.shape == (5, 64)
     _, cache = model.prefill(**batch, compressor=options["compressor"])
     for index, (prompt, (_, picture)) in enumerate(zip(prompts, ask)):
         inputs = processor(prompt, [] if picture is None else [picture])

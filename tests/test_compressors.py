@@ -453,13 +453,13 @@ def test_a_full_budget_gives_the_text_of_the_full_cache(small, method):
 
 
 @methods
-def test_a_sample_gets_the_same_text_alone_and_in_a_batch(small, method, tokens):
+def test_a_sample_gets_the_same_text_alone_and_in_a_batch(small, method, new_tokens):
     _, _, model, processor = small
     texts = ["USER: What is in the image? ASSISTANT: a cat.", "describe it in detail yes no two", "three blue cat"]
     compressor = METHODS[method](0.4)
-    together = model.generate(**processor(texts), max_new_tokens=tokens, eos_token_id=(), compressor=compressor)
+    together = model.generate(**processor(texts), max_new_tokens=new_tokens, eos_token_id=(), compressor=compressor)
     for index, text in enumerate(texts):
-        alone = model.generate(**processor(text), max_new_tokens=tokens, eos_token_id=(), compressor=compressor)
+        alone = model.generate(**processor(text), max_new_tokens=new_tokens, eos_token_id=(), compressor=compressor)
         assert torch.equal(alone.kept[0], together.kept[index])
         assert torch.equal(alone.token_ids[0], together.token_ids[index])
 

@@ -46,7 +46,10 @@ def test_the_tokens_shown_are_those_that_a_cache_keeps(tiny, image, data, number
     model, processor = tiny
     method = (PrefixKV, *explore.OTHERS.values())[number]
     inputs = processor(data["prompt"], [image])
-    for stop, budget in list(enumerate(data["budgets"]))[:: 1 if sweep else 6]:
+    budgets = data["budgets"]
+    for stop, budget in enumerate(budgets):
+        if not sweep and budget not in (budgets[0], 0.2, 0.5, 1.0):
+            continue
         _, cache = model.prefill(**inputs, max_new_tokens=1, compressor=method(budget))
         assert cache.kept[:, 0].tolist() == explore.counts(data, stop, number)
         for layer in range(8):
@@ -112,6 +115,7 @@ def test_the_page_needs_no_network_and_is_small(data):
 def test_text_that_is_html_stays_text(small, image):
     _, _, model, processor = small
     made = explore.collect(model, processor, f"USER: <image>\n{NASTY} ASSISTANT:", [image], (0.5,), 4, NASTY)
+    made["words"].append((0, NASTY))  # as if it were one token
     text = explore.page(made)
     assert "<script>document" not in text and "<img" not in text
     assert text.count("<script") == 2

@@ -123,7 +123,7 @@ BATCH = (["a <image> cat", "USER: What?", "<image><image> a red dog and a cat."]
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
 @pytest.mark.parametrize("kind", FAMILY)
-def test_pixels_ids_logits_and_tokens_are_those_of_transformers(family, kind, kv_heads, tokens):
+def test_pixels_ids_logits_and_tokens_are_those_of_transformers(family, kind, kv_heads, new_tokens):
     _, theirs, processor, model, ours = family(kind, kv_heads)
     for texts, sizes in (ONE, SEVERAL, BATCH):
         pictures = [picture(*size, seed) for seed, size in enumerate(sizes)]
@@ -140,26 +140,26 @@ def test_pixels_ids_logits_and_tokens_are_those_of_transformers(family, kind, kv
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
             logits = theirs(**inputs, position_ids=positions).logits
-            made = theirs.generate(**inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
+            made = theirs.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
         real = inputs["attention_mask"].bool()
         assert float((model(**inputs) - logits)[real].abs().max().detach()) < LOGITS
         expected = made[:, inputs["input_ids"].shape[1] :]
         for compressor in (None, PrefixKV(1.0)):
-            found = model.generate(**inputs, max_new_tokens=tokens, eos_token_id=(), compressor=compressor)
+            found = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=(), compressor=compressor)
             assert torch.equal(found.token_ids, expected)
         assert processor.batch_decode(expected, skip_special_tokens=True) == ours.decode(expected)
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_bfloat16_gives_the_tokens_of_transformers(tmp_path, kind, tokens):
+def test_bfloat16_gives_the_tokens_of_transformers(tmp_path, kind, new_tokens):
     theirs = random_model(kind, 2, seed=1).to(torch.bfloat16)
     write(tmp_path, kind, theirs)
     theirs = type(theirs).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     model, processor = weights.load(tmp_path, dtype=torch.bfloat16, fast=False)
     inputs = processor(SEVERAL[0], [picture(*size) for size in SEVERAL[1]])
     pixels = inputs.pop("pixel_values").to(torch.bfloat16)
-    made = theirs.generate(**inputs, pixel_values=pixels, max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
-    found = model.generate(**inputs, pixel_values=pixels, max_new_tokens=tokens, eos_token_id=())
+    made = theirs.generate(**inputs, pixel_values=pixels, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
+    found = model.generate(**inputs, pixel_values=pixels, max_new_tokens=new_tokens, eos_token_id=())
     assert torch.equal(found.token_ids, made[:, inputs["input_ids"].shape[1] :])
 
 

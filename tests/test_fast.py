@@ -39,35 +39,29 @@ def generate(model, processor, prompts, max_new_tokens=48, **options):
     return model.generate(**processor(prompts), max_new_tokens=max_new_tokens, eos_token_id=(), **options)
 
 
-@pytest.fixture(scope="module")
-def shallow(tmp_path_factory):
-    """As `small`, with one layer or two: every layer is compiled again for every graph."""
-
-    def make(layers):
-        model = reference(1, kv_heads=2, text={"num_hidden_layers": layers})
-        folder = write(model, tmp_path_factory.mktemp("shallow"), "disk5")
-        return folder, *load(folder)
-
-    return make
+def shallow(folder, layers):
+    """A random checkpoint of few layers, since each one is traced again for every graph: (folder, model, processor)."""
+    write(reference(1, kv_heads=2, text={"num_hidden_layers": layers}), folder, "disk5")
+    return folder, *load(folder)
 
 
-def with_16_bit_products(model):
+def without_float32_products(model):
     """The model with the plain classes wherever 16-bit numbers are computed in float32."""
     return undo(undo(undo(model, "FastVisionLayer"), "FastAttention"), "FastLinear")
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tokens_are_the_same_with_and_without_in_every_dtype(tmp_path, dtype, kv_heads, tokens):
+def test_tokens_are_those_of_the_plain_classes_in_every_dtype(tmp_path, dtype, kv_heads, new_tokens):
     folder = write(reference(kv_heads=kv_heads), tmp_path, "disk5")
     plain, processor = load(folder, dtype=dtype, fast=False)
     quick = load_model(folder, dtype=dtype)
     if dtype in fast.HALF:  # what is rounded less may choose another token where two are equally likely
-        quick = with_16_bit_products(quick)
+        quick = without_float32_products(quick)
     for prompts in PROMPTS:
         for compressor in (None, PrefixKV(0.5), PrefixKV(0.3, decode="keep"), H2O(0.5)):
-            expected = generate(plain, processor, prompts, tokens, compressor=compressor)
-            found = generate(quick, processor, prompts, tokens, compressor=compressor)
+            expected = generate(plain, processor, prompts, new_tokens, compressor=compressor)
+            found = generate(quick, processor, prompts, new_tokens, compressor=compressor)
             assert torch.equal(found.token_ids, expected.token_ids) and torch.equal(found.kept, expected.kept)
             assert (found.cache_bytes, found.allocated_bytes) == (expected.cache_bytes, expected.allocated_bytes)
 
@@ -161,7 +155,7 @@ def test_all_slots_under_a_mask_give_the_same_tokens_as_those_that_are_filled(ti
     model, processor = tiny
     for compressor in (None, PrefixKV(0.5), PrefixKV(0.5, decode="keep")):
         expected = generate(model, processor, PROMPTS[1], compressor=compressor).token_ids
-        # The code that is compiled, not compiled.
+        # The code that is there for compiled steps, run as it is.
         with (
             mock.patch("torch.compiler.is_compiling", lambda: True),
             mock.patch.object(fast, "FastKVCache", lambda *arguments, compiled: FastKVCache(*arguments, compiled=True)),
@@ -169,15 +163,15 @@ def test_all_slots_under_a_mask_give_the_same_tokens_as_those_that_are_filled(ti
             assert torch.equal(generate(model, processor, PROMPTS[1], compressor=compressor).token_ids, expected)
 
 
-def compile_from(folder, monkeypatch=None):
-    """A model with compiled steps, and torch's counters. With monkeypatch, graphs are made but run by torch."""
+def compiled_model(folder, monkeypatch=None):
+    """A model with compiled steps, and torch's counters. With monkeypatch, steps are traced but not compiled."""
     if monkeypatch:
-        traced = partial(torch.compile, backend="eager")
+        trace = partial(torch.compile, backend="eager")
 
-        def compile(step, dynamic, options):
-            return traced(step, dynamic=dynamic, options={key: options[key] for key in options if "guard" in key})
+        def only_trace(step, dynamic, options):  # this backend knows no options but torch's own
+            return trace(step, dynamic=dynamic, options={key: options[key] for key in options if "guard" in key})
 
-        monkeypatch.setattr(fast.torch, "compile", compile)
+        monkeypatch.setattr(fast.torch, "compile", only_trace)
     model = load_model(folder)
     compile_steps(model)
     torch._dynamo.reset()
@@ -185,50 +179,65 @@ def compile_from(folder, monkeypatch=None):
     return model, torch._dynamo.utils.counters
 
 
-def test_compiled_steps_give_the_same_tokens_from_one_graph_for_all_prompts(shallow, monkeypatch, sweep):
-    """Each graph takes half a minute to compile, so without --sweep there is one, and torch runs it."""
-    if sweep and shutil.which("g++") is None:
-        pytest.skip("torch.compile needs a C++ compiler on a CPU; none was found")
-    folder, model, processor = shallow(2)
-    quick, counters = compile_from(folder, None if sweep else monkeypatch)
-    # PrefixKV's widest layer is the first with the second prompts, the last with the others (see `FastKVCache.store`).
-    one, two = PROMPTS[0], ["what is that", "a cat and a dog on the mat"]
-    others = ["a cat", "yes two three red blue a cat describe"]
-    cases = [(two, PrefixKV(0.5)), (others, PrefixKV(0.5))]
-    if sweep:
-        cases += [(one, None), (one, PrefixKV(0.5)), (two, None)]
+# PrefixKV's widest layer is the first with the one, the last with the other (see `FastKVCache.store`).
+FIRST_WIDEST, LAST_WIDEST = (
+    ["what is that", "a cat and a dog on the mat"],
+    ["a cat", "yes two three red blue a cat describe"],
+)
+
+
+def widest_layers(model, compiled, processor, cases):
+    """The layer that keeps most, for each case of prompts and method; asserts equal tokens."""
     widest = []
     for prompts, compressor in cases:
         expected = generate(model, processor, prompts, compressor=compressor)
-        found = generate(quick, processor, prompts, compressor=compressor)
+        found = generate(compiled, processor, prompts, compressor=compressor)
         assert torch.equal(found.token_ids, expected.token_ids)
         widest.append(int(found.kept.amax(0).argmax()))
-    assert widest[:2] == [0, 1]
-    # a graph for each size of batch and for each method: no prompt is compiled for itself
-    assert counters["stats"]["unique_graphs"] == (4 if sweep else 1) and not counters["graph_break"]
+    return widest
 
 
-def test_a_method_that_observes_runs_uncompiled_and_what_follows_is_right(shallow, monkeypatch):
-    folder, model, processor = shallow(1)
-    compiled, counters = compile_from(folder, monkeypatch)
+def test_one_graph_serves_all_prompts(tmp_path, monkeypatch):
+    folder, model, processor = shallow(tmp_path, 2)
+    traced, counters = compiled_model(folder, monkeypatch)
+    cases = [(FIRST_WIDEST, PrefixKV(0.5)), (LAST_WIDEST, PrefixKV(0.5))]
+    assert widest_layers(model, traced, processor, cases) == [0, 1]
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU; none was found")
+def test_compiled_steps_give_the_same_tokens_from_a_graph_for_each_size_and_method(tmp_path, sweep):
+    if not sweep:
+        pytest.skip("each graph takes half a minute to compile; --sweep does it")
+    folder, model, processor = shallow(tmp_path, 2)
+    compiled, counters = compiled_model(folder)
+    one, two = PROMPTS[0], FIRST_WIDEST
+    cases = [(two, PrefixKV(0.5)), (LAST_WIDEST, PrefixKV(0.5)), (one, None), (one, PrefixKV(0.5)), (two, None)]
+    assert widest_layers(model, compiled, processor, cases)[:2] == [0, 1]
+    assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
+
+
+def test_a_method_that_observes_runs_uncompiled_and_what_follows_is_right(tmp_path, monkeypatch):
+    folder, model, processor = shallow(tmp_path, 2)
+    compiled, counters = compiled_model(folder, monkeypatch)
     for compressor in (None, H2O(0.5), PrefixKV(0.5), H2O(0.5), None):
         expected = generate(model, processor, PROMPTS[1], compressor=compressor).token_ids
         assert torch.equal(generate(compiled, processor, PROMPTS[1], compressor=compressor).token_ids, expected)
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
-def test_more_graphs_than_torch_allows_by_itself_are_all_compiled(shallow, monkeypatch, sweep):
-    folder, model, processor = shallow(1)
-    # Torch allows 8. Each graph takes seconds, so without --sweep it is made to allow fewer.
+def test_more_graphs_than_torch_allows_by_itself_are_all_compiled(tmp_path, monkeypatch, sweep):
+    folder, model, processor = shallow(tmp_path, 1)
+    # Torch allows 8. Each graph takes seconds to trace, so without --sweep it is made to allow fewer.
     limit, sizes = (8, range(1, 6)) if sweep else (1, [2])
     with torch._dynamo.config.patch(recompile_limit=limit):
-        compiled, counters = compile_from(folder, monkeypatch)
+        compiled, counters = compiled_model(folder, monkeypatch)
         compare(model, compiled, processor, sizes)
-    assert counters["stats"]["unique_graphs"] == 2 * len(sizes) > limit
+    assert counters["stats"]["unique_graphs"] == 2 * len(sizes) > limit  # each with a method and without
 
 
-def test_compiled_models_do_not_share_graphs_and_new_weights_are_noticed(shallow, monkeypatch):
-    folder, model, processor = shallow(1)
+def test_compiled_models_do_not_share_graphs_and_new_weights_are_noticed(tmp_path, monkeypatch):
+    folder, model, processor = shallow(tmp_path, 1)
 
     def logits(model):
         prompt = processor(["two red"])
@@ -238,7 +247,7 @@ def test_compiled_models_do_not_share_graphs_and_new_weights_are_noticed(shallow
     def same(one, two):
         return torch.allclose(logits(one), logits(two), rtol=1e-5, atol=1e-4)  # sums in another order
 
-    compiled, counters = compile_from(folder, monkeypatch)
+    compiled, counters = compiled_model(folder, monkeypatch)
     assert same(compiled, model)
     other, turned = load_model(folder), load_model(folder)
     for either in (other, turned):

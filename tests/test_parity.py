@@ -37,7 +37,7 @@ def prompts(images: bool, batch: bool, patches: int = 16) -> tuple[torch.Tensor,
     return ids, mask, count
 
 
-def answers(theirs, ids, mask, pixels, tokens):
+def answers(theirs, ids, mask, pixels, new_tokens):
     """Theirs: image features, logits, and so many greedy tokens."""
     inputs = {"input_ids": ids, "attention_mask": mask} | ({} if pixels is None else {"pixel_values": pixels})
     positions, features = (mask.cumsum(-1) - 1).clamp(min=0), None
@@ -46,7 +46,7 @@ def answers(theirs, ids, mask, pixels, tokens):
             found = theirs.model.get_image_features(pixel_values=pixels, output_hidden_states=True).pooler_output
             features = torch.stack(list(found))
         logits = theirs(**inputs, position_ids=positions).logits
-        generated = theirs.generate(**inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
+        generated = theirs.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
     return features, logits, generated[:, ids.shape[1] :]
 
 
@@ -56,7 +56,7 @@ def basic(tied: bool, kv_heads: int):
     return reference(kv_heads=kv_heads, tied=tied), {}
 
 
-def compare(theirs, ours, images: bool, batch: bool, asked: dict, tokens: int) -> float:
+def compare(theirs, ours, images: bool, batch: bool, asked: dict, new_tokens: int) -> float:
     """Largest logit difference on real tokens; asserts equal image features and so many equal greedy tokens.
 
     asked: what theirs has answered so far, by `images` and `batch`.
@@ -69,14 +69,14 @@ def compare(theirs, ours, images: bool, batch: bool, asked: dict, tokens: int) -
         found = ours(**inputs)
         ours_features = None if pixels is None else ours.image_features(pixels)
     if (images, batch) not in asked:
-        asked[images, batch] = answers(theirs, ids, mask, pixels, tokens)
+        asked[images, batch] = answers(theirs, ids, mask, pixels, new_tokens)
     features, expected, generated = asked[images, batch]
     if pixels is not None:
         torch.testing.assert_close(ours_features, features, atol=LOGITS, rtol=0)
     difference = float((found - expected)[mask.bool()].abs().max())
     assert difference < LOGITS
     for compressor in (None, PrefixKV(1.0)) if images and batch else (None,):
-        result = ours.generate(**inputs, max_new_tokens=tokens, eos_token_id=(), compressor=compressor)
+        result = ours.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=(), compressor=compressor)
         assert torch.equal(result.token_ids, generated)
     return difference
 
@@ -84,11 +84,11 @@ def compare(theirs, ours, images: bool, batch: bool, asked: dict, tokens: int) -
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_every_layout_gives_the_reference_logits_and_tokens(tmp_path, layout, tied, kv_heads, tokens):
+def test_every_layout_gives_the_reference_logits_and_tokens(tmp_path, layout, tied, kv_heads, new_tokens):
     theirs, asked = basic(tied, kv_heads)
     ours, _ = weights.load(write(theirs, tmp_path, layout))
     kinds = itertools.product((True, False), (False, True))
-    seen = [compare(theirs, ours, images, batch, asked, tokens) for images, batch in kinds]
+    seen = [compare(theirs, ours, images, batch, asked, new_tokens) for images, batch in kinds]
     print(f"{layout} {'tied' if tied else 'untied'} {kv_heads}: largest logit difference {max(seen):.1e}")
 
 
@@ -119,10 +119,10 @@ def varied(variant: str):
 
 @pytest.mark.parametrize("layout", ["hub", "disk5"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_option_of_the_config_is_honoured(tmp_path, layout, variant, tokens):
+def test_every_option_of_the_config_is_honoured(tmp_path, layout, variant, new_tokens):
     theirs, asked = varied(variant)
     ours, _ = weights.load(write(theirs, tmp_path, layout))
-    compare(theirs, ours, images=True, batch=True, asked=asked, tokens=tokens)
+    compare(theirs, ours, images=True, batch=True, asked=asked, new_tokens=new_tokens)
 
 
 def test_a_single_linear_projector_loads_and_is_that_one_layer(tmp_path):
@@ -146,7 +146,9 @@ def scenes(count: int) -> list[Image.Image]:
     return [draw(make_scene(random.Random(f"parity {index}")))[0] for index in range(count)]
 
 
-def test_the_embedded_checkpoint_gives_the_reference_tokens_alone_and_in_batches(tiny, tiny_reference, sweep, tokens):
+def test_the_embedded_checkpoint_gives_the_reference_tokens_alone_and_in_batches(
+    tiny, tiny_reference, sweep, new_tokens
+):
     model, processor = tiny
     questions = (
         "Describe the image in detail.",
@@ -162,9 +164,9 @@ def test_the_embedded_checkpoint_gives_the_reference_tokens_alone_and_in_batches
         inputs = processor([prompt] * len(group), [images[index] for index in group])
         with torch.no_grad():
             expected = tiny_reference(**inputs).logits
-            generated = tiny_reference.generate(**inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
+            generated = tiny_reference.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
             assert float((model(**inputs) - expected).abs().max()) < LOGITS
-        ours = model.generate(**inputs, max_new_tokens=tokens, eos_token_id=()).token_ids
+        ours = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=()).token_ids
         assert torch.equal(ours, generated[:, inputs["input_ids"].shape[1] :])
 
 

@@ -1,4 +1,4 @@
-"""What the README tells people to type is what CI runs, and its example in Python works."""
+"""What the README tells people to type is what CI runs, with --sweep, and its example in Python works."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def test_there_are_exactly_two_set_up_commands():
     commands = block.splitlines()
     assert [command.split("&& ")[-1].strip() for command in commands] == ["python demo.py", "pytest -n auto"]
     assert all(command.startswith("pip install -c constraints.txt -e ") for command in commands)
-    assert r"grep -m 1 '&& pytest -n auto$' README.md" in (ROOT / ".ci" / "run").read_text()
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert r"test_command=$(grep -m 1 '&& pytest -n auto$' README.md)" in ci
+    assert ci.endswith('eval "$test_command --sweep"\n')
 
 
 def test_the_python_example_runs(monkeypatch, capsys):

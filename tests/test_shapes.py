@@ -108,7 +108,7 @@ class Tracer:
 
 
 def exercise(methods: Iterable[type[PrefixKV]]) -> None:
-    """Runs every path of the model once, and those of some methods."""
+    """Runs the model plain and fast: without a method, with a plan, and with each of `methods`."""
     torch.manual_seed(0)
     model = Llava(CONFIG).eval()
     image = torch.full((16,), 100)

@@ -91,21 +91,9 @@ def test_a_wrong_formula_makes_the_tour_fail(tmp_path, right, wrong):
     assert "AssertionError" in done.stderr
 
 
-ALL = """
-import runpy, sys
-runpy.run_path("tour.py", run_name="__main__")
-for program, *sys.argv[1:] in [["demo", "--max-new-tokens", "1"], ["weights", "inspect", "minillava/tiny"]]:
-    try:
-        runpy.run_module(program, run_name="__main__")
-    except SystemExit as end:
-        assert not end.code
-    print(program, "ran to its end")
-"""
-
-
-def test_without_numpy_nothing_is_said_about_it(tmp_path):
+@pytest.mark.parametrize("command", ["tour.py", "demo.py --max-new-tokens 1", "-m weights inspect minillava/tiny"])
+def test_without_numpy_nothing_is_said_about_it(tmp_path, command):
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('No module named numpy')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", ALL], capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("ran to its end") == 2
