@@ -1,7 +1,8 @@
 """Python programs in processes of their own, without the seconds that each needs to import torch and transformers.
 
 A server imports the libraries once, and nothing of this project. `run` asks it to fork a child, which becomes the
-program: its working directory, environment, `sys.argv` and `sys.path` are those of `python ARGUMENTS`.
+program: its working directory, environment, `sys.argv` and `sys.path` are those of `python ARGUMENTS`. With
+`run_together`, several run at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+OUTPUTS = ("stdout", "stderr")
 FORKS = hasattr(os, "fork") and sys.platform != "darwin"  # macOS's libraries do not stand a fork
 
 
@@ -33,20 +35,37 @@ def server() -> subprocess.Popen:
 
 def run(arguments, cwd, env=None, check=False):
     """As `subprocess.run([sys.executable, *arguments], capture_output=True, text=True, ...)`, without input."""
-    arguments, env = [str(argument) for argument in arguments], dict(os.environ if env is None else env)
-    if not FORKS:
-        return subprocess.run(
-            [sys.executable, *arguments], cwd=cwd, env=env, check=check, capture_output=True, text=True
-        )
+    (done,) = run_together([arguments], cwd, [dict(os.environ if env is None else env)])
+    assert done.returncode == 0 or not check, done.stderr
+    return done
+
+
+def run_together(programs, cwd, environments):
+    """Several programs at the same time; returns when all have ended, what `run` returns for each."""
     with tempfile.TemporaryDirectory() as folder:
-        request = {"arguments": arguments, "cwd": str(cwd), "env": env, "folder": folder}
-        process = server()
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        code = int(process.stdout.readline())
-        out, err = (Path(folder, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
-    assert code == 0 or not check, err
-    return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+        requests = []
+        for number, (arguments, env) in enumerate(zip(programs, environments)):
+            place = Path(folder, str(number))
+            place.mkdir()
+            arguments = [str(argument) for argument in arguments]
+            requests.append({"arguments": arguments, "cwd": str(cwd), "env": env, "folder": str(place)})
+        if FORKS:
+            process = server()
+            process.stdin.write(json.dumps(requests) + "\n")
+            process.stdin.flush()
+            codes = json.loads(process.stdout.readline())
+        else:
+            started = [start(**request) for request in requests]
+            codes = [process.wait() for process in started]
+        texts = [[Path(request["folder"], name).read_text("utf-8") for name in OUTPUTS] for request in requests]
+    return [SimpleNamespace(returncode=code, stdout=out, stderr=err) for code, (out, err) in zip(codes, texts)]
+
+
+def start(arguments, cwd, env, folder):
+    """A process of its own, where there are no forks."""
+    out, err = (open(Path(folder, name), "w") for name in OUTPUTS)  # noqa: SIM115
+    with out, err:
+        return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env, stdout=out, stderr=err)
 
 
 def become(request) -> None:
@@ -114,12 +133,13 @@ def main() -> None:
     torch.set_num_threads(1)
     gc.freeze()  # a child's collections need not look at what is here
     while line := sys.stdin.readline():
-        request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            become(request)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        children = []
+        for request in json.loads(line):
+            child = os.fork()
+            if child == 0:
+                become(request)
+            children.append(child)
+        print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_the_embedded_checkpoint_gives_the_reference_tokens_alone_and_in_batches
     images = scenes(20 if sweep else 8)
     alone = [[index] for index in range(4)]
     together = [list(range(start, len(images), 4)) for start in range(4)]  # one question each, so equal lengths
-    for group in [*alone, *together]:
+    for group in alone + together if sweep else alone[:2] + together[2:]:
         prompt = processor.chat([(questions[group[0] % 4], None)], 1)
         inputs = processor([prompt] * len(group), [images[index] for index in group])
         with torch.no_grad():

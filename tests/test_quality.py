@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 
 import forked
 import pytest
@@ -111,8 +113,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_table(quick, quick_model, tm
 
 
 def test_two_processes_make_the_table_of_one(quick, quick_model, tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bench.quality"]
-    forked.run([*launch, *QUICK, "--model", quick_model, "--out", tmp_path], cwd=ROOT, check=True)
+    program = ["-m", "bench.quality", *QUICK, "--model", quick_model, "--out", tmp_path]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # what torch.distributed.run says
+    environments = [{**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    for done in forked.run_together([program, program], ROOT, environments):
+        assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.glob("*.jsonl")} == {"results-0.jsonl", "results-1.jsonl"}
     assert (tmp_path / "table.md").read_bytes() == (quick / "table.md").read_bytes()
 
