@@ -445,7 +445,8 @@ ENDLESS = "{% set a = 'x' * 1000000 %}{% for i in a %}{% for j in a %}{% endfor 
      ("Hello", "leaves out an image or a question")],
 )  # fmt: skip
 def test_a_template_that_fails_or_runs_away_is_refused_in_a_sentence(family, monkeypatch, template, sentence):
-    monkeypatch.setattr("minillava.template.SECONDS", 1)
+    if template == ENDLESS:
+        monkeypatch.setattr("minillava.template.SECONDS", 1)
     processor = family("SigLIP, Qwen2")[4]
     monkeypatch.setattr(processor, "template", template)
     with pytest.raises(LlavaError, match=f"chat template cannot be used: .*({sentence})") as caught:

@@ -53,7 +53,7 @@ def without_float32_products(model):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tokens_are_those_of_the_plain_classes_in_every_dtype(tmp_path, dtype, kv_heads, new_tokens):
-    folder = write(reference(kv_heads=kv_heads), tmp_path, "disk5")
+    folder = write(reference(kv_heads=kv_heads, text={"num_hidden_layers": 2}), tmp_path, "disk5")
     plain, processor = load(folder, dtype=dtype, fast=False)
     quick = load_model(folder, dtype=dtype)
     if dtype in fast.HALF:  # what is rounded less may choose another token where two are equally likely
@@ -218,7 +218,7 @@ def test_compiled_steps_give_the_same_tokens_from_a_graph_for_each_size_and_meth
 
 
 def test_a_method_that_observes_runs_uncompiled_and_what_follows_is_right(tmp_path, monkeypatch):
-    folder, model, processor = shallow(tmp_path, 2)
+    folder, model, processor = shallow(tmp_path, 1)
     compiled, counters = compiled_model(folder, monkeypatch)
     for compressor in (None, H2O(0.5), PrefixKV(0.5), H2O(0.5), None):
         expected = generate(model, processor, PROMPTS[1], compressor=compressor).token_ids
