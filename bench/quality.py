@@ -513,13 +513,13 @@ def evaluate(args: argparse.Namespace) -> int:
     plans = {}
     if args.plans:
         plans = {budget: Plan.load(args.plans / f"{budget:g}.json") for budget in args.budgets}
-    elif args.data == "scenes" and "plan" in args.methods:
+    methods = [method for method in args.methods if method != "plan" or plans or args.data == "scenes"]
+    if methods != args.methods and args.methods != list(METHODS):
+        raise LlavaError("The method plan needs --plans FOLDER with this --data; --estimate-plan FOLDER writes them.")
+    settle(args)
+    if "plan" in methods and not plans:
         calibration = scenes(10, args.seed, "calibration")
         plans, _ = estimate(model, processor, calibration, args.budgets, str(args.model), args.batch_size)
-    if "plan" in args.methods and not plans and args.methods != list(METHODS):
-        raise LlavaError("The method plan needs --plans FOLDER with this --data; --estimate-plan FOLDER writes them.")
-    methods = [method for method in args.methods if method != "plan" or plans]
-    settle(args)
     runs = runs_of(methods, args.budgets)
     parts = gather(read_results(args.out) if rank == 0 or not dist.is_initialized() else [])
     done = {(r["sample"], r["method"], r["budget"]): r for part in parts for r in part}

@@ -359,9 +359,10 @@ def test_not_a_number_in_the_weights_is_refused_with_the_layer(tmp_path, capsys)
 
 def test_a_saved_plan_compresses_alike_layer_by_layer(tmp_path, capsys):
     path = tmp_path / "plan.json"
-    code, out, _ = run(capsys, "--json", "--budget", "0.3", "--save-plan", str(path))
+    short = ("--json", "--max-new-tokens", "24")
+    code, out, _ = run(capsys, *short, "--budget", "0.3", "--save-plan", str(path))
     searched = json.loads(out)["runs"][1]
-    code, out, _ = run(capsys, "--json", "--plan", str(path))
+    code, out, _ = run(capsys, *short, "--plan", str(path))
     planned = json.loads(out)["runs"][1]
     assert code == 0
     assert planned["kept_per_layer"] == searched["kept_per_layer"]
