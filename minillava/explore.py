@@ -234,7 +234,8 @@ def plot(data: dict[str, Any], suffix: str = ".png") -> bytes:
         dark = [shade[r * columns : (r + 1) * columns] for r in range(rows)]
         axis.imshow([[0] * columns] * rows, cmap="gray", vmin=0, vmax=1, alpha=dark, extent=(0, columns, rows, 0),
                     interpolation="nearest")  # fmt: skip
-        frames = [Rectangle((at % columns, at // columns), 1, 1) for at, dim in enumerate(shade) if not dim]
+        framed = [at for at, position in enumerate(data["patches"]) if position is not None and here[position]]
+        frames = [Rectangle((at % columns, at // columns), 1, 1) for at in framed]
         axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor="#2f8fff", linewidth=0.5))
         axis.set_title(f"layer {layer}: {sum(here)} of {len(data['importance'][0])} keys", fontsize=9)
         axis.set(xticks=[], yticks=[])

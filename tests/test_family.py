@@ -6,11 +6,13 @@ import json
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.collections import PatchCollection
 from PIL import Image
 
 import demo
@@ -594,4 +596,8 @@ def test_plans_eviction_and_the_page_work_on_tiles(family, tmp_path):
     ends = [data["patches"][(tiling.side + row + 1) * data["columns"] - 1] for row in range(tiling.height)]
     positions = (inputs["input_ids"][0] == IMAGE_ID).nonzero().flatten()
     assert ends == [int(positions[token]) for token in tiling.newlines]
-    assert "null" in explore.page(data) and explore.plot(data)[:4] == b"\x89PNG"
+    assert "null" in explore.page(data)
+    with mock.patch("matplotlib.collections.PatchCollection", wraps=PatchCollection) as framed:
+        assert explore.plot(data)[:4] == b"\x89PNG"
+    kept = [sum(explore.kept(data, layer, data["start"])[position] for position in cells) for layer in range(4)]
+    assert [len(call.args[0]) for call in framed.call_args_list] == kept  # no cell that is empty
