@@ -513,6 +513,7 @@ def evaluate(args: argparse.Namespace) -> int:
     plans = {}
     if args.plans:
         plans = {budget: Plan.load(args.plans / f"{budget:g}.json") for budget in args.budgets}
+    # Scenes make plans of their own. Other data have none; by default, the method is then left out.
     methods = [method for method in args.methods if method != "plan" or plans or args.data == "scenes"]
     if methods != args.methods and args.methods != list(METHODS):
         raise LlavaError("The method plan needs --plans FOLDER with this --data; --estimate-plan FOLDER writes them.")
