@@ -65,7 +65,8 @@ def start(arguments, cwd, env, folder):
     """A process of its own, where there are no forks."""
     out, err = (open(Path(folder, name), "w") for name in OUTPUTS)  # noqa: SIM115
     with out, err:
-        return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env, stdout=out, stderr=err)
+        command = [sys.executable, *arguments]
+        return subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
 
 
 def become(request) -> None:
