@@ -285,9 +285,9 @@ def compile_steps(model: Llava) -> None:
     """Compiles the decode step into a few kernels, to save launches and passes over memory.
 
     Each batch size up to eight is compiled by itself, and again with a compressor. Each takes a minute or two for 8
-    layers, five for 22. On a CPU a C++ compiler is needed. In 16 bits a compiled step may round otherwise
-    than an eager one. Weights may be changed afterwards; modules, their settings and their hooks may not: a step would
-    not notice.
+    layers, five for 22. If two layers have equally many slots at first and not later, it is compiled once more. On a
+    CPU a C++ compiler is needed. In 16 bits a compiled step may round otherwise than an eager one. Weights may be
+    changed afterwards; modules, their settings and their hooks may not: a step would not notice.
     """
     speed_up(model)
     if not isinstance(model, FastLlava):
