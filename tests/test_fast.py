@@ -179,8 +179,8 @@ def compiled_model(folder, monkeypatch=None):
     return model, torch._dynamo.utils.counters
 
 
-# PrefixKV's widest layer is the first with the one, the last with the other (see `FastKVCache.store`). Both layers never
-# have equally many slots: torch would make a graph for that case (`torch.fx.experimental._config.use_duck_shape`).
+# PrefixKV's widest layer is the first with the one, the last with the other (see `FastKVCache.store`). With neither
+# do both have equally many slots: torch would make a graph for that (`torch.fx.experimental._config.use_duck_shape`).
 FIRST_WIDEST, LAST_WIDEST = (
     ["what is that", "a cat and a dog on the mat"],
     ["a cat", "yes two three red blue a cat describe"],
