@@ -70,7 +70,13 @@ def test_the_reading_order_gives_the_length_of_every_file():
 def commands() -> dict[str, set[str]]:
     """Programs that the documents tell people to run, and the options that they are given there."""
     found: dict[str, set[str]] = {}
-    for name in ("README.md", "CONTRIBUTING.md", "COURSEWORK.md", "minillava/tiny/README.md"):
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "COURSEWORK.md",
+        "minillava/tiny/README.md",
+        "bench/results/README.md",
+    ):
         text = (ROOT / name).read_text(encoding="utf-8")
         for program, rest in re.findall(r"\bpython (-m [\w.]+|\w+\.py)([^`\n]*)", text):
             found.setdefault(program.removesuffix("."), set()).update(re.findall(r"--[a-z][\w-]*", rest))
