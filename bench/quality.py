@@ -46,7 +46,7 @@ from weights import find, load, write_file, write_json
 
 METHODS = ("full", *COMPRESSORS, "plan")
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7)
-# The published evaluation of LLaVA-1.5 puts Vicuna's instruction before the first turn.
+# The published evaluation of LLaVA-1.5 puts Vicuna's instruction before the question.
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
@@ -59,11 +59,18 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with one `<image>`, its reference answer, and how to get the picture."""
+    """A question with one `<image>`, its reference answer, how to get the picture, and what LLaVA-1.5 reads first."""
 
-    prompt: str
+    question: str
     answer: str
     image: Callable[[], Image.Image]
+    system: str = ""
+
+    def prompt(self, processor: Processor) -> str:
+        """LLaVA-1.5's, or the one that the checkpoint's template writes: the image first, and nothing before it."""
+        turns = [(self.question.replace("<image>", "").strip(), None)]
+        own = processor.chat(turns, 1)
+        return f"{self.system}USER: {self.question} ASSISTANT:" if own == llava_prompt(turns, 1) else own
 
 
 def scenes(count: int, seed: int, split: str = "quality") -> list[Sample]:
@@ -72,8 +79,8 @@ def scenes(count: int, seed: int, split: str = "quality") -> list[Sample]:
     for index in range(count):
         rng = random.Random(f"{split} {seed} {index}")
         scene = make_scene(rng)
-        prompt = llava_prompt([(rng.choice(DESCRIBE), None)], 1)
-        samples.append(Sample(prompt, describe(scene), lambda scene=scene: draw(scene)[0]))  # type: ignore[misc]
+        question = f"<image>\n{rng.choice(DESCRIBE)}"
+        samples.append(Sample(question, describe(scene), lambda scene=scene: draw(scene)[0]))  # type: ignore[misc]
     return samples
 
 
@@ -112,7 +119,7 @@ def read_samples(path: Path, images: Path, count: int) -> tuple[list[Sample], li
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             bad.append(f"{path}, entry {name}: not in a published format ({type(error).__name__}: {error})")
         else:
-            samples.append(Sample(f"{SYSTEM} USER: {question} ASSISTANT:", answer, lambda at=picture: open_image(at)))  # type: ignore[misc]
+            samples.append(Sample(question, answer, lambda at=picture: open_image(at), f"{SYSTEM} "))  # type: ignore[misc]
     return samples, bad
 
 
@@ -121,7 +128,7 @@ def read_samples(path: Path, images: Path, count: int) -> tuple[list[Sample], li
 
 def encode(model: Llava, processor: Processor, samples: list[Sample]) -> dict[str, Tensor]:
     """The model's inputs for a batch of samples."""
-    inputs = processor([sample.prompt for sample in samples], [sample.image() for sample in samples])
+    inputs = processor([sample.prompt(processor) for sample in samples], [sample.image() for sample in samples])
     return {name: tensor.to(model.lm_head.weight.device) for name, tensor in inputs.items()}
 
 
@@ -502,6 +509,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if not samples:
         raise LlavaError(f"{args.data} has no entry that can be used.")
     model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype))
+    samples[0].prompt(processor)  # a template that fails does so before anything is written
     if args.estimate_plan:
         plans, shares = estimate(model, processor, samples, args.budgets, str(args.model), args.batch_size)
         args.estimate_plan.mkdir(parents=True, exist_ok=True)

@@ -129,7 +129,7 @@ def short(monkeypatch, small):
 
     def scenes(count, seed, split):
         image = Image.new("RGB", (30, 30))
-        return [Sample("USER: <image>\nDescribe. ASSISTANT:", "The image shows", lambda: image)] * count
+        return [Sample("<image>\nDescribe.", "The image shows", lambda: image)] * count
 
     def passages(tokenizer, count, split, length):
         generator = torch.Generator().manual_seed(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -58,7 +59,7 @@ def test_likelihood_of_the_full_cache_is_that_of_one_forward_pass(tiny):
     logits, cache = model.prefill(**quality.encode(model, processor, samples))
     found, kept = likelihood(model, logits, cache, answers), cache.kept.T.tolist()
     for sample, answer, loss in zip(samples, answers, found):
-        inputs = processor(sample.prompt, [sample.image()])
+        inputs = processor(sample.prompt(processor), [sample.image()])
         length = inputs["input_ids"].shape[1]
         ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], 1)
         with torch.no_grad():
@@ -66,7 +67,7 @@ def test_likelihood_of_the_full_cache_is_that_of_one_forward_pass(tiny):
         expected = -logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].sum()
         # float32 logits of up to 30, about 100 of them summed, each a few units in the last place off
         assert loss == pytest.approx(float(expected), abs=2e-3)
-    assert kept == [[processor(s.prompt, [s.image()])["input_ids"].shape[1]] * 8 for s in samples]
+    assert kept == [[processor(s.prompt(processor), [s.image()])["input_ids"].shape[1]] * 8 for s in samples]
 
 
 @pytest.mark.parametrize("method", [None, *METHODS])
@@ -175,14 +176,38 @@ def test_bad_entries_are_named_and_the_rest_is_evaluated(tmp_path, capsys):
     assert shown.out.startswith("3 samples.")
 
 
-def test_an_object_of_entries_is_read_like_a_list(tmp_path):
+def test_an_object_of_entries_is_read_like_a_list(tmp_path, tiny):
     entries = published(tmp_path)
     (tmp_path / "list.json").write_text(json.dumps(entries))
     (tmp_path / "object.json").write_text(json.dumps({f"v1_{i}": entry for i, entry in enumerate(entries)}))
     (ours, _), (theirs, bad) = (quality.read_samples(tmp_path / f"{n}.json", tmp_path, 99) for n in ("list", "object"))
-    assert [sample.prompt for sample in ours] == [sample.prompt for sample in theirs]
+    assert [sample.question for sample in ours] == [sample.question for sample in theirs]
     assert "v1_3" in bad[0]
-    assert ours[1].prompt.endswith("USER: What is it?\n<image> ASSISTANT:")
+    assert ours[1].prompt(tiny[1]) == f"{quality.SYSTEM} USER: What is it?\n<image> ASSISTANT:"
+
+
+LLAVA = "USER: <image>\n{{ messages[0]['content'][1]['text'] }} ASSISTANT:"
+QWEN = "<|im_start|>user\n<image>\n{{ messages[0]['content'][1]['text'] }}<|im_end|>\n<|im_start|>assistant"
+
+
+def test_a_checkpoint_with_another_template_is_asked_in_its_own_form(tiny):
+    sample = quality.Sample("What is it?\n<image>", "A cat.", lambda: None, "Be polite. ")
+    processor = copy.copy(tiny[1])
+    published = "Be polite. USER: What is it?\n<image> ASSISTANT:"
+    for processor.template, expected in (
+        (None, published),
+        (LLAVA, published),
+        (QWEN, "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant"),
+    ):
+        assert sample.prompt(processor) == expected
+
+
+def test_a_template_that_fails_ends_with_2_and_leaves_nothing(tmp_path, quick_model, capsys):
+    folder = shutil.copytree(quick_model, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    assert main([*QUICK, "--model", str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert "chat template cannot be used" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
