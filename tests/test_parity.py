@@ -173,19 +173,22 @@ def test_the_embedded_checkpoint_gives_the_reference_tokens_alone_and_in_batches
 @pytest.mark.parametrize("quick", [False, True])
 def test_logits_while_generating_are_those_of_transformers(tiny, tiny_reference, sweep, new_tokens, quick):
     model, processor = tiny if quick else weights.load(TINY, fast=False)
+    largest = 0.0
     for picture in scenes(12 if sweep else 2):
         inputs = processor(processor.chat([("Describe the image in detail.", None)], 1), [picture])
         ours, cache = model.prefill(**inputs, max_new_tokens=new_tokens)
         with torch.no_grad():
             theirs = tiny_reference(**inputs, use_cache=True, logits_to_keep=1)
             for _ in range(new_tokens):
-                # Equal with the plain classes. The fast ones add in another order: 9.5e-6 was seen, five units in the
-                # last place of the largest logits.
-                assert float((ours - theirs.logits[:, -1]).abs().max()) < (2e-5 if quick else LOGITS)
+                largest = max(largest, float((ours - theirs.logits[:, -1]).abs().max()))
                 token = theirs.logits[:, -1].argmax(-1)
                 ours = model.decode_step(token, cache)
                 past = theirs.past_key_values
                 theirs = tiny_reference(input_ids=token[:, None], past_key_values=past, use_cache=True)
+    print(f"{'fast' if quick else 'plain'}: largest logit difference {largest:.1e}")
+    # Equal with the plain classes. The fast ones add in another order, and logits reach 27. On 24 other scenes they were
+    # up to 1.4e-5 from those in float64, and transformers' up to 1.9e-5. So the two may lie nearly 4e-5 apart.
+    assert largest < (4e-5 if quick else LOGITS)
 
 
 def test_saved_weights_have_the_names_that_transformers_expects(tiny, tmp_path):
