@@ -186,8 +186,8 @@ def test_logits_while_generating_are_those_of_transformers(tiny, tiny_reference,
                 past = theirs.past_key_values
                 theirs = tiny_reference(input_ids=token[:, None], past_key_values=past, use_cache=True)
     print(f"{'fast' if quick else 'plain'}: largest logit difference {largest:.1e}")
-    # Equal with the plain classes. The fast ones add in another order, and logits reach 27. On 24 other scenes they were
-    # up to 1.4e-5 from those in float64, and transformers' up to 1.9e-5. So the two may lie nearly 4e-5 apart.
+    # Equal with the plain classes. The fast ones add in another order, and logits reach 27. On 24 other scenes theirs
+    # were up to 1.4e-5 from those in float64, and transformers' up to 1.9e-5. So the two may lie nearly 4e-5 apart.
     assert largest < (4e-5 if quick else LOGITS)
 
 
