@@ -67,7 +67,7 @@ class Sample:
     system: str = ""
 
     def prompt(self, processor: Processor) -> str:
-        """LLaVA-1.5's, or the one that the checkpoint's template writes: the image first, and nothing before it."""
+        """In LLaVA-1.5's form, after `system`. A checkpoint whose template writes another form is asked in that one."""
         turns = [(self.question.replace("<image>", "").strip(), None)]
         own = processor.chat(turns, 1)
         return f"{self.system}USER: {self.question} ASSISTANT:" if own == llava_prompt(turns, 1) else own
