@@ -46,7 +46,7 @@ from weights import find, load, write_file, write_json
 
 METHODS = ("full", *COMPRESSORS, "plan")
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7)
-# The published evaluation of LLaVA-1.5 puts Vicuna's instruction before the question.
+# Vicuna's instruction, which the published evaluation of LLaVA-1.5 puts before "USER:". For data files, not for scenes.
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
@@ -59,18 +59,24 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """A question with one `<image>`, its reference answer, how to get the picture, and what LLaVA-1.5 reads first."""
+    """A question with one `<image>`, its reference answer, how to get the picture, and the text before "USER:"."""
 
     question: str
     answer: str
     image: Callable[[], Image.Image]
-    system: str = ""
+    system: str = ""  # empty, or with a space at its end
 
     def prompt(self, processor: Processor) -> str:
-        """In LLaVA-1.5's form, after `system`. A checkpoint whose template writes another form is asked in that one."""
+        """The published evaluation's: `system`, then the question in LLaVA-1.5's form, `<image>` where it stands.
+
+        If the checkpoint's template writes anything but LLaVA-1.5's form, the prompt is the template's: no `system`,
+        and the image before the question. Raises LlavaError for a template that fails.
+        """
         turns = [(self.question.replace("<image>", "").strip(), None)]
         own = processor.chat(turns, 1)
-        return f"{self.system}USER: {self.question} ASSISTANT:" if own == llava_prompt(turns, 1) else own
+        if own != llava_prompt(turns, 1):
+            return own
+        return f"{self.system}USER: {self.question} ASSISTANT:"
 
 
 def scenes(count: int, seed: int, split: str = "quality") -> list[Sample]:

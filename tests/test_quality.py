@@ -186,23 +186,26 @@ def test_an_object_of_entries_is_read_like_a_list(tmp_path, tiny):
     assert ours[1].prompt(tiny[1]) == f"{quality.SYSTEM} USER: What is it?\n<image> ASSISTANT:"
 
 
+PUBLISHED = "Be polite. USER: What is it?\n<image> ASSISTANT:"
+# Part 0 of the content is the image, part 1 the question.
 LLAVA = "USER: <image>\n{{ messages[0]['content'][1]['text'] }} ASSISTANT:"
 QWEN = "<|im_start|>user\n<image>\n{{ messages[0]['content'][1]['text'] }}<|im_end|>\n<|im_start|>assistant"
 
 
-def test_a_checkpoint_with_another_template_is_asked_in_its_own_form(tiny):
+@pytest.mark.parametrize(
+    "template, expected",
+    [(None, PUBLISHED), (LLAVA, PUBLISHED),
+     (QWEN, "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant")],
+    ids=["none", "llava", "qwen"],
+)  # fmt: skip
+def test_a_prompt_is_the_published_one_unless_the_template_writes_another_form(tiny, template, expected):
+    processor = copy.copy(tiny[1])  # other tests use it, too
+    processor.template = template
     sample = quality.Sample("What is it?\n<image>", "A cat.", lambda: None, "Be polite. ")
-    processor = copy.copy(tiny[1])
-    published = "Be polite. USER: What is it?\n<image> ASSISTANT:"
-    for processor.template, expected in (
-        (None, published),
-        (LLAVA, published),
-        (QWEN, "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant"),
-    ):
-        assert sample.prompt(processor) == expected
+    assert sample.prompt(processor) == expected
 
 
-def test_a_template_that_fails_ends_with_2_and_leaves_nothing(tmp_path, quick_model, capsys):
+def test_a_template_that_fails_ends_with_2_before_anything_is_written(tmp_path, quick_model, capsys):
     folder = shutil.copytree(quick_model, tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{{ 1 / 0 }}")
     assert main([*QUICK, "--model", str(folder), "--out", str(tmp_path / "out")]) == 2
