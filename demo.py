@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import io
 import json
 import os
 import random
 import shutil
+import signal
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,15 +23,16 @@ from minillava import TINY  # isort: skip  before torch, of whose import it sile
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from minillava import explore
 from minillava.checks import LlavaError
 from minillava.compressors import METHODS
-from minillava.model import Llava
+from minillava.model import KVCache, Llava
 from minillava.processor import Processor, open_image
-from prefixkv import Plan, PrefixKV
+from prefixkv import PrefixKV
 from train.scenes import draw, make_scene
-from weights import find, find_device, load, memory_needed, write_file
+from weights import estimate_plan, find, find_device, load, memory_needed, read_plan, write_file, write_plan
 
 WIDTH = 80
 SLOW = 1.0  # seconds after which progress is shown
@@ -119,6 +123,61 @@ class Progress:
             sys.stderr.write("\r")
 
 
+def never() -> bool:
+    """For what cannot be stopped."""
+    return False
+
+
+def read(model: Llava, block: dict[str, Tensor], cache: KVCache, stop: Callable[[], bool] = never) -> Tensor:
+    """`Llava.read` with a line of progress. Raises KeyboardInterrupt, between two layers, if `stop` says so."""
+    layers, progress = model.language_model.layers, Progress("reading the prompt")
+
+    def done(number: int) -> None:
+        progress.update(number, len(layers), "layer")
+        if stop():
+            raise KeyboardInterrupt
+
+    hooks = [
+        layer.register_forward_hook(lambda *_, number=number: done(number))
+        for number, layer in enumerate(layers, start=1)
+    ]
+    try:
+        logits = model.read(**block, cache=cache)
+    finally:
+        progress.end()
+        for hook in hooks:
+            hook.remove()
+    if logits.is_cuda:
+        torch.cuda.synchronize()
+    return logits
+
+
+def write(
+    model: Llava,
+    processor: Processor,
+    logits: Tensor,
+    cache: KVCache,
+    args: argparse.Namespace,
+    show: bool = True,
+    stop: Callable[[], bool] = never,
+) -> tuple[list[int], float]:
+    """Decodes and shows an answer, until `stop` says so: its token ids, and when the last one was there."""
+    typewriter, ids, ended = Typewriter(), [], time.perf_counter()
+    for token in model.decode(
+        logits, cache, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed
+    ):
+        ids.append(int(token))
+        ended = time.perf_counter()
+        if show:
+            typewriter.update(processor.decode(ids).lstrip())
+        if stop():
+            break
+    if show:
+        typewriter.update(processor.decode(ids).strip(), final=True)
+        typewriter.end()
+    return ids, ended
+
+
 def answer(
     model: Llava,
     processor: Processor,
@@ -132,45 +191,20 @@ def answer(
     """Answers one prompt; compressor None is the full cache. Prints title and text unless the title is None."""
     device = model.lm_head.weight.device
     inputs = {name: tensor.to(device) for name, tensor in processor(prompt, images).items()}
-    start = time.perf_counter()
-    layers, progress = model.language_model.layers, Progress("reading the prompt")
-    hooks = [
-        layer.register_forward_hook(lambda *_, done=done: progress.update(done, len(layers), "layer"))
-        for done, layer in enumerate(layers, start=1)
-    ]
-    try:
-        logits, cache = model.prefill(**inputs, max_new_tokens=args.max_new_tokens, compressor=compressor)
-    finally:
-        progress.end()
-        for hook in hooks:
-            hook.remove()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    cache, start = model.new_cache(args.max_new_tokens, compressor), time.perf_counter()
+    logits = read(model, inputs, cache)
     prefilled = time.perf_counter()
-    kept = cache.kept[:, 0].tolist()
-    show = title is not None
     if title:
         print(title)
-    typewriter, ids, ended = Typewriter(), [], prefilled
-    for token in model.decode(
-        logits, cache, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed
-    ):
-        ids.append(int(token))
-        ended = time.perf_counter()
-        if show:
-            typewriter.update(processor.decode(ids).lstrip())
-    text = processor.decode(ids).strip()
-    if show:
-        typewriter.update(text, final=True)
-        typewriter.end()
+    ids, ended = write(model, processor, logits, cache, args, title is not None)
     token_bytes = sum(2 * key.shape[1] * key.shape[3] * key.element_size() for key in cache.key)
     return Run(
         method=method,
         budget=1.0 if compressor is None else compressor.budget,
-        text=text,
+        text=processor.decode(ids).strip(),
         token_ids=ids,
         prompt_tokens=int(cache.prompt_lengths[0]),
-        kept_per_layer=kept,
+        kept_per_layer=cache.kept[:, 0].tolist(),
         kv_bytes=cache.held_bytes,
         kv_bytes_allocated=cache.allocated_bytes,
         kv_bytes_full=int(cache.lengths[0]) * token_bytes,
@@ -226,19 +260,100 @@ def table(runs: list[Run]) -> str:
 def compressors(args: argparse.Namespace) -> list[tuple[str, PrefixKV]]:
     """What to run beside the full cache, with its method: the plan, or every method at every budget."""
     if args.plan:
-        return [("prefixkv", PrefixKV(plan=Plan.load(args.plan)))]
+        return [("prefixkv", PrefixKV(plan=read_plan(args.plan)))]
     pairs = [(name, budget) for name in args.method or ["prefixkv"] for budget in args.budget or [0.5, 0.2]]
     if not args.method and not args.budget:
         pairs.append(("cover", 0.2))
     return [(name, METHODS[name](budget)) for name, budget in pairs]
 
 
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noted, not raised: yields a function that says whether it was pressed. A second one is raised."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Chat:
+    """A conversation about some pictures, on a cache that goes on: a turn reads only what is new."""
+
+    def __init__(self, model: Llava, processor: Processor, images: list[Image.Image], args: argparse.Namespace):
+        self.model, self.processor, self.images, self.args = model, processor, images, args
+        self.turns: list[tuple[str, str | None]] = []
+        self.cache: KVCache | None = None
+        self.known: list[int] = []  # the token ids that the cache has read
+
+    def prepare(self) -> tuple[dict[str, Tensor], KVCache] | None:
+        """What is to be read for the last question, and a cache with room for it and its answer.
+
+        None if the model has no positions left. Raises LlavaError for a question that cannot be used.
+        """
+        inputs = self.processor(self.processor.chat(self.turns, len(self.images)), self.images)
+        ids, known = inputs["input_ids"][0].tolist(), len(self.known)
+        left = self.model.config.text.max_position_embeddings - len(ids)
+        if left < 1 and len(self.turns) > 1:
+            return None
+        room = max(0, min(self.args.max_new_tokens, left))
+        if self.cache is not None and ids[:known] == self.known:
+            inputs = {"input_ids": inputs["input_ids"][:, known:]}
+            self.cache.reserve(max(0, len(ids) - known + room - self.cache.room))
+        else:
+            if self.cache is not None:
+                print(dim("  The template has changed what was read before; the conversation is read again."))
+            compressed = self.args.method or self.args.budget or self.args.plan
+            self.cache = self.model.new_cache(room, compressors(self.args)[0][1] if compressed else None)
+        self.known = ids
+        return {name: tensor.to(self.model.lm_head.weight.device) for name, tensor in inputs.items()}, self.cache
+
+    def ask(self, question: str) -> bool:
+        """Shows the answer to a question, and a line about its cost. False if the model has no positions left."""
+        start = time.perf_counter()
+        self.turns.append((question, None))
+        try:
+            prepared = self.prepare()
+        except LlavaError as error:
+            self.turns.pop()
+            print(error, file=sys.stderr)
+            return True
+        if prepared is None:
+            return False
+        block, cache = prepared
+        with interrupts() as stop:
+            try:
+                logits = read(self.model, block, cache, stop)
+            except (LlavaError, KeyboardInterrupt) as error:  # a cache that has read half of a block is of no use
+                self.turns.pop()
+                self.cache = None
+                print(str(error) or "The question is dropped.", file=sys.stderr)
+                return True
+            first = time.perf_counter() - start
+            ids, _ = write(self.model, self.processor, logits, cache, self.args, stop=stop)
+        self.known += ids[:-1]  # the last one is not read yet
+        self.turns[-1] = (question, self.processor.decode(ids).strip())
+        held, text = int(cache.held.sum()), cache.held.numel() * int(cache.lengths[0])
+        print(dim(f"  {held:,} of {text:,} tokens held; first word after {first:.2g} s"))
+        return True
+
+
+def dim(line: str) -> str:
+    """A line in a weaker colour, on a terminal."""
+    return f"\x1b[2m{line}\x1b[0m" if sys.stdout.isatty() else line
+
+
 def chat(model: Llava, processor: Processor, images: list[Image.Image], args: argparse.Namespace) -> None:
-    """Several turns in the terminal; every turn reads the whole conversation again."""
-    compressed = args.method or args.budget or args.plan
-    method, compressor = compressors(args)[0] if compressed else ("full", None)
-    turns: list[tuple[str, str | None]] = []
-    print("Ask about the image; an empty line ends the conversation.")
+    """Several turns in the terminal."""
+    conversation = Chat(model, processor, images, args)
+    print("Ask about the image; an empty line ends the conversation, Ctrl-C an answer.")
     while True:
         try:
             question = input("you: ").strip()
@@ -247,14 +362,10 @@ def chat(model: Llava, processor: Processor, images: list[Image.Image], args: ar
             return
         if not question:
             return
-        turns.append((question, None))
-        try:
-            run = answer(model, processor, processor.chat(turns, len(images)), images, method, compressor, args)
-        except LlavaError as error:
-            print(f"{error}", file=sys.stderr)
-            turns.pop()
-            continue
-        turns[-1] = (question, run.text)
+        if not conversation.ask(question):
+            limit = model.config.text.max_position_embeddings
+            print(f"The conversation has filled the model's {limit} positions; start another one.")
+            return
 
 
 def share(text: str) -> float:
@@ -364,7 +475,10 @@ def load_shown(args: argparse.Namespace, device: torch.device) -> tuple[Llava, P
             )
     progress = Progress("loading")
     try:
-        return load(folder, device, dtype, progress=lambda done, size: progress.update(done / 1e9, size / 1e9, "GB"))
+        return load(
+            folder, device, dtype, fast=device.type == "cpu",
+            progress=lambda done, size: progress.update(done / 1e9, size / 1e9, "GB"),
+        )  # fmt: skip
     finally:
         progress.end()
 
@@ -385,7 +499,8 @@ def describe(args: argparse.Namespace) -> None:
     questions = pictures(args)
     model, processor = load_shown(args, device)
     if args.plan:  # refused before anything is answered, if it is for another model
-        compressed[0][1].planned(0, model.config.text.num_hidden_layers, torch.ones(1))
+        nothing = torch.zeros(1, 0, dtype=torch.bool)
+        compressed[0][1].begin(nothing, nothing, model.config.text.num_hidden_layers)
     embedded, examples = Path(args.model).resolve() == TINY.resolve(), TINY.resolve() / "examples"
     if embedded and not args.json and any(Path(path).resolve().parent != examples for path in args.image or []):
         print(textwrap.fill(SHAPES_ALONE, WIDTH - 1), end="\n\n")
@@ -420,8 +535,7 @@ def answers(
     if args.save_plan:
         run = runs[1]
         kept, prompt_tokens = torch.tensor([run.kept_per_layer]), torch.tensor([run.prompt_tokens])
-        plan = Plan.estimate(run.budget, kept, prompt_tokens, args.model)
-        write_file(args.save_plan, plan.to_json().encode())
+        write_plan(args.save_plan, estimate_plan(run.budget, kept, prompt_tokens, args.model))
     if args.explore or args.plot:
         budgets = [run.budget for run in runs if run.method == "prefixkv"]
         data = explore.collect(model, processor, prompt, images, budgets, args.max_new_tokens, args.model)

@@ -243,13 +243,14 @@ print(f"layer 0 keeps {len(by_hand)} positions, the first of them {by_hand[:8].t
 assert torch.equal(kept[0].nonzero()[:, 0], by_hand)
 
 # %% [markdown]
-# ## 13. Prefill
+# ## 13. Reading the prompt
 #
-# With PrefixKV, it does all of this and fills a cache of slots.
+# `read` does all of this, and fills a cache of slots.
 
 # %%
 compressor = PrefixKV(budget)
-logits, cache = model.prefill(**inputs, max_new_tokens=64, compressor=compressor)
+cache = model.new_cache(64, compressor)
+logits = model.read(**inputs, cache=cache)
 print(f"layer 0 has {cache.key[0].shape[2]} slots for a text that may grow to {length + 64} tokens")
 assert torch.equal(cache.kept[:, 0], counts)
 assert torch.equal(cache.position[0, 0, : counts[0]].sort().values, by_hand)
@@ -257,7 +258,7 @@ assert torch.equal(cache.position[0, 0, : counts[0]].sort().values, by_hand)
 # %% [markdown]
 # ## 14. Three steps of decoding
 #
-# A new token takes a free slot, or that of the oldest recent one. No token is moved. The picture shows the last slots
+# A new token takes a free slot, or that of the oldest queued one. No token is moved. The picture shows the last slots
 # of layer 0: a row is a step, and the brighter a slot, the newer its token.
 
 # %%
@@ -265,7 +266,7 @@ filled = [cache.position[0, 0].clone()]
 for step in range(3):
     before = cache.position[0, 0].clone()
     token = logits.argmax(-1)
-    logits = model.decode_step(token, cache)
+    logits = model.read(token[:, None], cache)
     slot = int(cache.slot[0, 0])
     old = int(before[slot])
     where = "a free slot" if old < 0 else f"the slot of token {old}"
@@ -288,3 +289,27 @@ assert torch.equal(result.kept[0], counts)
 full = model.generate(**inputs, max_new_tokens=96)
 same = model.generate(**inputs, max_new_tokens=96, compressor=PrefixKV(1.0))
 assert torch.equal(full.token_ids, same.token_ids)  # a budget of 1 changes nothing
+
+# %% [markdown]
+# ## 16. A second question on the same cache
+#
+# The picture is not read again: `read` gets only the ids that are new. They see all that the cache holds, and one
+# another. `fork` copies the cache, so that each question finds it as the first answer left it.
+
+# %%
+first = "How many objects are there?"
+asked = processor(processor.chat([(first, None)], num_images=1), images=[image])
+talk = model.new_cache(128, PrefixKV(0.5))
+spoken = torch.cat(list(model.decode(model.read(**asked, cache=talk), talk)))  # [T]
+known = torch.cat([asked["input_ids"][0], spoken[:-1]])  # the last token, which ends the answer, is not read yet
+reply = processor.decode(spoken).strip()
+print(f"{first} {reply}")
+for second in ("Is there a red square?", "Where is the star?"):
+    whole = processor(processor.chat([(first, reply), (second, None)], num_images=1), images=[image])["input_ids"]
+    assert torch.equal(whole[0, : len(known)], known)  # else the conversation would have to be read again
+    branch = talk.fork()
+    tokens = torch.cat(list(model.decode(model.read(whole[:, len(known) :], branch), branch)))
+    print(
+        f"{second} {processor.decode(tokens).strip()} ({whole.shape[1] - len(known)} of {whole.shape[1]} tokens read)"
+    )
+assert int(talk.lengths) == len(known)  # the forks have changed nothing

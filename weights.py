@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -30,9 +31,10 @@ from torch.overrides import TorchFunctionMode
 
 from minillava.checks import LlavaError, require
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
-from minillava.fast import speed_up
+from minillava.fast import optimize
 from minillava.model import ACTIVATIONS, Llava
 from minillava.processor import IMAGE_TOKEN, ImageProcessor, Processor, Tokenizer, read_json
+from prefixkv import Plan
 
 # ---------------------------------------------------------------- config.json
 
@@ -554,7 +556,7 @@ def load_weights(
         if progress is not None:
             progress(done, size)
     if fit.tied:
-        model.tie_weights()
+        model.lm_head.weight = model.language_model.embed_tokens.weight
 
 
 class SkipInit(TorchFunctionMode):
@@ -579,14 +581,14 @@ def load_model(
     folder: Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
-    fast: bool | None = None,
+    fast: bool = False,
     mmap: bool | None = None,
     progress: Progress | None = None,
 ) -> Llava:
     """The model of a checkpoint's folder, in evaluation mode; no tokenizer is needed. Parameters as in `load`."""
     model, device = empty_model(read_config(folder)).eval(), torch.device(device)
     load_weights(model, folder, device, dtype, mmap, progress)
-    return speed_up(model) if fast or (fast is None and device.type == "cpu") else model
+    return optimize(model) if fast else model
 
 
 def load(
@@ -594,16 +596,16 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
     revision: str | None = None,
-    fast: bool | None = None,
+    fast: bool = False,
     mmap: bool | None = None,
     progress: Progress | None = None,
 ) -> tuple[Llava, Processor]:
     """The model in evaluation mode, and its processor, from a folder or a Hub id.
 
     dtype: None takes the checkpoint's own, that of its embedding, which for most has 16 bits.
-    fast: whether `fast.speed_up` changes the model's modules; None does so on a CPU. False is for stepping through
-    the code of model.py.
-    mmap: on a CPU, weights that need no conversion are mapped in place of being copied: the system reads a page of the
+    fast: the same tokens, sooner: `fast.optimize` changes the classes of modules. Without it a debugger stops in
+    model.py.
+    mmap: on a CPU, weights that need no conversion are mapped instead of being copied: the system reads a page of the
     file when it is used, and may drop it when memory is short. None does so if they take more than 2 GB. Do not write
     into the file while the model is in use: its weights would change, and if the file is cut short, the process ends.
     Renaming a new file over it is safe; the model keeps the old one.
@@ -611,7 +613,10 @@ def load(
     Raises LlavaError for anything that cannot be loaded.
     """
     folder = find(path_or_id, revision)
-    return load_model(folder, device, dtype, fast, mmap, progress), load_processor(folder)
+    model = load_model(folder, device, dtype, fast, mmap, progress)
+    if not fast and model.lm_head.weight.is_cpu and model.lm_head.weight.dtype in (torch.float16, torch.bfloat16):
+        warnings.warn("Weights in 16 bits on a CPU: load(..., fast=True) is several times sooner.", stacklevel=2)
+    return model, load_processor(folder)
 
 
 def memory_needed(folder: Path, dtype: torch.dtype | None) -> tuple[int, torch.dtype]:
@@ -689,6 +694,35 @@ def write_file(path: str | Path, content: bytes) -> None:
 def write_json(path: Path, value: object) -> None:
     """Writes JSON, whole or not at all."""
     write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def estimate_plan(budget: float, kept: Tensor, prompt_lengths: Tensor, model: str = "") -> Plan:
+    """The mean ratios of some samples: tokens kept [B, L] of prompts of `prompt_lengths` [B] tokens."""
+    ratios = (kept.double() / prompt_lengths[:, None]).mean(0).tolist()
+    return Plan(budget, ratios, model, len(kept))
+
+
+def write_plan(path: str | Path, plan: Plan) -> None:
+    """Writes the file that `read_plan` reads: a line for every number, to be read and compared."""
+    write_file(path, (json.dumps(asdict(plan), indent=1) + "\n").encode())
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Reads what `write_plan` wrote, or a published plan: a list of the ratios that the layers forget.
+
+    Raises LlavaError for a file that holds neither.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = json.loads(file.read(10**6))  # a plan is far shorter; a device may never end
+        ratios = [1 - ratio for ratio in raw] if isinstance(raw, list) else raw["ratios"]
+        if not ratios or not all(0 <= float(ratio) <= 1 for ratio in ratios):
+            raise ValueError("ratios between 0 and 1, one per layer, are missing")
+        known = {} if isinstance(raw, list) else raw
+        budget = float(known.get("budget", sum(ratios) / len(ratios)))
+        return Plan(budget, [float(r) for r in ratios], str(known.get("model", "")), int(known.get("samples", 0)))
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise LlavaError(f"{path} holds no plan ({error}); expected what --save-plan writes.") from None
 
 
 # ---------------------------------------------------------------- commands

@@ -45,7 +45,7 @@ def main() -> int:
     thread = threading.Thread(target=watch)
     thread.start()
     start = time.perf_counter()
-    model = load_model(args.folder, dtype=None, mmap=not args.read)
+    model = load_model(args.folder, dtype=None, fast=True, mmap=not args.read)
     seconds = time.perf_counter() - start
     loading = False
     thread.join()

@@ -133,7 +133,7 @@ def make_seeds(folder: Path) -> None:
     picture = Image.effect_noise((12, 9), 80).convert("RGB")
     for kind in ("png", "jpg", "gif", "bmp", "webp", "tiff"):
         picture.save(folder / f"picture.{kind}")
-    (folder / "plan.json").write_text(Plan(0.5, [0.25, 0.75], "model", 3).to_json())
+    weights.write_plan(folder / "plan.json", Plan(0.5, [0.25, 0.75], "model", 3))
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
     entries = [
         {"image": "picture.png", "conversations": talk},
@@ -227,7 +227,7 @@ def use_picture(path: Path) -> None:
 
 
 def use_plan(seeds: Path) -> None:
-    compressor = PrefixKV(plan=Plan.load(seeds / "plan.json"))
+    compressor = PrefixKV(plan=weights.read_plan(seeds / "plan.json"))
     model, processor = weights.load(seeds / "model")
     inputs = processor("<image>What?", [open_image(seeds / "picture.png")])
     model.generate(**inputs, max_new_tokens=3, compressor=compressor)

@@ -39,9 +39,9 @@ def distances(preset: Preset, dtype: str, folder: Path) -> dict[str, tuple[float
     assert config is not None
     write_checkpoint(config, folder, getattr(torch, dtype))
     inputs = make_inputs(config, preset)
-    exact = load_model(folder, dtype=torch.float32)(**inputs)
+    exact = load_model(folder, dtype=torch.float32, fast=True)(**inputs)
     gc.collect()
-    found = {"minillava": apart(load_model(folder, dtype=None)(**inputs), exact)}
+    found = {"minillava": apart(load_model(folder, dtype=None, fast=True)(**inputs), exact)}
     gc.collect()
     theirs: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     return found | {"transformers": apart(theirs(**inputs).logits, exact)}

@@ -158,8 +158,8 @@ def compare(folders: list[Path]) -> str:
     largest = 0.0
     for path in sorted(path for folder in folders for path in folder.glob("*/version.json")):
         version, layout, dtype = json.loads(path.read_text())
-        model, expected = load_model(path.parent, dtype=None, fast=False), load_file(path.parent / "expected.st")
-        inputs = {name: tensor for name, tensor in expected.items() if name not in ("logits", "tokens")}
+        model, expected = load_model(path.parent, dtype=None), load_file(path.parent / "expected.st")
+        inputs: dict[str, Any] = {name: tensor for name, tensor in expected.items() if name not in ("logits", "tokens")}
         with torch.no_grad():
             logits = model(**inputs)
         tokens = model.generate(**inputs, max_new_tokens=64, eos_token_id=()).token_ids

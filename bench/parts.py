@@ -31,8 +31,8 @@ from bench.variants import WithoutSquares, WithoutWeights
 from minillava import TINY
 from minillava.checks import LlavaError, require
 from minillava.compressors import H2O, TGVKV, PyramidKV, Random, SnapKV, Uniform, VLCache
-from minillava.model import CosSin, KVCache, Llava, apply_rope
-from prefixkv import Compressor, PrefixKV, importance, retain
+from minillava.model import Compressor, CosSin, KeepAll, KVCache, Llava, apply_rope
+from prefixkv import PrefixKV, importance, retain
 from weights import find, load, write_file
 
 SCORES = {
@@ -115,37 +115,38 @@ def expected_attention(
 def read_prompt(model: Llava, inputs: dict[str, Tensor], seeds: list[int], new_tokens: int) -> Prompt:
     """Reads a batch of prompts and scores their keys in every way; `seeds` has one for each prompt's random score."""
     prompt = Prompt()
-    prompt.logits, cache = model.prefill(**inputs, max_new_tokens=new_tokens, compressor=prompt)
+    cache = model.new_cache(new_tokens, prompt)
+    prompt.logits = model.read(**inputs, cache=cache)
     present, decoder = prompt.present, model.language_model
     behind = present.long().flip(1).cumsum(1).flip(1).clamp(min=1)  # [B, N]: queries that see a key
-    rope = decoder.cos_sin(cache.prompt_positions)
+    rope = decoder.cos_sin(cache.block.clamp(min=0))
     count = min(512, max(1, decoder.config.max_position_embeddings - present.shape[1]))
     cos, sin = decoder.cos_sin(cache.prompt_lengths[:, None] + torch.arange(count, device=present.device))
     coming = cos.float().mean(2, keepdim=True), sin.float().mean(2, keepdim=True)  # [B, 1, 1, Dh]
-    words, weighted, drawn = VLCache(1.0), TGVKV(1.0), Random(1.0, seeds)
-    for method in (words, weighted, drawn):
-        method.begin(present, prompt.image)
+    density = VLCache(1.0)
+    methods: dict[str, PrefixKV] = {
+        "window": SnapKV(1.0, kernel=1), "pooled": SnapKV(1.0), "words": density, "weighted": TGVKV(1.0),
+        "random": Random(1.0, seeds),
+    }  # fmt: skip
+    for method in methods.values():
+        method.begin(present, prompt.image, len(prompt.layers))
 
-    def score(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    def score(layer: int, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
         total = importance(query, key, present)
         middle = (key.float() * present[:, None, :, None]).sum(2, keepdim=True)  # the mean key, but for its length
         return {
             "sum": total,
             "mean": total / behind,
-            "window": SnapKV(1.0, kernel=1).score(query, key, present),
-            "pooled": SnapKV(1.0).score(query, key, present),
-            "words": words.score(query, key, present),
-            "weighted": weighted.score(query, key, present),
+            **{name: method.score(layer, query, key, value) for name, method in methods.items()},
             "expected": expected_attention(query, key, value, present, rope, coming),
             "value": total * value.float().norm(dim=(1, 3)),
             "distance": (1 - torch.cosine_similarity(key.float(), middle, dim=-1)).mean(1).clamp(min=0),
-            "random": drawn.score(query, key, present),
             "even": present.float(),  # all alike: `choose` spaces them, once it is known how many there are
         }
 
-    layers = [score(*layer) for layer in prompt.layers]
+    layers = [score(number, *layer) for number, layer in enumerate(prompt.layers)]
     prompt.scores = {name: torch.stack([s[name] for s in layers]).masked_fill(~present, 0.0) for name in SCORES}
-    prompt.density = words.density
+    prompt.density = density.density
     return prompt
 
 
@@ -159,7 +160,9 @@ def greatest_mass(scores: Tensor, present: Tensor, budget: float) -> Tensor:
     comes first before which its layer has fewer.
     """
     counts = []
-    totals = Uniform(budget).allocate(scores, present).sum(0).tolist()
+    uniform = Uniform(budget)
+    uniform.begin(present, present, len(scores))
+    totals = uniform.allocate(scores).sum(0).tolist()
     for padded, tokens, total in zip(scores.unbind(1), present, totals):
         own = padded[:, tokens].double()  # [L, n]
         own = own / own.sum(-1, keepdim=True).clamp(min=1e-300)
@@ -177,9 +180,10 @@ def layer_sizes(prompt: Prompt, run: Run) -> Tensor:
         return greatest_mass(scores, prompt.present, run.budget)
     methods = {"same": Uniform, "prefixkv": PrefixKV, "pyramidkv": PyramidKV, "vlcache": VLCache}
     method = methods[run.sizes](run.budget)
+    method.begin(prompt.present, prompt.image, len(scores))
     if isinstance(method, VLCache):
         method.density = prompt.density
-    return method.allocate(scores, prompt.present)
+    return method.allocate(scores)
 
 
 def evenly(counts: Tensor, present: Tensor) -> Tensor:
@@ -220,12 +224,15 @@ class Least(WithoutWeights, WithoutSquares):
 def evictor(prompt: Prompt, run: Run) -> Compressor:
     """Answers the cache while decoding. All but "none" hold the same bytes."""
     if run.eviction in ("none", ""):
-        return Compressor()
+        return KeepAll()
     methods = {"queue": PrefixKV, "h2o": H2O, "least": Least, "oldest": Oldest}
     method = methods[run.eviction](run.budget)
-    if isinstance(method, H2O):  # it notes the attention that the prompt's tokens have received, and adds to that
-        method.begin(prompt.present, prompt.image)
-        method.allocate(prompt.scores["words" if run.eviction == "least" else "sum"], prompt.present)
+    method.begin(prompt.present, prompt.image, len(prompt.layers))
+    if run.eviction in (
+        "h2o",
+        "least",
+    ):  # they note the attention that the prompt's tokens have received, and add to it
+        method.allocate(prompt.scores["words" if run.eviction == "least" else "sum"])
     return method
 
 
@@ -234,8 +241,9 @@ def evictor(prompt: Prompt, run: Run) -> Compressor:
 
 @torch.inference_mode()
 def fill(model: Llava, prompt: Prompt, keep: list[Tensor], new_tokens: int, method: Compressor) -> KVCache:
-    """A cache that holds the tokens keep [B, N] of each layer, as `prefill` would leave it."""
-    cache = model.new_cache(prompt.present, new_tokens, method)
+    """A cache that holds the tokens keep [B, N] of each layer, as `read` would leave it."""
+    cache = model.new_cache(new_tokens, method)
+    cache.begin(prompt.present, prompt.image)
     for (_, key, value), chosen in zip(prompt.layers, keep):
         cache.store(key, value, chosen)
     return cache
@@ -261,7 +269,7 @@ def data_of(args: argparse.Namespace) -> Data:
             return {"input_ids": ids[:, :-ANSWER]}, ids[:, -ANSWER:].tolist()
 
         return model, texts, None
-    model, processor = load(args.model, device=torch.device(args.device))
+    model, processor = load(args.model, device=torch.device(args.device), fast=True)
     samples = quality.scenes(args.samples, args.seed, f"parts {args.split}")
 
     def pictures(indices: list[int]) -> Batch:

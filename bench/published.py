@@ -47,7 +47,8 @@ from bench.quality import (
 )
 from minillava import TINY
 from minillava.compressors import H2O, Cover, Elastic, Local
-from minillava.model import KVCache, Llava
+from minillava.fast import FastKVCache, FastLlava
+from minillava.model import Compressor, KVCache, Llava
 from prefixkv import PrefixKV
 from weights import find, load, write_file
 
@@ -60,7 +61,7 @@ MISSING = f"bench.published: the pretrained decoder is left out; to measure it, 
 # ---------------------------------------------------------------- the rules as published
 
 
-class ShortPositions(Llava):
+class ShortPositions(FastKVCache):
     """A new token's position is the number of tokens that the first layer holds, whatever the others hold.
 
     `LlamaModel.forward` in transformers 4.31.0, where it is called with past_key_values and without position_ids, as by
@@ -68,43 +69,49 @@ class ShortPositions(Llava):
     at which they were rotated.
     """
 
-    def next_logits(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """As `Llava.next_logits`, [B] -> [B, V], but for the positions."""
-        positions = cache.held[0][:, None]
-        cache.advance()
-        hidden = self.language_model.embed_tokens(token_ids[:, None])
-        return self.lm_head(self.language_model(hidden, positions, cache=cache))[:, 0]
+    def advance(self, count: int) -> Tensor:
+        """As `KVCache.advance`, but for the positions that it returns."""
+        positions = self.held[0][:, None] + torch.arange(count, device=self.held.device)
+        super().advance(count)
+        return positions
+
+
+class ShortLlava(FastLlava):
+    """A model whose caches have `ShortPositions`."""
+
+    def new_cache(self, room: int = 128, compressor: Compressor | None = None) -> KVCache:
+        return ShortPositions(self.config.text, room, compressor)
 
 
 def with_short_positions(model: Llava) -> Llava:
     """A second model with the same weights, which counts positions as `ShortPositions` does."""
     twin = copy.copy(model)
-    twin.__class__ = ShortPositions
+    twin.__class__ = ShortLlava
     return twin
 
 
-def entries_as_ranks(scores: Tensor, counts: Tensor, present: Tensor, start: int) -> Tensor:
+def entries_as_ranks(scores: Tensor, counts: Tensor, present: Tensor, num_sinks: int) -> Tensor:
     """Which tokens a layer keeps: as `prefixkv.retain`, bool [B, N], but with an argsort's entries taken for ranks.
 
-    Between the first `start` tokens and the last one, which stay, place i is kept if the i-th smallest score stands
+    Between the first `num_sinks` tokens and the last one, which stay, place i is kept if the i-th smallest score stands
     among the last places, as many as there is room for. That says little about the score of place i.
     """
     kept = torch.zeros_like(present)
     for row, count in enumerate(counts.tolist()):
         own = present[row].nonzero()[:, 0]
-        between = own[start:-1]
+        between = own[num_sinks:-1]
         order = scores[row, between].argsort(stable=True)
-        kept[row, own[:start]] = kept[row, own[-1]] = True
-        kept[row, between[order >= len(between) - (count - start - 1)]] = True
+        kept[row, own[:num_sinks]] = kept[row, own[-1]] = True
+        kept[row, between[order >= len(between) - (count - num_sinks - 1)]] = True
     return kept
 
 
 class PublishedElastic(Elastic):
     """Elastic with the selection of `ElasticCache.__call__` in ElasticCache's kv_cache.py (start_size 1)."""
 
-    def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
-        """As `Compressor.retain`, bool [B, N]."""
-        return entries_as_ranks(scores, counts, present, self.start)
+    def choose(self, layer: int, scores: Tensor, counts: Tensor) -> Tensor:
+        """As `PrefixKV.choose`, bool [B, N]."""
+        return entries_as_ranks(scores, counts, self.present, self.num_sinks)
 
 
 class PublishedH2O(H2O):
@@ -114,14 +121,14 @@ class PublishedH2O(H2O):
     protected when the prompt is cut, only the last token. Eviction of single tokens afterwards is left as it is in H2O.
     """
 
-    def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
-        """As `Compressor.allocate`, [L, B]."""
+    def allocate(self, scores: Tensor) -> Tensor:
+        """As `PrefixKV.allocate`, [L, B]."""
         self.mean = scores.mean(0)  # [B, N]
-        return super().allocate(self.mean.expand_as(scores), present)
+        return super().allocate(self.mean.expand_as(scores))
 
-    def retain(self, scores: Tensor, counts: Tensor, present: Tensor) -> Tensor:
-        """As `Compressor.retain`, bool [B, N]."""
-        return entries_as_ranks(self.mean, counts, present, 0)
+    def choose(self, layer: int, scores: Tensor, counts: Tensor) -> Tensor:
+        """As `PrefixKV.choose`, bool [B, N]."""
+        return entries_as_ranks(self.mean, counts, self.present, 0)
 
 
 SELECTIONS: dict[str, dict[str, type[PrefixKV]]] = {
@@ -172,7 +179,7 @@ class Material:
 
 def embedded(count: int) -> Material:
     """The embedded checkpoint, and scenes that neither training nor another measurement uses."""
-    model, processor = load(TINY)
+    model, processor = load(TINY, fast=True)
     samples = scenes(count, 0, "published")
 
     def batch(chosen: list[int]) -> tuple[dict[str, Tensor], list[list[int]]]:
@@ -200,11 +207,11 @@ def measure(
 ) -> Iterator[list[float]]:
     """Negative log-likelihoods of the answers [B] for every run. The prompts are read once."""
     prompt, twin = Collector(), with_short_positions(model)
-    logits, _ = model.prefill(**inputs, max_new_tokens=0, compressor=prompt)
+    logits = model.read(**inputs, cache=model.new_cache(0, prompt))
     for run in runs:
         compressor = None if run == FULL else SELECTIONS[run.method][run.selection](run.budget)
-        cache = fill(model, prompt, max(map(len, answers)), compressor)
-        yield likelihood(model if run.positions == "true" else twin, logits, cache, answers)
+        reader = model if run.positions == "true" else twin
+        yield likelihood(reader, logits, fill(reader, prompt, max(map(len, answers)), compressor), answers)
 
 
 def complete(material: Material, runs: list[Run], folder: Path) -> list[Record]:

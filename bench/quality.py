@@ -12,7 +12,6 @@ Results go to `--out`: `results*.jsonl` (a line for every sample, method and bud
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import itertools
 import json
@@ -38,11 +37,11 @@ from minillava import TINY
 from minillava.checks import LlavaError
 from minillava.compressors import METHODS as COMPRESSORS
 from minillava.compressors import Random, Recorder
-from minillava.model import KVCache, Llava
+from minillava.model import KeepAll, KVCache, Llava
 from minillava.processor import Processor, llava_prompt, open_image
-from prefixkv import Compressor, Plan, PrefixKV, priority
+from prefixkv import Plan, PrefixKV, priority
 from train.scenes import DESCRIBE, describe, draw, make_scene
-from weights import find, load, write_file, write_json
+from weights import estimate_plan, find, load, read_plan, write_file, write_json, write_plan
 
 METHODS = ("full", *COMPRESSORS, "plan")
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7)
@@ -138,30 +137,24 @@ def encode(model: Llava, processor: Processor, samples: list[Sample]) -> dict[st
     return {name: tensor.to(model.lm_head.weight.device) for name, tensor in inputs.items()}
 
 
-class Collector(Compressor):
+class Collector(KeepAll):
     """Keeps every token, and notes what each layer of the prompt hands to the cache."""
 
-    def begin(self, present: Tensor, image: Tensor) -> None:
-        self.present, self.image = present, image  # [B, N]
-        self.queries: list[Tensor] = []  # of each layer [B, H, N, Dh]
+    def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
+        super().begin(present, image, layers)
+        self.image = image  # [B, N]
         self.layers: list[tuple[Tensor, Tensor, Tensor]] = []  # of each: its query, key and value [B, Hkv, N, Dh]
 
-    def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-        self.queries.append(query)
-        return super().score(query, key, present)
-
-    def merge(self, key: Tensor, value: Tensor, keep: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        # Called for one layer after the other, once all of them have been scored.
-        self.layers.append((self.queries[len(self.layers)], key, value))
-        return key, value
+    def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.layers.append((query, key, value))
+        return super().score(layer, query, key, value)
 
 
 @torch.inference_mode()
-def fill(model: Llava, prompt: Collector, max_new_tokens: int, compressor: PrefixKV | None) -> KVCache:
-    """The cache that `model.prefill` would return, without running the model on the prompt once more."""
-    cache = model.new_cache(prompt.present, max_new_tokens, compressor)
-    if compressor is not None:
-        compressor.begin(prompt.present, prompt.image)
+def fill(model: Llava, prompt: Collector, room: int, compressor: PrefixKV | None) -> KVCache:
+    """The cache that `model.read` would leave, without running the model on the prompt once more."""
+    cache = model.new_cache(room, compressor)
+    cache.begin(prompt.present, prompt.image)
     for number, layer in enumerate(prompt.layers):
         cache.update(number, *layer)
     return cache
@@ -180,7 +173,7 @@ def likelihood(model: Llava, logits: Tensor, cache: KVCache, answers: list[list[
         surprise = -logits.double().log_softmax(-1).gather(1, ids[:, step : step + 1])[:, 0]
         total += surprise * (step < lengths)
         if step + 1 < longest:
-            logits = model.decode_step(ids[:, step], cache)
+            logits = model.read(ids[:, step : step + 1], cache)
     return total.tolist()
 
 
@@ -226,12 +219,11 @@ def measure(
     answers = [processor.tokenizer.model.encode(sample.answer) for sample in chosen]
     references: list[str] = []
     prompt = Collector()
-    logits, _ = model.prefill(**inputs, max_new_tokens=0, compressor=prompt)
+    logits = model.read(**inputs, cache=model.new_cache(0, prompt))
     for method, budget in runs:
         compressor = compressor_for(method, budget, [args.seed + index for index in batch], plans)
         cache = fill(model, prompt, max(args.max_new_tokens, *map(len, answers)), compressor)
-        with torch.inference_mode():
-            twin = copy.deepcopy(cache)  # with its compressor: one reads the answer, the other writes its own
+        twin = cache.fork()  # one reads the answer, the other writes its own
         losses, kept = likelihood(model, logits, cache, answers), cache.kept.T.tolist()
         tokens = list(itertools.islice(model.decode(logits, twin), args.max_new_tokens))
         texts = [text.strip() for text in processor.decode(torch.stack(tokens, dim=1))]
@@ -275,12 +267,14 @@ def estimate(
         inputs = encode(model, processor, samples[start : start + batch_size])
         prompts.append(inputs["attention_mask"].sum(-1).cpu())
         recorder = Recorder()
-        model.prefill(**inputs, max_new_tokens=1, compressor=recorder)
+        model.read(**inputs, cache=model.new_cache(1, recorder))
         for budget, rows in kept.items():
-            rows.append(PrefixKV(budget).allocate(recorder.scores, recorder.present).T.cpu())
+            method = PrefixKV(budget)
+            method.begin(recorder.present, recorder.present, len(recorder.scores))
+            rows.append(method.allocate(recorder.scores).T.cpu())
     prompt = torch.cat(prompts)
     counts = {budget: torch.cat(rows) for budget, rows in kept.items()}
-    plans = {budget: Plan.estimate(budget, count, prompt, name) for budget, count in counts.items()}
+    plans = {budget: estimate_plan(budget, count, prompt, name) for budget, count in counts.items()}
     return plans, {budget: count / prompt[:, None] for budget, count in counts.items()}
 
 
@@ -514,19 +508,19 @@ def evaluate(args: argparse.Namespace) -> int:
         print(sentence, file=sys.stderr)
     if not samples:
         raise LlavaError(f"{args.data} has no entry that can be used.")
-    model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype))
+    model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype), fast=True)
     samples[0].prompt(processor)  # a template that fails does so before anything is written
     if args.estimate_plan:
         plans, shares = estimate(model, processor, samples, args.budgets, str(args.model), args.batch_size)
         args.estimate_plan.mkdir(parents=True, exist_ok=True)
         for budget, plan in plans.items():
-            write_file(args.estimate_plan / f"{budget:g}.json", plan.to_json().encode())
+            write_plan(args.estimate_plan / f"{budget:g}.json", plan)
         print(f"Plans of {len(samples)} samples in {args.estimate_plan}. How far the samples agree, in shares kept:\n")
         print(agreement(shares))
         return 1 if bad else 0
     plans = {}
     if args.plans:
-        plans = {budget: Plan.load(args.plans / f"{budget:g}.json") for budget in args.budgets}
+        plans = {budget: read_plan(args.plans / f"{budget:g}.json") for budget in args.budgets}
     # Scenes make plans of their own. Other data have none; by default, the method is then left out.
     methods = [method for method in args.methods if method != "plan" or plans or args.data == "scenes"]
     if methods != args.methods and args.methods != list(METHODS):
@@ -564,7 +558,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if rank == 0:
         recorder = Recorder()
         inputs = encode(model, processor, samples[: args.batch_size])
-        model.prefill(**inputs, max_new_tokens=1, compressor=recorder)
+        model.read(**inputs, cache=model.new_cache(1, recorder))
         curve = curves(recorder)
         text = tables(records) + "\n" + layer_table(curve, records)
         write_file(args.out / "table.md", text.encode())

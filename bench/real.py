@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minillava.checks import LlavaError, require
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
-from minillava.fast import speed_up
+from minillava.fast import optimize
 from minillava.model import Llava
 from weights import empty_model
 
@@ -110,11 +110,12 @@ def load(path: Path, fast: bool = True) -> tuple[Llava, Any]:
         LlavaConfig(vision, text, image_token_id=text.vocab_size, eos_token_id=(end,), pad_token_id=end)
     )
     found = model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
+    if text.tie_word_embeddings:
+        model.lm_head.weight = model.language_model.embed_tokens.weight
     wrong = found.unexpected_keys + [name for name, weight in model.named_parameters()
                                      if weight.is_meta and name.startswith(("language_model", "lm_head"))]  # fmt: skip
     require(not wrong, f"{path} has too many or too few weights: {', '.join(wrong[:5])}; expected a Llama decoder's.")
-    return speed_up(model.eval()) if fast else model.eval(), read_tokenizer(field)
+    return optimize(model.eval()) if fast else model.eval(), read_tokenizer(field)
 
 
 def read_tokenizer(field: Any) -> Any:

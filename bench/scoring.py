@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             dtype = getattr(torch, preset.dtype)
             if preset.model is not None:
                 write_checkpoint(preset.model, Path(scratch), dtype)
-            model = load_model(TINY if preset.model is None else Path(scratch), preset.device, dtype)
+            model = load_model(TINY if preset.model is None else Path(scratch), preset.device, dtype, fast=True)
             inputs = make_inputs(model.config, preset)
             names = ["full", *dict.fromkeys(args.methods)]
             seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
                     compressor = None if name == "full" else METHODS[name](args.budget)
                     synchronize(preset.device)
                     start = time.perf_counter()
-                    model.prefill(**inputs, max_new_tokens=preset.new, compressor=compressor)
+                    model.read(**inputs, cache=model.new_cache(preset.new, compressor))
                     synchronize(preset.device)
                     if number > 0:  # the first round warms up
                         seconds[name].append(time.perf_counter() - start)

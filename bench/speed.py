@@ -201,9 +201,9 @@ Run = tuple[Tensor, Callable[[Tensor], Tensor], Callable[[], int]]  # first logi
 
 def ours(model: Llava, contender: str, inputs: dict[str, Tensor], new: int) -> Run:
     """Our prefill, and what one decode step is."""
-    compressor = compressor_of(contender, model.config.text.num_hidden_layers)
-    logits, cache = model.prefill(**inputs, max_new_tokens=new, compressor=compressor)
-    return logits, lambda token: model.decode_step(token, cache), lambda: cache.held_bytes
+    cache = model.new_cache(new, compressor_of(contender, model.config.text.num_hidden_layers))
+    logits = model.read(**inputs, cache=cache)
+    return logits, lambda token: model.read(token[:, None], cache), lambda: cache.held_bytes
 
 
 def theirs(model: Any, contender: str, inputs: dict[str, Tensor], new: int) -> Run:

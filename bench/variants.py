@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minillava.compressors import H2O, Cover
+from minillava.compressors import Cover
 from prefixkv import PrefixKV
 
 
 class WithoutWords(Cover):
     """Words are tokens like any other."""
 
-    def begin(self, present: Tensor, image: Tensor) -> None:
-        super().begin(present, image)
+    def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
+        super().begin(present, image, layers)
         self.words = torch.zeros_like(present)
 
 
@@ -39,7 +39,7 @@ class WithoutShift(Cover):
 
 
 class WithoutWeights(Cover):
-    """A token that is kept stands for itself alone."""
+    """A token that is kept stands for itself only."""
 
     def bias(self, layer: int, position: Tensor) -> Tensor | None:
         return None
@@ -48,15 +48,15 @@ class WithoutWeights(Cover):
 class WithoutSquares(Cover):
     """Attention is summed as it is."""
 
-    def received_by(self, weights: Tensor) -> Tensor:
-        return H2O.received_by(self, weights)
+    def sum_of(self, weights: Tensor) -> Tensor:
+        return weights.mean(1).sum(1)
 
 
 class WithoutLooking(Cover):
     """While decoding, the token goes that has waited longest in PrefixKV's queue."""
 
-    def observe(self, layer: int, query: Tensor, key: Tensor, position: Tensor) -> None:
-        """Attention is not looked at."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, asking: Tensor, position: Tensor) -> Tensor | None:
+        return self.bias(layer, position)  # attention is not looked at
 
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:
         return PrefixKV.victim(self, position, kept)
@@ -65,10 +65,10 @@ class WithoutLooking(Cover):
 class WithPrefixSizes(Cover):
     """Layers have the sizes of PrefixKV's search, made of the words' attention."""
 
-    def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
-        super().allocate(scores, present)
-        counts = PrefixKV.allocate(self, scores, present)
-        self.chosen = self.cover(scores, counts, present)
+    def allocate(self, scores: Tensor) -> Tensor:
+        super().allocate(scores)
+        counts = PrefixKV.allocate(self, scores)
+        self.chosen = self.cover(scores, counts)
         return counts
 
 

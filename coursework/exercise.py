@@ -76,19 +76,19 @@ EXERCISES = {
          "tests/test_attention.py::test_each_group_of_query_heads_reads_its_own_key_head"),
     ),
     "cache": Exercise(
-        "minillava/model.py", "KVCache.advance",
+        "minillava/model.py", "KVCache.take_slot",
         ("tests/test_cache.py::TestTheCacheInPlaceIsOneThatCutsAndConcatenates",),
+    ),
+    "scoring": Exercise(
+        "prefixkv.py", "attention_weights",
+        ("tests/test_compressors.py::test_attention_of_the_last_queries_is_that_of_the_definition",
+         "tests/test_compressors.py::test_attention_of_the_last_queries_does_not_see_padding",
+         "tests/test_compressors.py::test_attention_of_the_last_queries_takes_no_room_for_the_others"),
     ),
     "importance": Exercise(
         "prefixkv.py", "importance",
         ("tests/test_prefixkv.py::test_block_wise_importance_is_the_naive_one_for_every_block_size",
          "tests/test_prefixkv.py::test_importance_is_accumulated_in_float32_whatever_the_dtype"),
-    ),
-    "scoring": Exercise(
-        "minillava/compressors.py", "last_attention",
-        ("tests/test_compressors.py::test_attention_of_the_last_queries_is_that_of_the_definition",
-         "tests/test_compressors.py::test_attention_of_the_last_queries_does_not_see_padding",
-         "tests/test_compressors.py::test_attention_of_the_last_queries_takes_no_room_for_the_others"),
     ),
     "search": Exercise(
         "prefixkv.py", "search",
@@ -108,7 +108,7 @@ EXERCISES = {
         PUBLISHED,
     ),
     "allocator": Exercise(
-        "minillava/compressors.py", "Uniform.allocate",
+        "minillava/compressors.py", "divide",
         ("tests/test_compressors.py::test_the_total_kept_is_prefixkvs_budget_exactly",
          "tests/test_compressors.py::test_uniform_layers_differ_by_one_token_at_most_and_choose_as_prefixkv_does"),
     ),

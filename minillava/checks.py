@@ -9,6 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:  # the model imports this file
     from minillava.config import LlavaConfig, TextConfig
+    from minillava.model import KVCache
 
 
 class LlavaError(ValueError):
@@ -21,32 +22,78 @@ def require(condition: object, sentence: str) -> None:
         raise LlavaError(sentence)
 
 
-def check_prompt(config: TextConfig, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int = 0) -> Tensor:
-    """Raises LlavaError for a prompt that cannot be read; returns which tokens are no padding, bool [B, N]."""
-    shape, vocabulary = list(input_ids.shape), config.vocab_size
-    usable = len(shape) == 2 and 0 not in shape and input_ids.dtype in (torch.int64, torch.int32)
-    require(usable, f"input_ids are {input_ids.dtype} {shape}; expected int64 [B, N], one prompt or more.")
-    known = ((input_ids >= 0) & (input_ids < vocabulary)).all()
-    require(known, f"input_ids hold ids outside the vocabulary; expected 0 to {vocabulary - 1}.")
-    whole = isinstance(new_tokens, int) and new_tokens >= 0
-    require(whole, f"max_new_tokens is {new_tokens}; expected a whole number, 0 or more.")
+def check_room(config: TextConfig, tokens: int, room: int) -> None:
+    """Raises LlavaError unless a text of `tokens` tokens and `room` more ones fits into the model's positions."""
+    whole = isinstance(room, int) and room >= 0
+    require(whole, f"The room for new tokens (max_new_tokens) is {room}; expected a whole number, 0 or more.")
     limit = config.max_position_embeddings
     require(
-        shape[1] + new_tokens <= limit,
-        f"{shape[1]} prompt tokens and {new_tokens} new ones exceed the model's {limit} positions; "
-        "shorten the prompt or ask for fewer.",
+        tokens + room <= limit,
+        f"{tokens} tokens and room for {room} more exceed the model's {limit} positions; "
+        "shorten the text or ask for fewer.",
     )
+
+
+def check_prompt(config: TextConfig, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Raises LlavaError for token ids that cannot be read; returns which of them are not padding, bool [B, N]."""
+    shape, vocabulary = list(input_ids.shape), config.vocab_size
+    usable = len(shape) == 2 and 0 not in shape and input_ids.dtype in (torch.int64, torch.int32)
+    require(usable, f"input_ids are {input_ids.dtype} {shape}; expected int64 [B, N], at least one token in each row.")
+    least, most = (int(end) for end in input_ids.aminmax())
+    known = least >= 0 and most < vocabulary
+    require(known, f"input_ids hold ids outside the vocabulary; expected 0 to {vocabulary - 1}.")
+    check_room(config, shape[1], 0)
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     mask = f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}"
     require(attention_mask.shape == input_ids.shape, f"{mask}; expected {shape}, as input_ids are.")
     present = attention_mask == 1  # [B, N]
-    require((present | (attention_mask == 0)).all(), f"{mask}; expected 1 for a token and 0 for padding alone.")
+    require((present | (attention_mask == 0)).all(), f"{mask}; expected 1 for a token and 0 for padding only.")
     return present
 
 
-def check_images(config: LlavaConfig, found: int, pixel_values: Tensor | None, image_sizes: Tensor | None) -> None:
-    """Raises LlavaError unless the images make as many tokens as the prompts have places for: `found`."""
+def check_read(
+    config: TextConfig,
+    cache: KVCache,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    pixel_values: Tensor | None = None,
+) -> Tensor:
+    """Raises LlavaError for a block that this cache cannot take; returns which tokens are not padding, bool [B, N]."""
+    present = check_prompt(config, input_ids, attention_mask)
+    require(cache.config == config, "The cache was made for a model of other sizes; call this model's new_cache.")
+    batch, count = input_ids.shape
+    if not cache.key:
+        require_left_padding(present)
+        check_room(config, count, cache.room)
+        return present
+    texts = len(cache.lengths)
+    require(batch == texts, f"input_ids have {batch} rows and the cache holds {texts} texts; give each text a row.")
+    whole = attention_mask is None or present.all()
+    require(whole, "attention_mask has padding in a further turn; the turns of a batch must be equally long.")
+    with_prompt = pixel_values is None or (cache.kept == cache.prompt_lengths).all()
+    require(with_prompt, "A compressed cache takes images only with its prompt; start a new cache for this image.")
+    require(
+        count <= cache.room,
+        f"The turn has {count} tokens and the cache has room for {cache.room}; "
+        f"call cache.reserve({count - cache.room}) first.",
+    )
+    return present
+
+
+def check_logits(logits: Tensor) -> Tensor:
+    """The logits [B, V] themselves; raises LlavaError if a number is NaN or infinite."""
+    require(logits.isfinite().all(), "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
+    return logits
+
+
+def check_images(
+    config: LlavaConfig, is_image: Tensor, pixel_values: Tensor | None, image_sizes: Tensor | None
+) -> None:
+    """Raises LlavaError unless the images make as many tokens as the prompts have places for, where is_image [B, N]."""
+    if pixel_values is None and is_image.shape[1] == 1:
+        return  # a model may write an image token by itself, which then has no image
+    found = int(is_image.sum())
     if pixel_values is not None:
         shape = list(pixel_values.shape)
         require(len(shape) == 4, f"pixel_values are {shape}; expected [I, 3, R, R]: images, or tiles of all images.")

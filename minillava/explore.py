@@ -31,27 +31,28 @@ OTHERS: dict[str, type[PrefixKV]] = {"cover": Cover, "H2O": H2O, "SnapKV": SnapK
 
 
 class Beside(Recorder):
-    """Keeps everything, as a Recorder, and asks other compressors what they would keep: `kept[i][layer]` [N]."""
+    """Keeps everything, as a Recorder, and asks other compressors what they would keep."""
 
     def __init__(self, others: Sequence[PrefixKV]):
         self.others = others
         self.found: list[list[Tensor]] = [[] for _ in others]  # of each one, its scores by layer
-        self.kept: list[list[Tensor]] = []
 
-    def begin(self, present: Tensor, image: Tensor) -> None:
+    def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
+        super().begin(present, image, layers)
         for other in self.others:
-            other.begin(present, image)
+            other.begin(present, image, layers)
 
-    def score(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
+    def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         for other, found in zip(self.others, self.found):
-            found.append(other.score(query, key, present))
-        return super().score(query, key, present)
+            found.append(other.score(layer, query, key, value))
+        return super().score(layer, query, key, value)
 
-    def allocate(self, scores: Tensor, present: Tensor) -> Tensor:
-        for other, found in zip(self.others, self.found):
-            counts = other.allocate(torch.stack(found), present)
-            self.kept.append([other.retain(score, count, present)[0] for score, count in zip(found, counts)])
-        return super().allocate(scores, present)
+    def choices(self) -> list[list[Tensor]]:
+        """What each of the others keeps of each layer of the first prompt: bool [N]."""
+        return [
+            [other.choose(layer, *pair)[0] for layer, pair in enumerate(zip(found, other.allocate(torch.stack(found))))]
+            for other, found in zip(self.others, self.found)
+        ]
 
 
 def seen_image(pixels: Tensor, processor: Processor, patch: int) -> Image.Image:
@@ -126,17 +127,18 @@ def collect(
     inputs = {key: tensor.to(device) for key, tensor in processor(prompt, images).items()}
     stops = sorted({*SHARES, *budgets})
     recorder = Beside([method(stop) for method in OTHERS.values() for stop in stops])
-    model.prefill(**inputs, max_new_tokens=1, compressor=recorder)
+    model.read(**inputs, cache=model.new_cache(1, recorder))
     scores = recorder.scores[:, 0].cpu()  # [L, N]
     layers, length = scores.shape
     prefixes = priority(scores)  # [L, N + 1]
-    protected = min(length, recorder.start + 1)
+    protected = min(length, PrefixKV().num_sinks + 1)
     found = [search(prefixes, max(round(s * layers * length), layers * protected), protected) for s in stops]
     everything = torch.ones(1, length, dtype=torch.bool)
     own = [[retain(row[None], count[None], everything)[0] for row, count in zip(scores, counts)] for _, counts in found]
+    choices = recorder.choices()
     methods = [{"name": "PrefixKV", "kept": [[bits(row) for row in rows] for rows in own]}]
     for number, other in enumerate(OTHERS):
-        theirs = recorder.kept[number * len(stops) : (number + 1) * len(stops)]
+        theirs = choices[number * len(stops) : (number + 1) * len(stops)]
         methods.append({"name": other, "kept": [[bits(row) for row in rows] for rows in theirs]})
     ids = inputs["input_ids"][0].tolist()
     places = [position for position, id in enumerate(ids) if id == model.config.image_token_id]

@@ -4,7 +4,7 @@ With weights in 16 bits, a CPU computes in float32 and rounds where the dtype sa
 those in float32 as the plain ones are (`python -m bench.half`), but not the same: where two tokens are nearly equally
 likely, the choice may differ.
 
-`speed_up(model)` swaps the classes of a loaded model's modules for the faster ones below. The weights keep their names
+`optimize(model)` swaps the classes of a loaded model's modules for the faster ones below. The weights keep their names
 and values. `weights.load` calls it on a CPU unless told `fast=False`. `compile_steps(model)` also compiles the decode
 step.
 
@@ -27,9 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillava.checks import LlavaError
+from minillava.checks import LlavaError, check_logits, check_read
+from minillava.config import TextConfig
 from minillava.model import (
     Attention,
+    Compressor,
     CosSin,
     DecoderLayer,
     KVCache,
@@ -39,13 +41,13 @@ from minillava.model import (
     merge_heads,
     split_heads,
 )
-from prefixkv import Compressor
+from prefixkv import PrefixKV
 
 HALF = (torch.float16, torch.bfloat16)
 PART = 2**21  # numbers of a weight that are converted at once: 8 MB
 
 
-def times(matrix: Tensor, vectors: Tensor) -> Tensor:
+def matvec(matrix: Tensor, vectors: Tensor) -> Tensor:
     """A matrix [..., rows, width] times a few vectors [..., count, width]: [..., count, rows]. Reads the matrix once.
 
     Compiled, it is one loop over the matrix with a running sum in float32 for each vector, and the operations before
@@ -59,7 +61,7 @@ def times(matrix: Tensor, vectors: Tensor) -> Tensor:
     return vectors @ matrix.mT if gaps else (matrix @ vectors.mT).mT
 
 
-def half_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_half(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` of 16-bit numbers: [..., in] -> [..., out]. For many tokens it is computed in float32, rounded once.
 
     Few processors multiply 16-bit numbers as fast as float32. A part of the weight is converted and used before the
@@ -76,12 +78,13 @@ def half_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
-def wide_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+def sdpa_float32(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
     """`F.scaled_dot_product_attention` of many queries in float32, rounded at the end. In 16 bits it would be slower.
 
     For a single new token it would copy the whole cache, so `FastAttention` does not use it there.
     """
-    context = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), **options)
+    mask = attn_mask.float() if attn_mask is not None and attn_mask.dtype != torch.bool else attn_mask
+    context = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), mask, **options)
     return context.to(query.dtype)
 
 
@@ -96,11 +99,11 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class FastLinear(nn.Linear):
-    """nn.Linear that uses every thread of a CPU for one token per sample. Weights in 16 bits go to `half_product`.
+    """nn.Linear that uses every thread of a CPU for one token per sample. Weights in 16 bits go to `linear_half`.
 
     Reading the weights takes most of the time, and the matrix library reads them with one thread. Cut into up to 16
     equal parts, they form a batch of products, and the library shares a batch among threads. For up to 4 samples,
-    `times` is faster still. Small weights fit in the processor's own cache, and there is nothing to gain. A compiled
+    `matvec` is faster still. Small weights fit in the processor's own cache, and there is nothing to gain. A compiled
     step computes a product in loops of its own.
     """
 
@@ -108,15 +111,15 @@ class FastLinear(nn.Linear):
         """[B, N, in] -> [B, N, out]."""
         compiling, single = torch.compiler.is_compiling(), x.shape[1] == 1
         if x.is_cpu and self.weight.dtype in HALF and not compiling:
-            return half_product(x, self.weight, self.bias)
+            return linear_half(x, self.weight, self.bias)
         if compiling and single and x.is_cpu and len(x) <= 8:  # more sums do not fit in the registers
             return self.one_loop(x)
         if not (x.is_cpu and single and self.weight.numel() >= 2**16):
             return F.linear(x, self.weight, self.bias)
         weight = self.weight.view(math.gcd(self.out_features, 16), -1, self.in_features)  # [parts, rows, width]
         vectors = x[:, 0].expand(len(weight), -1, -1)  # [parts, B, width]
-        product = times(weight, vectors) if len(x) <= 4 else vectors @ weight.mT  # [parts, B, rows]
-        # `times` leaves neighbouring numbers of a token B places apart, which would slow down what follows.
+        product = matvec(weight, vectors) if len(x) <= 4 else vectors @ weight.mT  # [parts, B, rows]
+        # `matvec` leaves neighbouring numbers of a token B places apart, which would slow down what follows.
         product = product.transpose(0, 1).reshape(len(x), 1, -1).contiguous()  # [B, 1, out]
         return product if self.bias is None else product + self.bias
 
@@ -128,7 +131,7 @@ class FastLinear(nn.Linear):
         """
         large = len(x) == 1 and self.weight.numel() >= 2**20
         parts = self.weight.chunk(math.gcd(self.out_features, 4)) if large else [self.weight]
-        products = [times(part, x[:, 0]) for part in parts]
+        products = [matvec(part, x[:, 0]) for part in parts]
         product = (torch.cat(products, dim=-1) if large else products[0])[:, None]  # [B, 1, out], float32
         return (product if self.bias is None else product + self.bias).to(x.dtype)
 
@@ -153,17 +156,17 @@ class FastAttention(Attention):
         """As `Attention.attend`: [B, H, N, Dh]."""
         if query.shape[2] > 1:
             if query.is_cpu and query.dtype in HALF:
-                return wide_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+                return sdpa_float32(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
             return super().attend(query, key, value, mask)
         grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3)  # [B, Hkv, G, Dh]
         # The fused call keeps scores in float32; a product would round them to 16 bits.
         if key.dtype != torch.float32 and not torch.compiler.is_compiling():
             context = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)  # [B, Hkv, G, Dh]
         else:
-            scores = times(key, grouped * query.shape[3] ** -0.5)  # [B, Hkv, G, S]
+            scores = matvec(key, grouped * query.shape[3] ** -0.5)  # [B, Hkv, G, S]
             if mask is not None:
                 scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-            context = times(value.mT, scores.softmax(-1)).to(query.dtype)  # [B, Hkv, G, Dh]
+            context = matvec(value.mT, scores.softmax(-1)).to(query.dtype)  # [B, Hkv, G, Dh]
         return context.flatten(1, 2)[:, :, None]
 
 
@@ -176,7 +179,7 @@ class FastVisionLayer(VisionLayer):
             return super().forward(hidden)
         x = self.layer_norm1(hidden)
         heads = [split_heads(project(x), self.num_heads) for project in (self.q_proj, self.k_proj, self.v_proj)]
-        hidden = hidden + self.out_proj(merge_heads(wide_attention(*heads)))
+        hidden = hidden + self.out_proj(merge_heads(sdpa_float32(*heads)))
         return hidden + self.fc2(self.activation(self.fc1(self.layer_norm2(hidden))))
 
 
@@ -200,65 +203,73 @@ class FastTopLayer(DecoderLayer):
 
 
 class FastKVCache(KVCache):
-    """Stores values in the order in which `times` reads them, and counts filled slots once per step, not per layer.
+    """Stores values in the order in which `matvec` reads them, and counts filled slots once per block, not per layer.
 
     compiled: the step is compiled. Each layer then reads all its slots under a mask, so that shapes stay the same from
     step to step.
     """
 
-    def __init__(self, *arguments: Any, compiled: bool = False):
-        super().__init__(*arguments)
+    def __init__(self, config: TextConfig, room: int, compressor: Compressor | None = None, compiled: bool = False):
+        super().__init__(config, room, compressor)
         self.compiled = compiled
 
-    def allocate(self, key: Tensor, value: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        """As `KVCache.allocate`."""
-        keys, values = super().allocate(key, value, slots)
-        if values.dtype == torch.float32 or self.compiled:  # `times` reads one dimension of all slots, then the next
+    def new_slots(self, key: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """As `KVCache.new_slots`."""
+        keys, values = super().new_slots(key, value, kept)
+        slots = keys.shape[2]
+        if values.dtype == torch.float32 or self.compiled:  # `matvec` reads one dimension of all slots, then the next
             values = values.view(*values.shape[:2], values.shape[3], slots).mT  # [B, Hkv, S, Dh]
-        return keys, values
-
-    def store(self, key: Tensor, value: Tensor, keep: Tensor) -> None:
-        """As `KVCache.store`."""
-        super().store(key, value, keep)
         # torch.compile takes equal sizes for one. If `position` were as wide as a layer, a cache in which another layer
         # is the widest would be compiled again. One spare column keeps the sizes different.
-        if self.compiled and self.position.shape[2] == self.key[-1].shape[2]:
+        if self.compiled and self.position.shape[2] == slots:
             self.position = F.pad(self.position, (0, 1), value=-1)
+        return keys, values
 
-    def advance(self) -> None:
+    def advance(self, count: int) -> Tensor:
         """As `KVCache.advance`."""
-        super().advance()
+        positions = super().advance(count)
         if not self.compiled:
             self.most, self.fewest = self.held.amax(1).tolist(), self.held.amin(1).tolist()  # of each layer's prompts
+        return positions
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `KVCache.read`; if compiled, all slots, always with a mask."""
-        key, value = self.key[layer], self.value[layer]
-        filled = key.shape[2] if self.compiled else self.most[layer]
-        even = not self.compiled and filled == self.fewest[layer]
-        mask = None if even else (self.position[layer, :, :filled] >= 0)[:, None, None]
-        return key[:, :, :filled], value[:, :, :filled], mask
+    def filled(self, layer: int) -> tuple[int, bool]:
+        """As `KVCache.filled`; if compiled, all slots, of which a mask hides the free ones."""
+        if self.compiled:
+            return self.key[layer].shape[2], False
+        return self.most[layer], self.most[layer] == self.fewest[layer]
+
+
+def single_token(model: Llava, input_ids: Tensor, cache: KVCache) -> Tensor:
+    """What `Llava.read` does to one new token of every prompt, [B, 1] -> [B, V]: the part that is compiled."""
+    positions = cache.advance(1)
+    hidden = model.language_model(model.language_model.embed_tokens(input_ids), positions, cache=cache)
+    return model.lm_head(hidden)[:, 0]
 
 
 class FastLlava(Llava):
-    """`Llava` with a FastKVCache. After `compile_steps`, its decode step runs compiled."""
+    """`Llava` with a FastKVCache. After `compile_steps`, single tokens are read by compiled code."""
 
     compiled_step: Callable[[Llava, Tensor, KVCache], Tensor] | None = None
 
-    def new_cache(self, present: Tensor, max_new_tokens: int, compressor: Any) -> KVCache:
-        """Steps run uncompiled if the compressor has an `observe` of its own, which torch.compile may not handle."""
-        observes = compressor is not None and type(compressor).observe is not Compressor.observe
-        compiled = self.compiled_step is not None and not observes
-        return FastKVCache(present, self.config.text.num_hidden_layers, max_new_tokens, compressor, compiled=compiled)
+    def new_cache(self, room: int = 128, compressor: Compressor | None = None) -> KVCache:
+        """Steps run uncompiled if the compressor has an `attend` of its own, which torch.compile may not handle."""
+        plain = compressor is None or type(compressor).attend in (Compressor.attend, PrefixKV.attend)
+        return FastKVCache(self.config.text, room, compressor, plain and self.compiled_step is not None)
 
-    def next_logits(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """[B] -> [B, V], compiled where the cache was made for it."""
-        if self.compiled_step is not None and isinstance(cache, FastKVCache) and cache.compiled:
-            return self.compiled_step(self, token_ids, cache)
-        return super().next_logits(token_ids, cache)
+    @torch.inference_mode()
+    def read(self, input_ids: Tensor, cache: KVCache, pixel_values: Tensor | None = None,
+             attention_mask: Tensor | None = None, image_sizes: Tensor | None = None) -> Tensor:  # fmt: skip
+        """As `Llava.read`, compiled for a single token where the cache was made for it."""
+        made_for_it = self.compiled_step is not None and isinstance(cache, FastKVCache) and cache.compiled
+        if not made_for_it or not cache.key or pixel_values is not None or input_ids.shape[1:] != (1,):
+            return super().read(input_ids, cache, pixel_values, attention_mask, image_sizes)
+        assert self.compiled_step is not None
+        check_read(self.config.text, cache, input_ids, attention_mask)
+        cache.room -= 1
+        return check_logits(self.compiled_step(self, input_ids, cache))
 
 
-def speed_up(model: Llava) -> Llava:
+def optimize(model: Llava) -> Llava:
     """Swaps the classes of the model's modules in place; returns the model. Your own classes are left as they are."""
     if type(model) is Llava:
         model.__class__ = FastLlava
@@ -271,7 +282,7 @@ def speed_up(model: Llava) -> Llava:
     return model
 
 
-def kept_checks(checks: Sequence[Any]) -> list[bool]:
+def guard_filter(checks: Sequence[Any]) -> list[bool]:
     """Which of torch.compile's checks ("guards") are made before every step: of the modules, only those of tensors.
 
     A layer's modules have some 200 others, named such as "self._modules['lm_head']". They took a quarter of a small
@@ -289,7 +300,7 @@ def compile_steps(model: Llava) -> None:
     CPU a C++ compiler is needed. In 16 bits a compiled step may round otherwise than an eager one. Weights may be
     changed afterwards; modules, their settings and their hooks may not: a step would not notice.
     """
-    speed_up(model)
+    optimize(model)
     if not isinstance(model, FastLlava):
         raise LlavaError(f"The model is a {type(model).__name__}; compile_steps expects a Llava.")
     # One graph per batch size and compression method. After its default of eight, torch would silently run uncompiled.
@@ -297,10 +308,8 @@ def compile_steps(model: Llava) -> None:
     # Threshold 0: what several products read is computed once, not again for every row.
     options: dict[str, Any] = {"realize_reads_threshold": 0}
     if hasattr(torch.compiler, "keep_tensor_guards_unsafe"):  # only then does torch.compile know the option
-        options["guard_filter_fn"] = kept_checks
-    # The plain method, since FastLlava's own calls the compiled one. torch.compile keeps its graphs beside a function's
-    # code. A copy of the code gives this model graphs of its own, since they do not check which model they are for. (A
-    # method that calls `super()` could not be copied so.)
-    plain = Llava.next_logits
-    step = FunctionType(plain.__code__.replace(), plain.__globals__)
+        options["guard_filter_fn"] = guard_filter
+    # torch.compile keeps its graphs beside a function's code. A copy of the code gives this model graphs of its own,
+    # since they do not check which model they are for.
+    step = FunctionType(single_token.__code__.replace(), single_token.__globals__)
     model.compiled_step = torch.compile(step, dynamic=True, options=options)

@@ -1,33 +1,34 @@
 """LLaVA in one file: CLIP or SigLIP vision tower, projector, Llama or Qwen2 decoder, KV cache, generation.
 
-Read it from top to bottom: what a line uses is defined above it. Only the cache, which layers are
-handed, comes after them. A comment such as `# [B, N, D]` at the end of a line gives the shape of the
-line's result; a test checks every one.
+Read it from top to bottom: what a line uses is defined above it. Only the cache, which layers are handed, comes after
+them. A comment such as `# [B, N, D]` at the end of a line gives the shape of its result; a test checks every one.
 
     B prompts in the batch    I images               L layers              V vocabulary
-    N prompt tokens           P patches per image    H query heads         G query heads per KV head
+    N tokens of a block       P patches per image    H query heads         G query heads per KV head
     S cache slots             R pixels per side      Hkv key-value heads   Dh head size
-                              Dv vision width        Hv vision heads       D decoder width
+    F filled slots            Dv vision width        Hv vision heads       D decoder width
 
-Every prompt of a batch is padded on the left to the same N; `attention_mask` is 0 on the padding.
-Numbers agree with `transformers` (LlavaForConditionalGeneration). Where implementations differ, a
-comment names the class that this one follows.
+A block is what the decoder reads at once: a prompt, a further turn, or one new token. Every prompt of a batch is padded
+on the left to the same N; `attention_mask` is 0 on the padding. A position counts the tokens before it in the text,
+without padding; padding and free slots have position -1. Numbers agree with `transformers`
+(LlavaForConditionalGeneration). Where implementations differ, a comment names the class that this one follows.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillava.anyres import pack
-from minillava.checks import check_images, check_prompt, check_sampling, require, require_left_padding
+from minillava.checks import check_images, check_logits, check_prompt, check_read, check_room, check_sampling
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 
 # ---------------------------------------------------------------- vision tower
@@ -41,6 +42,8 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "quick_gelu": quick_gelu, "silu": F.silu,
 }  # fmt: skip
+CosSin = tuple[Tensor, Tensor]  # of RoPE's angles at the positions of tokens, both [B, 1, N, Dh]
+Waiting = tuple[int, Tensor, Tensor, Tensor]  # a layer that waits to be cached: its number, key, value and scores
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -86,24 +89,21 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        width, patch = config.hidden_size, config.patch_size
-        clip = config.has_cls
+        width, patch, clip = config.hidden_size, config.patch_size, config.has_cls
         self.class_embedding = nn.Parameter(torch.zeros(width)) if clip else None
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=not clip)
         self.position_embedding = nn.Embedding(config.num_patches + clip, width)
-        # The name is as every checkpoint spells it.
+        # "layrnorm" is how every checkpoint spells it.
         self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps) if clip else nn.Identity()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
-        # Never used, since LLaVA takes its features earlier. Checkpoints have it.
-        self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # in checkpoints, but never used
 
     def forward(self, pixel_values: Tensor, layer: int) -> Tensor:
         """[I, 3, R, R] -> [I, P + 1, Dv] after `layer` layers (negative: from the end); SigLIP's are [I, P, Dv]."""
         patches = self.patch_embedding(pixel_values)  # [I, Dv, R // patch, R // patch]
         hidden = patches.flatten(2).transpose(1, 2)  # [I, P, Dv]
         if self.class_embedding is not None:
-            cls = self.class_embedding.expand(len(hidden), 1, -1)  # [I, 1, Dv]
-            hidden = torch.cat([cls, hidden], dim=1)  # [I, P + 1, Dv]
+            hidden = torch.cat([self.class_embedding.expand(len(hidden), 1, -1), hidden], dim=1)  # [I, P + 1, Dv]
         hidden = self.pre_layrnorm(hidden + self.position_embedding.weight)
         depth = layer if layer >= 0 else len(self.layers) + 1 + layer
         for block in self.layers[:depth]:  # the layers above are never run
@@ -158,30 +158,21 @@ def rope_frequencies(config: TextConfig, device: torch.device | str = "cpu") -> 
     return (1 - blend) * frequency / scaling["factor"] + blend * frequency
 
 
-CosSin = tuple[Tensor, Tensor]  # both [B, 1, N, Dh], of the angles at the tokens' positions
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    """The halves of every head exchanged, one of them negated: (first, second) -> (-second, first). [..., Dh]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
-
-
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE: turns each pair of a head's numbers by an angle that grows with the position. [B, heads, N, Dh] unchanged.
 
     Llama's checkpoints pair x[i] with x[i + Dh/2]; the RoFormer paper pairs neighbours.
     """
-    return x * cos + rotate_half(x) * sin
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def causal_mask(present: Tensor) -> Tensor | None:
-    """Which keys each query sees: bool [B, 1, N, N]. None stands for plain causal attention, without padding."""
-    if present.all():
-        return None
-    causal = present.new_ones(present.shape[1], present.shape[1]).tril()  # [N, N]
-    itself = torch.eye(len(causal), dtype=torch.bool, device=present.device)  # [N, N]: no row of the softmax is empty
-    return ((causal & present[:, None]) | itself)[:, None]
+def visible(asking: Tensor, position: Tensor) -> Tensor:
+    """The rule of every mask: a key is seen if a token is there, and not later than the query's: bool [B, 1, N, S].
+
+    asking [B, N] are positions of queries. Padding asks as if at position 0, so that no row of the softmax is empty.
+    """
+    return ((position >= 0)[:, None] & (position[:, None] <= asking.clamp(min=0)[..., None]))[:, None]
 
 
 def manual_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -263,7 +254,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, hidden: Tensor, rope: CosSin, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]: in training, for a prompt, and for one new token of every prompt."""
+        """[B, N, D] -> [B, N, D]: in training, and for every block of generation."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, mask, cache)  # [B, N, D]
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -275,9 +266,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers: Sequence[DecoderLayer] = nn.ModuleList(  # type: ignore[assignment]
-            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
-        )
+        layers = (DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers: Sequence[DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def cos_sin(self, positions: Tensor) -> CosSin:
@@ -299,124 +289,182 @@ class Decoder(nn.Module):
 # ---------------------------------------------------------------- KV cache
 
 
+class Compressor(Protocol):
+    """What a KV cache asks of a compression method. The bodies here keep every token.
+
+    While a prompt is read: `begin`, then `score` and `compress` after each layer. For each block after it: `capacity`
+    and `victim` for all layers, then `attend` in each. An object may keep notes, so it serves one cache at a time.
+    """
+
+    present: Tensor  # [B, N]: which tokens of the prompts are not padding
+
+    def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
+        """Prompts come: tokens where present [B, N], an image's where image [B, N]."""
+        self.present = present
+
+    def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """How much each key matters: query [B, H, N, Dh], key and value [B, Hkv, N, Dh] -> [B, N]."""
+        return torch.zeros_like(self.present, dtype=torch.float32)
+
+    def compress(self, waiting: list[Waiting]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Takes the layers of known size off the front of `waiting`: key, value, and keep [B, N], what to cache."""
+        while waiting:
+            _, key, value, _ = waiting.pop(0)
+            yield key, value, self.present
+
+    def capacity(self, kept: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
+        """Tokens a layer may hold, [L, B], of texts of `lengths` [B], if it kept `kept` [L, B]; never fewer later."""
+        return kept + lengths - prompt_lengths
+
+    def victim(self, position: Tensor, kept: Tensor) -> Tensor:
+        """The slot [L, B] whose token a full layer drops; position [L, B, S] of each slot's token."""
+        return torch.zeros_like(kept)  # not used, since there is always room
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, asking: Tensor, position: Tensor) -> Tensor | None:
+        """A later block's query [B, H, N, Dh], at positions `asking` [B, N], meets the keys [B, Hkv, S, Dh] that it
+        reads, at `position` [B, S]. May return numbers [B, S] to add to their scores.
+        """
+        return None
+
+
+class KeepAll(Compressor):
+    """The full cache."""
+
+
 class KVCache:
     """Keys and values of every layer, in slots that are allocated once and overwritten in place.
 
-    The first `update` of a layer brings its prompt; every later one brings a single new token. Without a compressor the
-    whole prompt is stored. A compressor (an object with the methods of `Compressor`) chooses which of its tokens are. A
-    new token takes a free slot, or that of a token which the compressor drops; nothing is ever moved. Keys are cached
-    after RoPE, so the order of slots does not matter. Layers and prompts may hold different numbers of tokens.
+    A text is read in blocks: the prompt, then turns or single tokens. `begin` (the prompt) or `advance` gives a block's
+    positions; then every layer calls `update` and attends to what it returns. Layers may hold different tokens.
+
+    `compressor` decides what is kept of a prompt, and how many tokens a layer may hold later. When a layer is full, a
+    new token takes the slot of a victim. A single token takes its slot first and is read then. A turn is read first, by
+    itself and with all that is held; then its tokens take slots one by one. Else they would push each other out unread.
     """
 
-    def __init__(self, present: Tensor, num_layers: int, new_tokens: int, compressor: Any = None):
-        self.num_layers, self.new_tokens, self.compressor = num_layers, new_tokens, compressor
-        self.steps = 0  # new tokens so far
-        self.present = present  # [B, N]: False on the padding
-        self.mask = causal_mask(present)
-        self.prompt_positions = (present.cumsum(-1) - 1).clamp(min=0)  # [B, N]
-        self.prompt_lengths = present.sum(-1)  # [B]
-        self.lengths = self.prompt_lengths.clone()  # [B]: of the text so far, tokens that were dropped included
-        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # key, value, scores of layers that are not stored yet
-        self.key: list[Tensor] = []  # of each stored layer [B, Hkv, S, Dh]; S differs between layers
+    def __init__(self, config: TextConfig, room: int, compressor: Compressor | None = None):
+        check_room(config, 0, room)
+        self.config, self.room = config, room  # room: how many tokens can still be read after the prompt
+        self.compressor = compressor or KeepAll()
+        self.key: list[Tensor] = []  # of each layer [B, Hkv, S, Dh]; S differs between layers. Empty until the prompt
         self.value: list[Tensor] = []
-        self.kept = self.prompt_lengths.repeat(num_layers, 1)  # [L, B]: tokens of the prompt; set by `store`
-        self.held = self.kept.clone()  # [L, B]: tokens now
-        # [L, B, S]: the position of each slot's token, -1 if it is free; S slots as in the widest layer.
-        self.position = self.lengths.new_full((num_layers, len(present), 0), -1)
-        self.slot = self.held  # [L, B]: where the next token goes; set by `advance`
+        self.waiting: list[Waiting] = []  # layers of the prompt that are not stored yet
+        self.turn: list[tuple[Tensor, Tensor]] = []  # key and value of a turn, of the layers that have read it
+        self.slot: Tensor | None = None  # [L, B]: where a single token goes; None for a prompt or a turn
+
+    def begin(self, present: Tensor, image: Tensor) -> Tensor:
+        """Prompts come, with tokens where present [B, N] and an image's where image [B, N]: their positions [B, N]."""
+        self.compressor.begin(present, image, self.config.num_hidden_layers)
+        self.block = torch.where(present, present.cumsum(-1) - 1, -1)  # [B, N]
+        self.mask = None if present.all() else visible(self.block, self.block)
+        self.prompt_lengths = present.sum(-1)  # [B]
+        self.lengths = self.prompt_lengths.clone()  # [B]: of the text so far, dropped tokens included
+        self.kept = self.lengths.new_zeros(self.config.num_hidden_layers, len(present))  # [L, B]: of the prompt
+        self.held = self.kept.clone()  # [L, B]: tokens now, in the first slots
+        self.position = self.lengths.new_full((*self.kept.shape, 0), -1)  # [L, B, S]: of each slot's token; -1: free
+        return self.block.clamp(min=0)
+
+    def advance(self, count: int) -> Tensor:
+        """`count` further tokens of every text come: their positions [B, N]. A single one takes its slots at once."""
+        self.block = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)  # [B, N]
+        self.lengths = self.lengths + count
+        self.mask = None  # of the prompt: N x N numbers, no longer needed
+        self.slot = self.take_slot(self.block[:, 0]) if count == 1 else None
+        return self.block
+
+    def take_slot(self, position: Tensor) -> Tensor:
+        """Gives the token at `position` [B] a slot [L, B] in every layer: a free one, or in a full layer a victim's."""
+        capacity = self.compressor.capacity(self.kept, self.prompt_lengths, position + 1)  # [L, B]
+        victim = self.compressor.victim(self.position, self.kept)  # [L, B]
+        slot = torch.where(self.held < capacity, self.held, victim)  # [L, B]
+        self.held = torch.minimum(self.held + 1, capacity)  # [L, B]
+        self.position.scatter_(2, slot[..., None], position.expand_as(slot)[..., None])
+        return slot
 
     def update(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Takes a layer's key and value [B, Hkv, N, Dh]; returns the key, value and mask that attention reads.
+        """Takes a layer's query [B, H, N, Dh], key and value [B, Hkv, N, Dh] of a block; returns what attention reads.
 
-        For a prompt they are the ones passed in, uncompressed. For a new token (N = 1) they are what the layer holds,
-        and the mask is bool or, from a compressor's `bias`, numbers to add to the scores.
+        That is key and value [B, Hkv, S, Dh], and a mask: None for plain causal attention, bool where a query sees a
+        key, or numbers to add to the scores.
         """
-        if len(self.key) < self.num_layers:  # the prompt is still being read
-            mask = self.mask
-            self.read_prompt(layer, query, key, value)
-            if len(self.key) == self.num_layers:
-                self.mask = None  # N x N numbers that nobody needs any more
-            return key, value, mask
-        row, slot = torch.arange(len(key), device=key.device), self.slot[layer]  # [B], [B]
-        self.key[layer][row, :, slot] = key.squeeze(2)
-        self.value[layer][row, :, slot] = value.squeeze(2)
-        key, value, mask = self.read(layer)
-        if self.compressor is not None:
-            position = self.position[layer, :, : key.shape[2]]  # [B, S]
-            self.compressor.observe(layer, query, key, position)
-            bias = self.compressor.bias(layer, position)  # [B, S], or None
-            if bias is not None:
-                mask = bias.masked_fill(position < 0, -math.inf)[:, None, None].to(key.dtype)  # [B, 1, 1, S]
-        return key, value, mask
-
-    def read_prompt(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Stores a layer's prompt. Without a plan it waits, since sizes are known once every layer is scored."""
-        if self.compressor is None:
-            return self.store(key, value, self.present)
-        scores = self.compressor.score(query, key, self.present)  # [B, N]
-        planned = self.compressor.planned(layer, self.num_layers, self.prompt_lengths)  # tokens to keep [B], or None
-        if planned is not None:
-            return self.store(key, value, self.compressor.retain(scores, planned, self.present))
-        self.waiting.append((key, value, scores))
-        if len(self.waiting) == self.num_layers:
-            all_scores = torch.stack([scores for _, _, scores in self.waiting])  # [L, B, N]
-            for counts in self.compressor.allocate(all_scores, self.present):
-                key, value, scores = self.waiting.pop(0)  # pop: a layer's prompt is freed once its copy is made
-                self.store(key, value, self.compressor.retain(scores, counts, self.present))
+        if layer >= len(self.key):  # the layer holds nothing yet, so this is the prompt
+            self.waiting.append((layer, key, value, self.compressor.score(layer, query, key, value)))
+            for stored in self.compressor.compress(self.waiting):
+                self.store(*stored)
+            return key, value, self.mask
+        filled, even = self.filled(layer)
+        position = self.position[layer, :, :filled]  # [B, F]
+        if self.slot is not None:  # a single token: it is in its slot before it is read
+            row, slot = torch.arange(len(key), device=key.device), self.slot[layer]  # [B], [B]
+            self.key[layer][row, :, slot], self.value[layer][row, :, slot] = key.squeeze(2), value.squeeze(2)
+            key, value = self.key[layer][:, :, :filled], self.value[layer][:, :, :filled]
+        else:
+            self.turn.append((key, value))
+            key = torch.cat([self.key[layer][:, :, :filled], key], dim=2)  # [B, Hkv, F + N, Dh]
+            value = torch.cat([self.value[layer][:, :, :filled], value], dim=2)  # [B, Hkv, F + N, Dh]
+            position = torch.cat([position, self.block], dim=1)  # [B, F + N]
+        bias = self.compressor.attend(layer, query, key, self.block, position)
+        if len(self.turn) == self.config.num_hidden_layers:
+            self.settle()
+        if bias is None and even and self.slot is not None:
+            return key, value, None
+        mask = visible(self.block, position)
+        return key, value, mask if bias is None else torch.where(mask, bias[:, None, None].to(key.dtype), -math.inf)
 
     def store(self, key: Tensor, value: Tensor, keep: Tensor) -> None:
         """Allocates the next layer and copies into it the prompt's key and value [B, Hkv, N, Dh] where keep [B, N]."""
-        if self.compressor is not None:
-            key, value = self.compressor.merge(key, value, keep, self.present)
         layer, count = len(self.key), keep.sum(-1)  # count: [B]
         self.kept[layer] = self.held[layer] = count
-        slots = int(self.capacity(count, self.prompt_lengths + self.new_tokens).max())  # of the prompt that needs most
-        self.position = F.pad(self.position, (0, max(0, slots - self.position.shape[2])), value=-1)
-        new_key, new_value = self.allocate(key, value, slots)
-        self.key.append(new_key)  # [B, Hkv, S, Dh]
-        self.value.append(new_value)  # [B, Hkv, S, Dh]
-        for row, tokens in enumerate(keep):
-            filled = int(count[row])
-            self.key[layer][row, :, :filled] = key[row, :, tokens]
-            self.value[layer][row, :, :filled] = value[row, :, tokens]
-            self.position[layer, row, :filled] = self.prompt_positions[row, tokens]
+        new_key, new_value = self.new_slots(key, value, count)
+        self.key.append(new_key)
+        self.value.append(new_value)
+        self.put(layer, key, value, keep, keep.cumsum(-1) - 1)
 
-    def allocate(self, key: Tensor, value: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        """Free slots for keys and values like these [B, Hkv, N, Dh]: two of [B, Hkv, S, Dh]."""
+    def put(self, layer: int, key: Tensor, value: Tensor, stays: Tensor, slot: Tensor) -> None:
+        """Copies a block's key and value [B, Hkv, N, Dh] to a layer's slots `slot` [B, N], where stays [B, N]."""
+        row, token = stays.nonzero(as_tuple=True)
+        to = slot[row, token]
+        self.key[layer][row, :, to], self.value[layer][row, :, to] = key[row, :, token], value[row, :, token]
+        self.position[layer, row, to] = self.block[row, token]
+
+    def settle(self) -> None:
+        """Stores a turn that every layer has read: its tokens take slots one by one, as single ones would."""
+        slot = torch.stack([self.take_slot(position) for position in self.block.unbind(1)], dim=2)  # [L, B, N]
+        stays = self.position.gather(2, slot) == self.block  # [L, B, N]: not for a token whose slot a later one took
+        for layer, (key, value) in enumerate(self.turn):
+            self.put(layer, key, value, stays[layer], slot[layer])
+        self.turn.clear()
+
+    def new_slots(self, key: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Free slots for all the room, like key and value, if a layer kept `kept` [B]: two of [B, Hkv, S, Dh]."""
+        slots = int(self.compressor.capacity(kept, self.prompt_lengths, self.lengths + self.room).max())
+        self.position = F.pad(self.position, (0, max(0, slots - self.position.shape[2])), value=-1)
         shape = (*key.shape[:2], slots, key.shape[3])
         return key.new_zeros(shape), value.new_zeros(shape)  # zeros, since a masked NaN would still be a NaN
 
-    def capacity(self, kept: Tensor, lengths: Tensor) -> Tensor:
-        """Tokens a layer may hold after `lengths` [B] in all, if it kept `kept` of the prompt. Shaped as `kept`."""
-        if self.compressor is None:
-            return kept + lengths - self.prompt_lengths
-        return self.compressor.capacity(kept, self.prompt_lengths, lengths)
+    def filled(self, layer: int) -> tuple[int, bool]:
+        """How many slots of a layer are filled, F, for the text that fills most; whether all texts fill as many."""
+        return int(self.held[layer].max()), bool((self.held[layer] == self.held[layer, 0]).all())
 
-    def advance(self) -> None:
-        """Gives the next token a slot in every layer: the first free one while there is room, else the victim's.
+    @torch.inference_mode()
+    def reserve(self, count: int) -> None:
+        """Makes room for `count` further tokens. Raises LlavaError if the model has no positions for them."""
+        check_room(self.config, int(self.lengths.max()) if self.key else 0, self.room + count)
+        self.room += count
+        for layer, (key, value) in enumerate(zip(self.key, self.value)):
+            wide, filled = self.new_slots(key, value, self.kept[layer]), key.shape[2]
+            wide[0][:, :, :filled], wide[1][:, :, :filled] = key, value
+            self.key[layer], self.value[layer] = wide
 
-        Sets `slot` and `held` [L, B], writes the token's position into `position` [L, B, S], adds 1 to `lengths` [B].
-        """
-        capacity = self.capacity(self.kept, self.lengths + 1)  # [L, B]
-        self.slot = self.held  # [L, B]: slots fill up in order; without a compressor there is always a free one
-        if self.compressor is not None:
-            victim = self.compressor.victim(self.position, self.kept)  # [L, B]
-            self.slot = torch.where(self.held < capacity, self.held, victim)  # [L, B]
-        self.held = torch.minimum(self.held + 1, capacity)  # [L, B]
-        self.position.scatter_(2, self.slot[..., None], self.lengths.expand_as(self.slot)[..., None])
-        self.lengths = self.lengths + 1
-
-    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Key and value [B, Hkv, S, Dh] of the filled slots, and a mask [B, 1, 1, S] if some prompt fills fewer."""
-        held = self.held[layer]  # [B]
-        filled = int(held.max())
-        mask = None if (held == filled).all() else (self.position[layer, :, :filled] >= 0)[:, None, None]
-        return self.key[layer][:, :, :filled], self.value[layer][:, :, :filled], mask
+    @torch.inference_mode()
+    def fork(self) -> KVCache:
+        """An independent copy, with the compressor and its notes: one picture, read once, for several questions."""
+        return copy.deepcopy(self)
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the keys and values held now; free slots are not counted."""
-        return int(self.held.sum()) * (self.key[0][0, :, 0].nbytes + self.value[0][0, :, 0].nbytes)
+        return int(self.held.sum()) * sum(t[0][0, :, 0].nbytes for t in (self.key, self.value)) if self.key else 0
 
     @property
     def allocated_bytes(self) -> int:
@@ -453,7 +501,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 
 
 class Llava(nn.Module):
-    """Vision tower, projector, decoder, and generation."""
+    """Vision tower, projector, decoder, and generation. LLaVA-NeXT, which cuts images into tiles, has a newline."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -462,13 +510,8 @@ class Llava(nn.Module):
         self.multi_modal_projector = Projector(config)
         self.language_model = Decoder(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
-        tiled = len(config.image_grid_pinpoints) > 0  # LLaVA-NeXT
-        self.image_newline = nn.Parameter(torch.zeros(config.text.hidden_size)) if tiled else None
-        self.tie_weights()
-
-    def tie_weights(self) -> None:
-        """Shares the embedding with the output layer where the config says so."""
-        if self.config.text.tie_word_embeddings:
+        self.image_newline = nn.Parameter(torch.zeros(config.text.hidden_size)) if config.image_grid_pinpoints else None
+        if config.text.tie_word_embeddings:
             self.lm_head.weight = self.language_model.embed_tokens.weight
 
     def image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Tensor:
@@ -476,20 +519,19 @@ class Llava(nn.Module):
 
         LLaVA-NeXT: pixels of all pictures' tiles, and each picture's (height, width) -> [tokens of all pictures, D].
         """
-        config = self.config
-        features = self.vision_tower(pixel_values, config.vision_feature_layer)  # [I, P + 1, Dv]
-        if config.vision_feature_select_strategy == "default":
+        features = self.vision_tower(pixel_values, self.config.vision_feature_layer)  # [I, P + 1, Dv]
+        if self.config.vision_feature_select_strategy == "default":
             features = features[:, 1:]  # [I, P, Dv]
         features = self.multi_modal_projector(features)  # [I, P, D]
         if self.image_newline is None or image_sizes is None:
             return features
-        return pack(features, [config.tiling(size) for size in image_sizes.tolist()], self.image_newline)
+        return pack(features, [self.config.tiling(size) for size in image_sizes.tolist()], self.image_newline)
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_sizes: Tensor | None = None) -> Tensor:
         """Token embeddings [B, N, D], with projected patches written over the image positions, in order."""
         embeddings = self.language_model.embed_tokens(input_ids)  # [B, N, D]
         is_image = input_ids == self.config.image_token_id  # [B, N]
-        check_images(self.config, int(is_image.sum()), pixel_values, image_sizes)
+        check_images(self.config, is_image, pixel_values, image_sizes)
         if pixel_values is None:
             return embeddings
         features = self.image_features(pixel_values.to(embeddings.dtype), image_sizes)  # [I, P, D], or packed
@@ -499,81 +541,70 @@ class Llava(nn.Module):
                 image_sizes: Tensor | None = None) -> Tensor:  # fmt: skip
         """Logits [B, N, V] of every position; differentiable, so a caller can train on them."""
         present = check_prompt(self.config.text, input_ids, attention_mask)  # [B, N]
-        positions = (present.cumsum(-1) - 1).clamp(min=0)  # [B, N]
+        positions = torch.where(present, present.cumsum(-1) - 1, -1)  # [B, N]
         hidden = self.embed(input_ids, pixel_values, image_sizes)  # [B, N, D]
-        return self.lm_head(self.language_model(hidden, positions, causal_mask(present)))
+        mask = None if present.all() else visible(positions, positions)  # None: plain causal attention, without a table
+        return self.lm_head(self.language_model(hidden, positions.clamp(min=0), mask))
 
-    def new_cache(self, present: Tensor, max_new_tokens: int, compressor: Any) -> KVCache:
-        """An empty cache for prompts with tokens where present [B, N]."""
-        return KVCache(present, self.config.text.num_hidden_layers, max_new_tokens, compressor)
+    def new_cache(self, room: int = 128, compressor: Compressor | None = None) -> KVCache:
+        """An empty cache for a prompt and `room` tokens after it; compressor None keeps every token."""
+        return KVCache(self.config.text, room, compressor)
 
     @torch.inference_mode()
-    def prefill(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
-                image_sizes: Tensor | None = None, max_new_tokens: int = 128,
-                compressor: Any = None) -> tuple[Tensor, KVCache]:  # fmt: skip
-        """Reads the prompt: logits [B, V] for the first new token, and the cache, compressed if asked."""
-        present = check_prompt(self.config.text, input_ids, attention_mask, max_new_tokens)  # [B, N]
-        require_left_padding(present)
-        cache = self.new_cache(present, max_new_tokens, compressor)
-        if compressor is not None:
-            compressor.begin(present, input_ids == self.config.image_token_id)
+    def read(self, input_ids: Tensor, cache: KVCache, pixel_values: Tensor | None = None,
+             attention_mask: Tensor | None = None, image_sizes: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Reads the next block of every text, [B, N] -> logits [B, V] for the token after it.
+
+        First a prompt with its images, then turns or single tokens. A LlavaError leaves the cache as it was.
+        """
+        present = check_read(self.config.text, cache, input_ids, attention_mask, pixel_values)  # [B, N]
         hidden = self.embed(input_ids, pixel_values, image_sizes)  # [B, N, D]
-        hidden = self.language_model(hidden, cache.prompt_positions, cache=cache)
-        logits = self.lm_head(hidden[:, -1:])[:, 0]  # [B, V]
-        require(logits.isfinite().all(), "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
-        return logits, cache
-
-    @torch.inference_mode()
-    def decode_step(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """Reads one new token of every prompt: ids [B] -> logits [B, V] for the next. The cache changes in place."""
-        enough = cache.steps < cache.new_tokens
-        require(enough, f"The cache was made for {cache.new_tokens} new tokens; give prefill a larger max_new_tokens.")
-        cache.steps += 1
-        return self.next_logits(token_ids, cache)
-
-    def next_logits(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """The arithmetic of `decode_step`, without its check: [B] -> [B, V]."""
-        positions = cache.lengths[:, None]  # [B, 1]: in the text, whatever the cache has dropped of it
-        cache.advance()
-        hidden = self.language_model.embed_tokens(token_ids[:, None])  # [B, 1, D]
-        return self.lm_head(self.language_model(hidden, positions, cache=cache))[:, 0]
+        if cache.key:
+            positions = cache.advance(input_ids.shape[1])  # [B, N]
+            cache.room -= input_ids.shape[1]
+        else:
+            positions = cache.begin(present, input_ids == self.config.image_token_id)  # [B, N]
+        hidden = self.language_model(hidden, positions, cache=cache)
+        return check_logits(self.lm_head(hidden[:, -1:])[:, 0])
 
     @torch.inference_mode()
     def decode(self, logits: Tensor, cache: KVCache, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
                seed: int | None = None,
                eos_token_id: int | Sequence[int] | None = None) -> Iterator[Tensor]:  # fmt: skip
-        """Yields token ids [B], one step at a time, from what `prefill` returned.
+        """Yields token ids [B], one step at a time: the first from logits [B, V], which `read` returned.
 
-        Ends when every sample has reached one of `eos_token_id` (default: the checkpoint's; () for none), or after
-        the max_new_tokens of `prefill`. Temperature 0 takes the likeliest token; top_k 0 and top_p 1 switch these
-        two off. A sample that has ended yields the pad id.
+        Ends when every sample has reached one of `eos_token_id` (default: the checkpoint's; () for none), or when the
+        cache has no more room. The last token is not read. Temperature 0 takes the likeliest; top_k 0 and top_p 1
+        switch these two off. A sample that has ended yields the pad id.
         """
         check_sampling(temperature, top_k, top_p)
         ends = self.config.eos_token_id if eos_token_id is None else eos_token_id
         stops = torch.tensor([ends] if isinstance(ends, int) else list(ends), dtype=torch.long, device=logits.device)
         generator = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
         ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        for step in range(cache.new_tokens):
+        for left in range(cache.room, 0, -1):
             token_ids = sample(logits, temperature, top_k, top_p, generator)  # [B]
             token_ids = token_ids.masked_fill(ended, self.config.pad_token_id)
             yield token_ids
             ended = ended | torch.isin(token_ids, stops)
-            if step + 1 == cache.new_tokens or ended.all():
+            if left == 1 or ended.all():
                 return
-            logits = self.decode_step(token_ids, cache)
+            logits = self.read(token_ids[:, None], cache)
 
     def stream(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
-               image_sizes: Tensor | None = None, max_new_tokens: int = 128, compressor: Any = None,
-               **sampling: Any) -> Iterator[Tensor]:  # fmt: skip
+               image_sizes: Tensor | None = None, max_new_tokens: int = 128,
+               compressor: Compressor | None = None, **sampling: Any) -> Iterator[Tensor]:  # fmt: skip
         """Yields token ids [B] as they are made; `sampling` as in `decode`."""
-        logits, cache = self.prefill(input_ids, pixel_values, attention_mask, image_sizes, max_new_tokens, compressor)
+        cache = self.new_cache(max_new_tokens, compressor)
+        logits = self.read(input_ids, cache, pixel_values, attention_mask, image_sizes)
         yield from self.decode(logits, cache, **sampling)
 
     def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
-                 image_sizes: Tensor | None = None, max_new_tokens: int = 128, compressor: Any = None,
-                 **sampling: Any) -> Generation:  # fmt: skip
+                 image_sizes: Tensor | None = None, max_new_tokens: int = 128,
+                 compressor: Compressor | None = None, **sampling: Any) -> Generation:  # fmt: skip
         """All new tokens at once, with what the cache kept; `sampling` as in `decode`."""
-        logits, cache = self.prefill(input_ids, pixel_values, attention_mask, image_sizes, max_new_tokens, compressor)
+        cache = self.new_cache(max_new_tokens, compressor)
+        logits = self.read(input_ids, cache, pixel_values, attention_mask, image_sizes)
         tokens = list(self.decode(logits, cache, **sampling))
         token_ids = torch.stack(tokens, dim=1) if tokens else input_ids.new_zeros(len(input_ids), 0)
         return Generation(token_ids, cache.kept.T, cache.held_bytes, cache.allocated_bytes)

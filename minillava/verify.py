@@ -40,6 +40,7 @@ from weights import find, find_device, load_model, load_processor, read_config
 
 EXAMPLE = TINY / "examples" / "scene_1.png"
 QUESTION = "Describe the image in detail."
+FURTHER = ("And what else?", "How many are there, and where?")  # the turns that continue its cache
 # Relative to a stage's largest number: what a different order of summation makes of some 30 layers.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
 CAUSES = {  # by how a stage's name ends
@@ -61,6 +62,7 @@ CAUSES = {  # by how a stage's name ends
     "MLP": "gate and up exchanged, another activation",
     "logits": "an output layer that should, or should not, be tied to the embedding",
     "greedy tokens": "the cache: positions of new tokens, slots, or the mask beyond the prompt",
+    "three turns": "the mask of a block that continues a cache (causal within it, all that was held before), positions",
     "positions after eviction": "new tokens counted from the shortened cache, not from the text",
 }
 Pick = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Tensor]  # module, arguments, keyword arguments, output
@@ -202,9 +204,10 @@ class QueryRecorder(PrefixKV):
         super().__init__(budget)
         self.queries: list[Tensor] = []
 
-    def observe(self, layer: int, query: Tensor, key: Tensor, position: Tensor) -> None:
+    def attend(self, layer: int, query: Tensor, key: Tensor, asking: Tensor, position: Tensor) -> Tensor | None:
         if layer == 0:
             self.queries.append(query)
+        return None
 
 
 class Reference:
@@ -254,6 +257,22 @@ class Reference:
             text = {**inputs, "input_ids": made, "attention_mask": torch.ones_like(made)}
             tap = {"positions after eviction": their_taps(model, self.config)["layer 0 query"]}
             record(model, tap, lambda: model(**text), lambda name, t: self.keep(name, t[:, :, -new_tokens:-1]))
+            past = None
+
+            def read(ids: Tensor) -> Tensor:
+                nonlocal past
+                block = inputs if past is None else {"input_ids": ids, "past_key_values": past}
+                made = model(**block, use_cache=True, logits_to_keep=1)
+                past = made.past_key_values
+                return made.logits[:, -1]
+
+            self.keep("three turns", converse(read, self.turns()))
+
+    def turns(self) -> list[Tensor]:
+        """The prompt and two further questions: ids [1, N] each."""
+        encode, prompt = self.processor.tokenizer.encode, self.inputs["input_ids"]
+        start = len(encode(""))  # a BOS, if the tokenizer adds one
+        return [prompt, *(torch.tensor([encode(text)[start:]], device=prompt.device) for text in FURTHER)]
 
     def preprocessing(self, folder: Path, prompt: str, picture: Any) -> dict[str, Any]:
         """Pixels and ids of transformers' own processor, or the sentence that it raised."""
@@ -291,6 +310,20 @@ class Reference:
         """A stage from disk, None if transformers has none of that name."""
         path = Path(self.scratch.name) / f"{stage}.pt"
         return torch.load(path, weights_only=True) if path.exists() else None
+
+
+def converse(read: Callable[[Tensor], Tensor], turns: Sequence[Tensor], length: int = 8) -> Tensor:
+    """Reads turns [1, N], each followed by a greedy answer of `length` tokens: logits [T, V] of all answers.
+
+    read: ids [1, N] -> logits [1, V] for the token after them, going on with what it has read before.
+    """
+    found = []
+    for turn in turns:
+        logits = read(turn)
+        for _ in range(length):
+            found.append(logits)
+            logits = read(logits.argmax(-1, keepdim=True))
+    return torch.cat(found)
 
 
 def difference(name: str, found: Tensor, expected: Tensor, tolerance: float) -> Stage:
@@ -352,10 +385,20 @@ def verify(model: Llava, reference: Reference, tolerance: float = TOLERANCE["flo
     made = model.generate(**reference.inputs, max_new_tokens=new, eos_token_id=()).token_ids.cpu()
     equal = int((made == reference.tokens).long().cumprod(1).sum())
     stages.append(Stage("greedy tokens", 0.0, 0.0, 1.0, equal == new, f"{equal} of {new} equal"))
+    turns, said = reference.turns(), reference.get("three turns")
+    if said is not None:  # a reference of your own may have none
+        cache = model.new_cache(sum(turn.shape[1] for turn in turns[1:]) + len(said))
+        found = converse(
+            lambda ids: model.read(**({"input_ids": ids} if cache.key else reference.inputs), cache=cache), turns
+        )
+        equal = int((found.argmax(-1).cpu() == said.argmax(-1)).long().cumprod(0).sum())
+        stages.append(difference("three turns", found, said, tolerance))
+        stages.append(Stage("three turns, tokens", 0.0, 0.0, 1.0, equal == len(said), f"{equal} of {len(said)} equal"))
     recorder = QueryRecorder(0.2)
-    _, cache = model.prefill(**reference.inputs, max_new_tokens=new, compressor=recorder)
+    cache = model.new_cache(new, recorder)
+    model.read(**reference.inputs, cache=cache)
     for token in reference.tokens.to(ids.device).unbind(1)[:-1]:
-        model.decode_step(token, cache)
+        model.read(token[:, None], cache)
     expected = reference.get("positions after eviction")
     if recorder.queries and expected is not None:
         found = torch.cat(recorder.queries, dim=2)
@@ -383,10 +426,11 @@ def against_ours(model: Llava, inputs: dict[str, Any], budget: float, new_tokens
 
     def outputs(compressor: PrefixKV | None) -> tuple[Tensor, Tensor]:
         """Every layer's output for every new token, [T, L, B · D], and the shares kept [L]."""
-        _, cache = model.prefill(**inputs, max_new_tokens=new_tokens, compressor=compressor)
+        cache = model.new_cache(new_tokens, compressor)
+        model.read(**inputs, cache=cache)
         seen: list[Tensor] = []
         for token in tokens.unbind(1)[:-1]:
-            record(model, taps, partial(model.decode_step, token, cache), lambda _, t: seen.append(t))
+            record(model, taps, partial(model.read, token[:, None], cache), lambda _, t: seen.append(t))
         made = torch.stack(seen).double().flatten(1).unflatten(0, (-1, len(taps)))
         return made, (cache.kept.double() / cache.prompt_lengths).mean(1)
 
@@ -428,11 +472,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise LlavaError(f"--new-tokens is {args.new_tokens}; expected 2 or more.")
         find_device(args.device)
         folder, dtype = find(args.model), getattr(torch, args.dtype)
-        fast = (
-            None if dtype == torch.float32 else False
-        )  # in 16 bits the fast classes round less than transformers does
         if args.against == "ours":
-            model = load_model(folder, args.device, dtype, fast)
+            model = load_model(folder, args.device, dtype)
             processor = load_processor(folder)
             prompt = args.prompt or processor.chat([(QUESTION, None)], 1)
             inputs = {n: t.to(args.device) for n, t in processor([prompt], [open_image(args.image)]).items()}
@@ -446,7 +487,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\nThe output of layer {max(range(len(rows)), key=lambda i: rows[i][0])} moves most.")
             return 0
         reference = Reference(folder, args.image, args.prompt, dtype, args.device, args.new_tokens)
-        model = load_model(folder, args.device, dtype, fast)
+        model = load_model(folder, args.device, dtype)
         stages = verify(model, reference, args.tolerance if args.tolerance is not None else TOLERANCE[args.dtype])
     except ValueError as error:
         print(f"verify: error: {error}", file=sys.stderr)

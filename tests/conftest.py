@@ -70,10 +70,10 @@ def new_tokens(sweep) -> int:
 
 @pytest.fixture(scope="session")
 def tiny():
-    """The embedded checkpoint: (model, processor)."""
+    """The embedded checkpoint, fast: (model, processor)."""
     import weights
 
-    return weights.load(TINY)
+    return weights.load(TINY, fast=True)
 
 
 @pytest.fixture(scope="session")
@@ -87,11 +87,11 @@ def tiny_reference():
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """A random checkpoint with grouped-query attention: (folder, transformers' model, our model, processor)."""
+    """A random checkpoint with grouped-query attention: (folder, transformers' model, ours, fast, processor)."""
     from checkpoints import reference, write
 
     import weights
 
     model = reference(kv_heads=2)
     folder = write(model, tmp_path_factory.mktemp("small"), "disk5")
-    return folder, model, *weights.load(folder)
+    return folder, model, *weights.load(folder, fast=True)

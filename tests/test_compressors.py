@@ -25,13 +25,14 @@ from minillava.compressors import (
     SnapKV,
     Uniform,
     VLCache,
-    asking,
-    last_attention,
-    question,
-    spread,
+    apportion,
+    question_mask,
+    question_queries,
+    question_weights,
 )
-from minillava.model import KVCache
-from prefixkv import Compressor, PrefixKV, importance
+from minillava.config import TextConfig
+from minillava.model import Compressor, KeepAll, KVCache
+from prefixkv import Plan, PrefixKV, importance, retain
 
 methods = pytest.mark.parametrize("method", [name for name in METHODS if name != "prefixkv"])  # it has its own tests
 seeds = st.integers(0, 2**32 - 1)
@@ -49,17 +50,44 @@ def attention(seed: int, layers: int, lengths: list[int]):
 
 
 def picture(present):
-    """The image in prompts like these: bool [B, N]. Two words stand before it, a quarter of the prompt behind it."""
+    """The image in prompts like these: bool [B, N]. Two words stand before it, a quarter of the prompt after it."""
     number = present.cumsum(-1)
     return present & (number > 2) & (4 * number <= 3 * number[:, -1:])
 
 
 def choose(compressor, query, key, present, image=None):
     """Counts [L, B] and kept tokens [L, B, N]."""
-    compressor.begin(present, picture(present) if image is None else image)
-    scores = torch.stack([compressor.score(q, k, present) for q, k in zip(query, key)])
-    counts = compressor.allocate(scores, present)
-    return counts, torch.stack([compressor.retain(s, c, present) for s, c in zip(scores, counts)])
+    compressor.begin(present, picture(present) if image is None else image, len(key))
+    scores = torch.stack([compressor.score(layer, q, k, k) for layer, (q, k) in enumerate(zip(query, key))])
+    counts = compressor.allocate(scores)
+    return counts, torch.stack([compressor.choose(layer, *pair) for layer, pair in enumerate(zip(scores, counts))])
+
+
+@torch.inference_mode()
+def read(cache, query, key, present=None):
+    """A block of every layer, [L, B, heads, N, Dh], goes through a cache: a prompt, where present, or a further one."""
+    if present is None:
+        cache.advance(key.shape[3])
+    else:
+        cache.begin(present, picture(present))
+    for layer, (q, k) in enumerate(zip(query, key)):
+        cache.update(layer, q, k, k)
+
+
+def cached(compressor, room, query, key, present):
+    """A cache that has read a prompt."""
+    cache = KVCache(TextConfig(num_hidden_layers=len(key)), room, compressor)
+    read(cache, query, key, present)
+    return cache
+
+
+def converse(model, inputs, turn, compressor=None, count=8):
+    """The answers to a prompt and to a further turn [B, N], each `count` tokens: [B, 2 * count]; and the cache."""
+    cache = model.new_cache(count, compressor)
+    answer = [*model.decode(model.read(**inputs, cache=cache), cache, eos_token_id=())]
+    cache.reserve(turn.shape[1] + count - 1)  # the last token was not read
+    answer += model.decode(model.read(turn, cache), cache, eos_token_id=())
+    return torch.stack(answer, dim=1), cache
 
 
 @methods
@@ -70,7 +98,7 @@ def test_the_total_kept_is_prefixkvs_budget_exactly(method, seed, layers, length
     counts, kept = choose(compressor, *attention(seed, layers, lengths))
     assert torch.equal(kept.sum(-1), counts)
     for length, total in zip(lengths, counts.sum(0).tolist()):
-        assert total == max(round(budget * layers * length), layers * min(length, compressor.start + 1))
+        assert total == max(round(budget * layers * length), layers * min(length, compressor.num_sinks + 1))
 
 
 @methods
@@ -79,7 +107,7 @@ def test_the_total_kept_is_prefixkvs_budget_exactly(method, seed, layers, length
 def test_the_first_tokens_and_the_last_survive(method, seed, layers, length, budget):
     compressor = METHODS[method](budget)
     _, kept = choose(compressor, *attention(seed, layers, [length]))
-    assert kept[..., : compressor.start].all() and kept[..., -1].all()
+    assert kept[..., : compressor.num_sinks].all() and kept[..., -1].all()
 
 
 @methods
@@ -99,10 +127,10 @@ def test_the_choice_is_the_same_again_and_alone_and_in_a_batch(method, seed, lay
 
 
 @given(st.integers(1, 9), st.integers(0, 5), st.integers(0, 60), st.data())
-def test_spread_sums_to_the_total_and_keeps_order(layers, low, width, data):
+def test_apportioned_numbers_sum_to_the_total_and_keep_order(layers, low, width, data):
     total = data.draw(st.integers(layers * low, layers * (low + width)))
     weight = torch.tensor(data.draw(st.lists(st.floats(0, 200), min_size=layers, max_size=layers)))
-    counts = spread(total, weight, low, low + width)
+    counts = apportion(total, weight, low, low + width)
     assert int(counts.sum()) == total
     assert counts.min() >= low and counts.max() <= low + width
     for i in range(layers):
@@ -116,7 +144,7 @@ def test_uniform_layers_differ_by_one_token_at_most_and_choose_as_prefixkv_does(
     assert int(counts.max() - counts.min()) <= 1
     for layer in range(4):
         scores = importance(query[layer], key[layer], present)
-        assert torch.equal(kept[layer], PrefixKV(0.33).retain(scores, counts[layer], present))
+        assert torch.equal(kept[layer], retain(scores, counts[layer], present))
 
 
 def test_local_keeps_sinks_and_the_newest():
@@ -147,9 +175,9 @@ def test_snapkv_scores_are_the_pooled_attention_of_the_window(seed, length):
     before[-window:] = 0  # SnapKV pools what stands before its window
     pooled = [before[max(0, j - 3) : j + 4].max() for j in range(length - window)]
     expected = torch.stack([*pooled, *received[-window:]])
-    # float32 softmax of at most 60 weights
-    torch.testing.assert_close(compressor.score(query[0], key[0], present)[0].double(), expected, rtol=1e-5, atol=1e-6)
     _, kept = choose(compressor, query, key, present)
+    found = compressor.score(0, query[0], key[0], key[0])[0].double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # float32 softmax of at most 60 weights
     assert kept[0, 0, -window:].all()
 
 
@@ -167,7 +195,7 @@ def test_elastic_merges_every_dropped_token_into_the_nearest_anchor(seed, length
     value = torch.randn(key[0].shape, generator=torch.Generator().manual_seed(seed))
     compressor = Elastic(budget)
     _, kept = choose(compressor, query, key, present)
-    new_key, new_value = compressor.merge(key[0], value, kept[0], present)
+    new_key, new_value = compressor.merge(key[0], value, kept[0])
     for b in range(2):
         at = kept[0, b].nonzero()[:, 0].tolist()
         anchors = [j for j in at if 0 < j < length - 1]
@@ -191,28 +219,29 @@ def weights_of(query, key):
 
 
 @given(st.lists(st.lists(st.sampled_from("wi"), min_size=1, max_size=50), min_size=1, max_size=3))
-def test_the_words_behind_the_last_image_ask_or_the_last_tokens(prompts):
+def test_the_words_after_the_last_image_ask_or_the_last_tokens(prompts):
     longest = max(map(len, prompts))
     rows = [["-"] * (longest - len(prompt)) + prompt for prompt in prompts]
     present = torch.tensor([[kind != "-" for kind in row] for row in rows])
     image = torch.tensor([[kind == "i" for kind in row] for row in rows])
-    for row, found in zip(rows, question(present, image).tolist()):
+    for row, found in zip(rows, question_mask(present, image).tolist()):
         text = "".join(row)
-        behind = len(text) - 1 - text.rfind("i") if "i" in text else 0
-        expected = behind or min(32, len(text.lstrip("-")))
+        after = len(text) - 1 - text.rfind("i") if "i" in text else 0
+        expected = after or min(32, len(text.lstrip("-")))
         assert found == [index >= len(text) - expected for index in range(len(text))]
 
 
-def asking_last(present, width):
-    """What `last_attention` needs for the last `width` queries."""
-    return asking(present, (torch.arange(present.shape[1]) >= present.shape[1] - width).expand_as(present))
+def last_weights(query, key, present, width):
+    """`question_weights` of the last `width` queries."""
+    asked = (torch.arange(present.shape[1]) >= present.shape[1] - width).expand_as(present)
+    return question_weights(query, key, *question_queries(present, asked))
 
 
 @given(seeds, st.integers(2, 50), st.data())
 def test_attention_of_the_last_queries_is_that_of_the_definition(seed, length, data):
     query, key, present = attention(seed, 1, [length])
     width = data.draw(st.integers(1, length))
-    found = last_attention(query[0], key[0], *asking_last(present, width))[0]
+    found = last_weights(query[0], key[0], present, width)[0]
     # float32 softmax of at most 50 weights
     torch.testing.assert_close(found.double(), weights_of(query[0], key[0])[:, -width:], rtol=1e-5, atol=1e-6)
 
@@ -221,28 +250,24 @@ def test_attention_of_the_last_queries_is_that_of_the_definition(seed, length, d
 def test_attention_of_the_last_queries_does_not_see_padding(seed, length, padding, data):
     query, key, present = attention(seed, 1, [length, length + padding])
     width = data.draw(st.integers(1, length))
-    together = last_attention(query[0], key[0], *asking_last(present, width))[0]
-    alone = last_attention(
-        query[0, :1, :, padding:], key[0, :1, :, padding:], *asking_last(present[:1, padding:], width)
-    )[0]
+    together = last_weights(query[0], key[0], present, width)[0]
+    alone = last_weights(query[0, :1, :, padding:], key[0, :1, :, padding:], present[:1, padding:], width)[0]
     assert not together[..., :padding].any()
     torch.testing.assert_close(together[..., padding:], alone, rtol=1e-5, atol=1e-6)  # sums in another order
 
 
 def test_attention_of_the_last_queries_is_finite_where_products_are_too_large_for_float16():
     query, key = torch.full((1, 4, 9, 6), 120.0).half(), torch.full((1, 2, 9, 6), 120.0).half()  # 86,400, scaled 35,273
-    asked = asking_last(torch.ones(1, 9, dtype=torch.bool), 3)
     expected = torch.ones(3, 9).tril(6) / torch.tensor([[7.0], [8.0], [9.0]])
-    torch.testing.assert_close(last_attention(query, key, *asked)[0], expected.expand(4, 3, 9))
+    found = last_weights(query, key, torch.ones(1, 9, dtype=torch.bool), 3)[0]
+    torch.testing.assert_close(found, expected.expand(4, 3, 9))
 
 
 @given(seeds, st.integers(3, 40), st.integers(0, 40))
-def test_h2o_keeps_the_first_tokens_and_the_newest(seed, length, start):
-    compressor = H2O(0.5)
-    compressor.start = start
-    counts, kept = choose(compressor, *attention(seed, 1, [length]))
-    newest = min(int(counts) // 2, int(counts) - start)
-    assert kept[0, 0, :start].all() and kept[0, 0, length - max(1, newest) :].all()
+def test_h2o_keeps_the_first_tokens_and_the_newest(seed, length, num_sinks):
+    counts, kept = choose(H2O(0.5, num_sinks), *attention(seed, 1, [length]))
+    newest = min(int(counts) // 2, int(counts) - num_sinks)
+    assert kept[0, 0, :num_sinks].all() and kept[0, 0, length - max(1, newest) :].all()
 
 
 class Largest(TorchDispatchMode):
@@ -258,9 +283,8 @@ class Largest(TorchDispatchMode):
 
 def test_attention_of_the_last_queries_takes_no_room_for_the_others():
     query, key, present = attention(0, 1, [500])
-    asked = asking_last(present, 3)
     with Largest() as largest:
-        last_attention(query[0], key[0], *asked)
+        last_weights(query[0], key[0], present, 3)
     assert largest.numbers <= query[0].numel()  # a whole table has 4 x 500 x 500, and queries have 4 x 500 x 6
 
 
@@ -272,7 +296,7 @@ def test_vlcache_scores_and_densities_are_those_of_its_equations(seed, length):
     first = int(picture(present)[0].nonzero()[-1]) + 1
     for layer in range(2):
         rows = weights_of(query[layer], key[layer])[:, first:]  # [H, W, N]
-        found = compressor.score(query[layer], key[layer], present)[0].double()
+        found = compressor.score(layer, query[layer], key[layer], key[layer])[0].double()
         torch.testing.assert_close(found, rows.mean(0).sum(0), rtol=1e-5, atol=1e-6)
         dense = sum(float(w) >= 0.01 * float(row.max()) for head in rows for row in head for w in row if w > 0)
         pairs = rows.shape[0] * sum(range(first + 1, length + 1))
@@ -289,7 +313,7 @@ def test_tgvkv_scores_are_those_of_its_equations(seed, length):
     words = range(int(image.nonzero()[-1]) + 1, length)
     weighty = {i: sum(float(weight[k, i]) for k in words if k >= i) / sum(k >= i for k in words) for i in words}
     expected = sum(weighty[i] * weight[i] for i in words)
-    found = compressor.score(query[0], key[0], present)[0].double()
+    found = compressor.score(0, query[0], key[0], key[0])[0].double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert float(compressor.looks[0]) == pytest.approx(float(weight[words.start :, image].sum()), rel=1e-5)
     assert kept[0, 0, ~image].all() or not kept[0, 0, image].any()  # words first
@@ -382,44 +406,41 @@ def test_each_variant_of_cover_lacks_its_part():
     assert whole[0, 0, ~image[0]].sum() > made("cover without words")[2][0, 0, ~image[0]].sum()
     assert torch.equal(made("cover without attention")[2], made("cover without attention", -query)[2])
     assert not torch.equal(whole, choose(Cover(budget), -query, key, present)[1])
-    assert made("cover without spacing")[0].log_weights.eq(0).all() and not plain.log_weights.eq(0).all()
+    assert made("cover without spacing")[0].log_sizes.eq(0).all() and not plain.log_sizes.eq(0).all()
     alike = (tensor[:1].expand(3, -1, -1, -1, -1) for tensor in (query, key))
     sizes, still = choose(VARIANTS["cover without shift"](budget), *alike, present)
     assert sizes[0] == sizes[1] and torch.equal(still[0], still[1]) and not torch.equal(whole[0], whole[1])
     position = torch.arange(90)[None]
     assert made("cover without weights")[0].bias(0, position) is None and plain.bias(0, position) is not None
     weights = torch.rand(1, 4, 5, 9)
-    assert torch.equal(made("cover without squares")[0].received_by(weights), weights.mean(1).sum(1))
+    assert torch.equal(made("cover without squares")[0].sum_of(weights), weights.mean(1).sum(1))
     queue, kept = made("cover without looking")[0], torch.full((3, 1), 30)
     slots = torch.randperm(40).expand(3, 1, 40)
     assert torch.equal(queue.victim(slots, kept), PrefixKV(budget).victim(slots, kept))
     sized = made("cover, PrefixKV's sizes")[1]
-    scores = torch.stack([plain.score(q, k, present) for q, k in zip(query, key)])
-    assert torch.equal(sized, PrefixKV(budget).allocate(scores, present)) and not torch.equal(sized, counts)
+    scores = torch.stack([plain.score(layer, q, k, k) for layer, (q, k) in enumerate(zip(query, key))])
+    assert torch.equal(sized, PrefixKV.allocate(plain, scores)) and not torch.equal(sized, counts)
 
 
 @given(seeds, st.integers(3, 90), st.floats(0.1, 0.9))
 def test_without_a_picture_cover_keeps_the_newest_half_and_what_the_last_tokens_attend_to(seed, length, budget):
     query, key, present = attention(seed, 1, [length])
     compressor = Cover(budget)
-    compressor.begin(present, torch.zeros_like(present))
-    scores = compressor.score(query[0], key[0], present)
-    count = int(compressor.allocate(scores[None], present)[0, 0])
-    kept = compressor.retain(scores, torch.tensor([count]), present)[0].nonzero()[:, 0].tolist()
+    counts, kept = choose(compressor, query, key, present, torch.zeros_like(present))
+    count, kept = int(counts), kept[0, 0].nonzero()[:, 0].tolist()
     received = weights_of(query[0], key[0])[:, -32:].square().mean(0).sum(0)
     newest = list(range(length))[max(1, length - min(max(1, count // 2), count - 1)) :]
     others = [j for j in range(1, length) if j not in newest]
     best = sorted(others, key=lambda j: -float(received[j]))[: count - 1 - len(newest)]
     assert kept == sorted([0, *newest, *best])
-    assert float(compressor.received.max()) < 1e5  # no word is spared for ever: all tokens are words
+    assert float(compressor.accumulated.total.max()) < 1e5  # no word is spared for ever: all tokens are words
 
 
 @given(seeds, st.integers(1, 60), st.integers(0, 6), budgets)
-def test_cover_meets_the_budget_with_any_number_of_first_tokens(seed, length, start, budget):
-    compressor = Cover(budget, start)
-    counts, kept = choose(compressor, *attention(seed, 2, [length]))
+def test_cover_meets_the_budget_with_any_number_of_first_tokens(seed, length, num_sinks, budget):
+    counts, kept = choose(Cover(budget, num_sinks), *attention(seed, 2, [length]))
     assert torch.equal(kept.sum(-1), counts)
-    assert kept[..., :start].all()
+    assert kept[..., :num_sinks].all()
 
 
 @methods
@@ -429,9 +450,9 @@ def test_scores_that_are_not_finite_are_refused(method, value):
     scores = torch.ones(3, 1, 6)
     scores[2, 0, 4] = value
     compressor = METHODS[method](0.5)
-    compressor.begin(present, picture(present))
+    compressor.begin(present, picture(present), 3)
     with pytest.raises(ValueError, match="importance of layer 2 holds NaN or infinity"):
-        compressor.allocate(scores, present)
+        next(compressor.compress([(layer, scores, scores, row) for layer, row in enumerate(scores)]))
 
 
 def test_each_prompt_of_a_batch_may_draw_with_a_seed_of_its_own():
@@ -445,80 +466,126 @@ def test_each_prompt_of_a_batch_may_draw_with_a_seed_of_its_own():
 @methods
 def test_a_full_budget_gives_the_text_of_the_full_cache(small, method):
     _, _, model, processor = small
-    inputs = processor(["USER: What is in the image? ASSISTANT:", "two red"])
-    plain = model.generate(**inputs, max_new_tokens=15, eos_token_id=())
-    full = model.generate(**inputs, max_new_tokens=15, eos_token_id=(), compressor=METHODS[method](1.0))
-    assert torch.equal(plain.token_ids, full.token_ids)
-    assert plain.cache_bytes == full.cache_bytes
+    inputs, turn = processor(["USER: What is in the image? ASSISTANT:", "two red"]), torch.arange(3, 13).view(2, 5)
+    (plain, cache), (full, other) = (converse(model, inputs, turn, c) for c in (None, METHODS[method](1.0)))
+    assert torch.equal(plain, full)
+    assert cache.held_bytes == other.held_bytes
 
 
-@methods
-def test_a_sample_gets_the_same_text_alone_and_in_a_batch(small, method, new_tokens):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sample_gets_the_same_answers_and_cache_alone_and_in_a_batch(small, method, new_tokens):
     _, _, model, processor = small
     texts = ["USER: What is in the image? ASSISTANT: a cat.", "describe it in detail yes no two", "three blue cat"]
-    compressor = METHODS[method](0.4)
-    together = model.generate(**processor(texts), max_new_tokens=new_tokens, eos_token_id=(), compressor=compressor)
+    turns = torch.randint(3, 300, (3, 6), generator=torch.Generator().manual_seed(0))
+    together, cache = converse(model, processor(texts), turns, METHODS[method](0.4), new_tokens)
     for index, text in enumerate(texts):
-        alone = model.generate(**processor(text), max_new_tokens=new_tokens, eos_token_id=(), compressor=compressor)
-        assert torch.equal(alone.kept[0], together.kept[index])
-        assert torch.equal(alone.token_ids[0], together.token_ids[index])
+        alone, own = converse(model, processor(text), turns[index : index + 1], METHODS[method](0.4), new_tokens)
+        assert torch.equal(alone[0], together[index])
+        assert torch.equal(own.kept[:, 0], cache.kept[:, index])
+        for one, other in zip(own.position[:, 0], cache.position[:, index]):
+            assert torch.equal(one[one >= 0].sort().values, other[other >= 0].sort().values)
+
+
+@pytest.mark.parametrize("method", [H2O, Cover, PrefixKV])
+def test_a_fork_and_its_original_each_go_on_as_a_cache_of_their_own(small, method):
+    _, _, model, processor = small
+    inputs = processor(["USER: What is in the image? ASSISTANT: a cat.", "two red"])
+    first, *turns = torch.randint(3, 300, (3, 2, 6), generator=torch.Generator().manual_seed(0))
+
+    def started():
+        cache = model.new_cache(30, method(0.4))
+        model.read(**inputs, cache=cache)
+        model.read(first, cache)
+        return cache
+
+    def goes_on(cache, turn):
+        return torch.stack([*model.decode(model.read(turn, cache), cache, eos_token_id=())]), cache.position
+
+    cache = started()
+    for found, turn in zip([goes_on(one, turn) for one, turn in zip((cache.fork(), cache), turns)], turns):
+        assert all(torch.equal(one, other) for one, other in zip(found, goes_on(started(), turn)))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "plan", "keep"])
+@settings(max_examples=15)
+@given(seeds, st.lists(st.integers(1, 60), min_size=1, max_size=3), budgets, st.lists(st.integers(1, 9), max_size=6))
+def test_after_a_turn_a_layer_holds_as_many_tokens_as_it_may(method, seed, lengths, budget, turns):
+    """All of them different. A queue holds what it would if the tokens had come one by one."""
+    others = {"plan": PrefixKV(plan=Plan(budget, [budget, budget / 2, 1])), "keep": PrefixKV(budget, decode="keep")}
+    compressor = others[method] if method in others else METHODS[method](budget)
+    cache = cached(compressor, sum(turns), *attention(seed, 3, lengths))
+    one_by_one = cache.fork()
+    for count in turns:
+        query, key, _ = attention(seed + count, 3, [count] * len(lengths))
+        most = compressor.capacity(cache.kept, cache.prompt_lengths, cache.lengths + count)
+        expected = (cache.held + count).minimum(most)
+        read(cache, query, key)
+        position = cache.position.sort(-1).values
+        held = position >= 0
+        assert torch.equal(cache.held, expected) and torch.equal(held.sum(-1), expected)
+        assert (position.diff(dim=-1) > 0)[held[..., :-1]].all() and (position[..., -1] < cache.lengths).all()
+        if method not in ("h2o", "cover"):
+            for token in zip(query.split(1, dim=3), key.split(1, dim=3)):
+                read(one_by_one, *token)
+            assert torch.equal(one_by_one.position.sort(-1).values, position)
 
 
 @pytest.mark.parametrize("method", [H2O, Cover, Local])
 @settings(max_examples=30)
-@given(seeds, st.integers(3, 60), st.integers(1, 50), st.floats(0.05, 0.9))
-def test_the_first_tokens_are_never_dropped(method, seed, length, start, budget):
-    query, key, present = attention(seed, 2, [length])
-    compressor = method(budget, start)
-    _, kept = choose(compressor, query, key, present)
-    cache = KVCache(present, 2, 40, compressor)
-    for layer in range(2):
-        cache.store(key[layer], key[layer], kept[layer])
-    for _ in range(40):
-        cache.advance()
-        for layer in range(2):
-            cache.update(layer, query[layer, :, :, :1], key[layer, :, :, :1], key[layer, :, :, :1])
-        assert {*range(min(start, length))} <= {*cache.position[0, 0].tolist()} & {*cache.position[1, 0].tolist()}
+@given(seeds, st.integers(3, 60), st.integers(1, 50), st.floats(0.05, 0.9),
+       st.lists(st.integers(1, 9), min_size=8, max_size=8))  # fmt: skip
+def test_the_first_tokens_are_never_dropped(method, seed, length, num_sinks, budget, blocks):
+    cache = cached(method(budget, num_sinks), sum(blocks), *attention(seed, 2, [length]))
+    for count in blocks:
+        read(cache, *attention(seed, 2, [count])[:2])
+        for position in cache.position[:, 0].tolist():
+            assert {*range(min(num_sinks, length))} <= {*position}
 
 
 @pytest.mark.parametrize("method", [H2O, Cover, Least])
 @settings(max_examples=30)
-@given(seeds, st.integers(6, 40), st.integers(1, 50))
-def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(method, seed, length, steps):
+@given(seeds, st.integers(6, 40), st.lists(st.sampled_from([1, 1, 1, 2, 4, 7]), max_size=25))
+def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(method, seed, length, blocks):
     """The cache in place against lists: a token's attention is its own wherever it stands."""
-    generator = torch.Generator().manual_seed(seed)
     query, key, present = attention(seed, 1, [length])
     compressor = method(0.5)
-    counts, kept = choose(compressor, query, key, present)
-    cache = KVCache(present, 1, steps, compressor)
-    cache.store(key[0], key[0], kept[0])
-    count = int(counts[0, 0])
-    scores = compressor.score(query[0], key[0], present)[0]
+    cache = cached(compressor, sum(blocks), query, key, present)
+    kept, count = cache.position[0, 0].sort().values.tolist()[-int(cache.kept) :], int(cache.kept)
+    scores = compressor.score(0, query[0], key[0], key[0])[0]
     words = set((~picture(present)[0]).nonzero()[:, 0].tolist()) if issubclass(method, Cover) else set()  # go last
-    stands_for = compressor.log_weights[0][0].exp() if method is Cover else torch.ones(length)
-    rows = [(j, key[0, 0, :, j], stands_for[j], scores[j].item()) for j in kept[0, 0].nonzero()[:, 0].tolist()]
-    for step in range(steps):
-        new_key, new_query = torch.randn(1, 2, 1, 6, generator=generator), torch.randn(1, 4, 1, 6, generator=generator)
-        cache.advance()
-        cache.update(0, new_query, new_key, new_key)
-        position = cache.position[0]
-        room = int(compressor.capacity(counts, torch.tensor([length]), torch.tensor([length + step + 1])))
-        if len(rows) == room:
-            spared = min(8, count // 4) if issubclass(method, Cover) else count // 2 - 1
-            candidates = [row for row in rows[: len(rows) - spared] if row[0] > 0]
-            rows.remove(min(candidates, key=lambda row: (row[0] in words, row[3])))
-        rows.append((length + step, new_key[0, :, 0], torch.tensor(1.0), 0.0))
+    stands_for = compressor.log_sizes[0][0].exp() if method is Cover else torch.ones(length)
+    spared = min(8, count // 4) if issubclass(method, Cover) else count // 2 - 1
+    rows = [(j, key[0, 0, :, j], stands_for[j], scores[j].item()) for j in kept]
+
+    def enter(rows, new):
+        """Each new row takes, in a full layer, the place of the one with least attention."""
+        for row in new:
+            if len(rows) == int(compressor.capacity(cache.kept, cache.prompt_lengths, torch.tensor([row[0] + 1]))):
+                candidates = [row for row in rows[: len(rows) - spared] if row[0] > 0]
+                leaving = min(candidates, key=lambda row: (row[0] in words, row[3]))
+                rows = [row for row in rows if row is not leaving]
+            rows = [*rows, row]
+        return rows
+
+    for index, block in enumerate(blocks):
+        query, key, _ = attention(seed + index + 1, 1, [block])
+        read(cache, query, key)
+        new = [(length + i, key[0, 0, :, i], torch.tensor(1.0), 0.0) for i in range(block)]
+        length += block
+        rows = enter(rows, new) if block == 1 else rows + new  # a turn is read before its tokens enter
         held = torch.stack([row[1] for row in rows], 1)  # [2, S, 6]
-        shares = (new_query[0, :, 0].view(2, 2, 6) @ held.transpose(-1, -2) / 6**0.5).exp()  # [2, 2, S]
-        shares = shares * torch.stack([row[2] for row in rows])
+        shares = (query[0, 0].view(2, 2, block, 6) @ held[:, None].mT / 6**0.5).exp()  # [2, 2, N, S]
+        shares = (shares * torch.stack([row[2] for row in rows])).tril(len(rows) - block)
         shares = shares / shares.sum(-1, keepdim=True)
-        gained = shares.square().sum((0, 1)).tolist() if method is Cover else shares.mean((0, 1)).tolist()
+        gained = (shares.square().sum((0, 1, 2)) if method is Cover else shares.mean((0, 1)).sum(0)).tolist()
         rows = [(at, k, n, score + gain) for (at, k, n, score), gain in zip(rows, gained)]
+        rows = rows if block == 1 else enter(rows[:-block], rows[-block:])
+        position = cache.position[0]
         assert sorted(position[position >= 0].tolist()) == [row[0] for row in rows]
 
 
-@pytest.mark.parametrize("compressor", [Compressor(), Recorder()], ids=["base", "recorder"])
-def test_the_base_class_keeps_everything(small, compressor):
+@pytest.mark.parametrize("compressor", [KeepAll(), Recorder()], ids=["full", "recorder"])
+def test_the_full_cache_and_the_recorder_keep_everything(small, compressor):
     _, _, model, processor = small
     inputs = processor(["USER: What is in the image? ASSISTANT:", "two red"])
     plain = model.generate(**inputs, max_new_tokens=15, eos_token_id=())
@@ -530,12 +597,14 @@ def test_the_base_class_keeps_everything(small, compressor):
 def test_a_recorder_remembers_the_importance_of_every_layer():
     query, key, present = attention(0, 3, [20, 12])
     recorder = Recorder()
-    choose(recorder, query, key, present)
+    recorder.begin(present, picture(present), 3)
+    for layer in range(3):
+        recorder.score(layer, query[layer], key[layer], key[layer])
     expected = torch.stack([importance(q, k, present) for q, k in zip(query, key)])
     assert torch.equal(recorder.scores, expected) and torch.equal(recorder.present, present)
 
 
-class Asked(Compressor):
+class Asked(KeepAll):
     """Notes in which order a cache asks what."""
 
     def __init__(self):
@@ -547,9 +616,14 @@ class Asked(Compressor):
         return object.__getattribute__(self, name)
 
 
-def test_a_cache_asks_in_the_order_that_the_base_class_tells(small):
+def test_a_cache_asks_for_a_prompt_layer_by_layer_then_of_a_token_the_slot_first_and_of_a_turn_last(small):
     _, _, model, processor = small
     asked, layers = Asked(), len(model.language_model.layers)
-    model.generate(**processor("a cat"), max_new_tokens=2, eos_token_id=(), compressor=asked)
-    prompt = ["begin"] + ["score", "planned"] * layers + ["allocate"] + ["retain", "merge", "capacity"] * layers
-    assert asked.calls == [*prompt, "capacity", "victim", *["observe", "bias"] * layers]
+    cache = model.new_cache(4, asked)
+    model.read(**processor("a cat"), cache=cache)
+    assert asked.calls == ["begin", *["score", "compress", "capacity"] * layers]
+    for ids, calls in (([[5]], ["capacity", "victim", *["attend"] * layers]),
+                       ([[5, 6, 7]], ["attend"] * layers + ["capacity", "victim"] * 3)):  # fmt: skip
+        asked.calls.clear()
+        model.read(torch.tensor(ids), cache)
+        assert asked.calls == calls

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 
 import forked
@@ -22,6 +23,7 @@ from PIL import Image
 import demo
 import weights
 from minillava.compressors import METHODS
+from minillava.model import Llava
 from prefixkv import PrefixKV
 from train.scenes import describe, draw, make_scene
 
@@ -255,12 +257,94 @@ def test_several_images_in_one_prompt(capsys):
     assert json.loads(out)["runs"][0]["prompt_tokens"] > 288
 
 
+QUESTIONS = ["How many objects are there?", "Is there a red square?", "Where is the star?"]
+
+
+@pytest.fixture
+def talk(capsys, monkeypatch):
+    """A chat of these questions: its output without prompts, its stderr, and the length of every block it read."""
+    blocks, read = [], Llava.read
+
+    def noted(self, input_ids, *others, **named):
+        blocks.append(input_ids.shape[1])
+        return read(self, input_ids, *others, **named)
+
+    monkeypatch.setattr(Llava, "read", noted)
+
+    def chat(questions, *options):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*questions, "", ""])))
+        code, out, err = run(capsys, "--chat", *options)
+        assert code == 0
+        return [line.strip() for line in out.replace("you: ", "").splitlines()[1:]], err, [n for n in blocks if n > 1]
+
+    return chat
+
+
+@pytest.mark.parametrize("options", [(), ("--method", "cover", "--budget", "50%")])
+def test_a_turn_reads_only_what_is_new_and_is_answered_as_if_all_were_read_again(talk, tiny, options):
+    model, processor = tiny
+    lines, err, blocks = talk(QUESTIONS, *options)
+    assert err == "" and blocks[0] > 500 and max(blocks[1:]) < 20 and len(blocks) == 3
+    answers, costs = lines[::2], lines[1::2]
+    assert all("tokens held; first word after" in line for line in costs)
+    image, turns = Image.open(PICTURE), []
+    for question, answer in zip(QUESTIONS, answers):
+        prompt = processor.chat([*turns, (question, None)], 1)
+        made = model.generate(**processor(prompt, [image])).token_ids[0]
+        assert processor.decode(made).strip() == answer  # cover keeps enough for these three
+        turns.append((question, answer))
+
+
+def test_where_a_template_rewrites_history_the_conversation_is_read_again_and_that_is_told(talk, tmp_path):
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    last = (
+        "{% set m = messages[-1] %}USER: <image>\n{{ m['content'][-1]['text'] }} ({{ messages | length }}) ASSISTANT:"
+    )
+    (folder / "chat_template.jinja").write_text(last)
+    lines, err, blocks = talk(QUESTIONS[:1] * 2, "--model", str(folder))
+    assert err == "" or "leaves out" in err
+    assert sum("read again" in line for line in lines) == 1 and min(blocks) > 500
+
+
 @pytest.mark.parametrize("options", [(), ("--method", "h2o"), ("--budget", "30%")])
-def test_a_conversation_of_several_turns(capsys, small, monkeypatch, options):
-    monkeypatch.setattr("sys.stdin", io.StringIO("How many objects are there?\nWhat is at the top left?\n\n"))
-    code, out, _ = run(capsys, "--model", str(small[0]), "--chat", "--max-new-tokens", "12", *options)
-    assert code == 0
-    assert out.count("you: ") == 3
+def test_a_conversation_goes_on_until_the_model_has_no_positions_left(talk, small, options):
+    lines, err, blocks = talk(["a cat."] * 40, "--model", str(small[0]), "--max-new-tokens", "30", *options)
+    assert err == "" and lines[-1] == "The conversation has filled the model's 256 positions; start another one."
+    assert sum(blocks) <= 256 or any("read again" in line for line in lines)
+
+
+def test_ctrl_c_ends_an_answer_and_the_next_question_goes_on(talk, monkeypatch):
+    typed, update = [], demo.Typewriter.update
+
+    def interrupted(self, text, final=False):
+        if not typed:
+            signal.raise_signal(signal.SIGINT)
+        typed.append(text)
+        update(self, text, final)
+
+    monkeypatch.setattr(demo.Typewriter, "update", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    lines, err, blocks = talk(["Describe the image in detail.", QUESTIONS[1]])
+    assert err == "" and lines[0] == "The" and lines[2] == "yes."
+    assert len(blocks) == 2 and blocks[1] < 30 and signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_while_a_question_is_read_drops_it_and_the_chat_goes_on(talk, monkeypatch):
+    pressed, update = [], demo.Progress.update
+
+    def interrupted(self, *arguments):
+        if self.title.startswith("reading") and not pressed:
+            pressed.append(signal.raise_signal(signal.SIGINT))
+        update(self, *arguments)
+
+    monkeypatch.setattr(demo.Progress, "update", interrupted)
+    lines, err, _ = talk(QUESTIONS[:2])
+    assert err == "The question is dropped.\n" and lines[0] == "yes."
+
+
+def test_a_question_that_cannot_be_used_is_dropped_and_the_cache_stays(talk):
+    lines, err, blocks = talk([QUESTIONS[0], "What is <image>?", QUESTIONS[1]])
+    assert "2 <image> and 1 images were given" in err and len(blocks) == 2 and lines[2] == "yes."
 
 
 def fake_run(layers: int) -> demo.Run:

@@ -50,7 +50,8 @@ def test_the_tokens_shown_are_those_that_a_cache_keeps(tiny, image, data, number
     for stop, budget in enumerate(budgets):
         if not sweep and budget not in (budgets[0], 0.2, 0.5, 1.0):
             continue
-        _, cache = model.prefill(**inputs, max_new_tokens=1, compressor=method(budget))
+        cache = model.new_cache(1, method(budget))
+        model.read(**inputs, cache=cache)
         assert cache.kept[:, 0].tolist() == explore.counts(data, stop, number)
         for layer in range(8):
             positions = set(cache.position[layer, 0][cache.position[layer, 0] >= 0].tolist())

@@ -157,7 +157,7 @@ def test_bfloat16_gives_the_tokens_of_transformers(tmp_path, kind, new_tokens):
     theirs = random_model(kind, 2, seed=1).to(torch.bfloat16)
     write(tmp_path, kind, theirs)
     theirs = type(theirs).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
-    model, processor = weights.load(tmp_path, dtype=torch.bfloat16, fast=False)
+    model, processor = weights.load(tmp_path, dtype=torch.bfloat16)
     inputs = processor(SEVERAL[0], [picture(*size) for size in SEVERAL[1]])
     pixels = inputs.pop("pixel_values").to(torch.bfloat16)
     made = theirs.generate(**inputs, pixel_values=pixels, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -19,7 +20,7 @@ from minillava import fast
 from minillava.checks import LlavaError
 from minillava.compressors import H2O
 from minillava.config import LlavaConfig
-from minillava.fast import FastKVCache, FastLinear, FastTopLayer, compile_steps, speed_up, times
+from minillava.fast import FastKVCache, FastLinear, FastTopLayer, compile_steps, matvec, optimize
 from minillava.model import Attention, DecoderLayer, KVCache, Llava
 from prefixkv import PrefixKV
 from weights import load, load_model
@@ -42,7 +43,7 @@ def generate(model, processor, prompts, max_new_tokens=48, **options):
 def shallow(folder, layers):
     """A random checkpoint of few layers, since each one is traced again for every graph: (folder, model, processor)."""
     write(reference(1, kv_heads=2, text={"num_hidden_layers": layers}), folder, "disk5")
-    return folder, *load(folder)
+    return folder, *load(folder, fast=True)
 
 
 def without_float32_products(model):
@@ -54,8 +55,8 @@ def without_float32_products(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tokens_are_those_of_the_plain_classes_in_every_dtype(tmp_path, dtype, kv_heads, new_tokens):
     folder = write(reference(kv_heads=kv_heads, text={"num_hidden_layers": 2}), tmp_path, "disk5")
-    plain, processor = load(folder, dtype=dtype, fast=False)
-    quick = load_model(folder, dtype=dtype)
+    plain, processor = load(folder, dtype=dtype)
+    quick = load_model(folder, dtype=dtype, fast=True)
     if dtype in fast.HALF:  # what is rounded less may choose another token where two are equally likely
         quick = without_float32_products(quick)
     for prompts in PROMPTS:
@@ -80,11 +81,9 @@ def test_in_16_bits_logits_are_as_near_to_those_of_float32_as_the_plain_ones_are
 
     def logits(model):
         """Of the whole prompt, and of eight more tokens, one at a time."""
-        prompt, cache = model.prefill(ids[:, :-8], pixels, max_new_tokens=8)
-        return [
-            model(ids, pixels),
-            torch.stack([prompt, *(model.decode_step(t, cache) for t in ids[:, -8:].unbind(1))]),
-        ]
+        cache = model.new_cache(8)
+        blocks = [model.read(ids[:, :-8], cache, pixels), *(model.read(ids[:, [at]], cache) for at in range(-8, 0))]
+        return [model(ids, pixels), torch.stack(blocks)]
 
     with torch.no_grad():
         found = {name: logits(model) for name, model in models.items()}
@@ -120,7 +119,7 @@ def test_a_product_of_16_bit_numbers_is_rounded_once(dtype, seed, batch, tokens,
 @pytest.mark.parametrize("name", ["FastLinear", "FastAttention", "FastTopLayer", "FastLlava"])
 def test_each_class_can_be_left_out_by_itself(small, name, new_tokens):
     folder, _, model, processor = small
-    without = undo(load_model(folder), name)
+    without = undo(load_model(folder, fast=True), name)
     assert name not in {type(module).__name__ for module in without.modules()}
     for compressor in (None, PrefixKV(0.5)):
         expected, found = (
@@ -129,9 +128,9 @@ def test_each_class_can_be_left_out_by_itself(small, name, new_tokens):
         assert torch.equal(found.token_ids, expected.token_ids)
 
 
-def test_loading_speeds_up_on_a_cpu_unless_told_otherwise(small):
+def test_loading_gives_the_plain_classes_unless_speed_is_asked_for(small):
     folder, _, quick, _ = small
-    plain = load_model(folder, fast=False)
+    plain = load_model(folder)
     assert {type(module).__module__ for module in plain.modules()} <= {"minillava.model"} | {
         type(module).__module__
         for module in nn.Sequential(
@@ -145,9 +144,9 @@ def test_loading_speeds_up_on_a_cpu_unless_told_otherwise(small):
 
 
 def test_speeding_up_twice_changes_nothing_more(small):
-    model = load_model(small[0])
+    model = load_model(small[0], fast=True)
     before = [type(module) for module in model.modules()]
-    assert speed_up(model) is model
+    assert optimize(model) is model
     assert [type(module) for module in model.modules()] == before
 
 
@@ -158,7 +157,7 @@ def test_all_slots_under_a_mask_give_the_same_tokens_as_those_that_are_filled(ti
         # The code that is there for compiled steps, run as it is.
         with (
             mock.patch("torch.compiler.is_compiling", lambda: True),
-            mock.patch.object(fast, "FastKVCache", lambda *arguments, compiled: FastKVCache(*arguments, compiled=True)),
+            mock.patch.object(fast, "FastKVCache", lambda *arguments: FastKVCache(*arguments[:3], compiled=True)),
         ):
             assert torch.equal(generate(model, processor, PROMPTS[1], compressor=compressor).token_ids, expected)
 
@@ -172,14 +171,14 @@ def compiled_model(folder, monkeypatch=None):
             return trace(step, dynamic=dynamic, options={key: options[key] for key in options if "guard" in key})
 
         monkeypatch.setattr(fast.torch, "compile", only_trace)
-    model = load_model(folder)
+    model = load_model(folder, fast=True)
     compile_steps(model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     return model, torch._dynamo.utils.counters
 
 
-# PrefixKV's widest layer is the first with the one, the last with the other (see `FastKVCache.store`). With neither
+# PrefixKV's widest layer is the first with the one, the last with the other (see `FastKVCache.new_slots`). With neither
 # do both have equally many slots: torch would make a graph for that (`torch.fx.experimental._config.use_duck_shape`).
 FIRST_WIDEST, LAST_WIDEST = (
     ["what is that", "a cat and a dog on the mat"],
@@ -218,7 +217,7 @@ def test_compiled_steps_give_the_same_tokens_from_a_graph_for_each_size_and_meth
     assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
 
 
-def test_a_method_that_observes_runs_uncompiled_and_what_follows_is_right(tmp_path, monkeypatch):
+def test_a_method_that_attends_runs_uncompiled_and_what_follows_is_right(tmp_path, monkeypatch):
     folder, model, processor = shallow(tmp_path, 1)
     compiled, counters = compiled_model(folder, monkeypatch)
     for compressor in (None, H2O(0.5), PrefixKV(0.5), H2O(0.5), None):
@@ -241,16 +240,16 @@ def test_compiled_models_do_not_share_graphs_and_new_weights_are_noticed(tmp_pat
     folder, model, processor = shallow(tmp_path, 1)
 
     def logits(model):
-        prompt = processor(["two red"])
-        first, cache = model.prefill(**prompt, max_new_tokens=1)
-        return model.decode_step(first.argmax(-1), cache)
+        cache = model.new_cache(1)
+        first = model.read(**processor(["two red"]), cache=cache)
+        return model.read(first.argmax(-1, keepdim=True), cache)
 
     def same(one, two):
         return torch.allclose(logits(one), logits(two), rtol=1e-5, atol=1e-4)  # sums in another order
 
     compiled, counters = compiled_model(folder, monkeypatch)
     assert same(compiled, model)
-    other, turned = load_model(folder), load_model(folder)
+    other, turned = load_model(folder, fast=True), load_model(folder, fast=True)
     for either in (other, turned):
         for layer in either.language_model.layers:
             layer.mlp.activation = F.relu  # all shapes are as before, so the other's graph would fit
@@ -281,12 +280,13 @@ def compare(model, compiled, processor, sizes):
 def test_the_top_layers_last_token_alone_is_that_of_the_whole_layer(small, prompts):
     _, _, model, processor = small
     mask = processor(prompts)["attention_mask"]
-    layer = copy.deepcopy(model.language_model.layers[-1])
+    layer, config = copy.deepcopy(model.language_model.layers[-1]), replace(model.config.text, num_hidden_layers=1)
     layer.self_attn.layer = 0
     torch.manual_seed(0)
     hidden = torch.randn(*mask.shape, model.config.text.hidden_size)
-    caches = [KVCache(mask.bool(), 1, 0) for _ in range(2)]
-    rope = model.language_model.cos_sin(caches[0].prompt_positions)
+    caches = [KVCache(config, 0) for _ in range(2)]
+    positions = [cache.begin(mask.bool(), mask.bool()) for cache in caches]
+    rope = model.language_model.cos_sin(positions[0])
     with torch.no_grad():
         assert type(layer) is FastTopLayer
         last = layer(hidden, rope, cache=caches[0])
@@ -329,8 +329,8 @@ def test_one_tokens_attention_is_the_plain_one(seed, batch, heads, slots, mask_k
 @pytest.mark.parametrize("batch, tokens", [(1, 1), (2, 1), (4, 1), (5, 1), (33, 1), (1, 3), (4, 2)])
 @pytest.mark.parametrize("width, out", [(300, 512), (300, 511), (8, 16), (300, 4096)])
 def test_a_product_shared_out_between_threads_is_the_product(batch, tokens, width, out, bias, compiled):
-    layer = FastLinear(width, out, bias=bias)
-    x = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    layer, x = FastLinear(width, out, bias=bias), torch.randn(batch, tokens, width)
     with mock.patch("torch.compiler.is_compiling", lambda: compiled):
         found = layer(x)
     # sums of 300 products of about 0.06, in another order: a few units in the last place of the largest
@@ -344,7 +344,7 @@ def test_a_matrix_times_vectors_is_that_however_its_rows_lie(batch, count, colum
     matrix = torch.randn(batch, 2, 5, columns + gap)[..., :columns]
     vectors = torch.randn(batch, 2, count, columns)
     with mock.patch("torch.compiler.is_compiling", lambda: compiled):
-        found = times(matrix, vectors)
+        found = matvec(matrix, vectors)
     expected = torch.einsum("bhrc,bhgc->bhgr", matrix.double(), vectors.double()).float()
     # up to 90 products of numbers up to 4, added in float32: some last places of sums of about 30
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -354,7 +354,7 @@ def test_training_goes_through_the_fast_classes_as_through_the_plain_ones(small)
     folder = small[0]
     ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     gradients = []
-    for model in (load_model(folder, fast=False), load_model(folder)):
+    for model in (load_model(folder), load_model(folder, fast=True)):
         model(ids).logsumexp(-1).mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -363,7 +363,7 @@ def test_training_goes_through_the_fast_classes_as_through_the_plain_ones(small)
 
 def test_a_class_of_your_own_is_not_compiled_but_refused():
     class Mine(Llava):
-        """Left as it is by `speed_up`."""
+        """Left as it is by `optimize`."""
 
     with torch.device("meta"):
         model = Mine(LlavaConfig())

@@ -1,4 +1,4 @@
-"""Generation: when it ends, how it draws, what it refuses; and training through `forward`."""
+"""Reading and generation: when it ends, how it draws, what it refuses; and training through `forward`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 from minillava.checks import LlavaError
 from minillava.model import sample
@@ -116,8 +117,8 @@ def test_a_mask_of_any_dtype_means_the_same(small, dtype):
         ({"attention_mask": torch.tensor([1, 1, 1])}, r"int64 \[3\]; expected \[1, 3\]"),
         ({"input_ids": torch.tensor([3, 4, 5])}, r"int64 \[3\]; expected int64 \[B, N\]"),
         ({"input_ids": torch.ones(1, 3, dtype=torch.bool)}, "torch.bool"),
-        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "one prompt or more"),
-        ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, "one prompt or more"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "at least one token in each row"),
+        ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, "at least one token in each row"),
         ({"input_ids": torch.tensor([[3.0, 4.0]])}, "float32"),
         ({"input_ids": torch.tensor([[3, -1]])}, "expected 0 to 319"),
         ({"input_ids": torch.tensor([[3, 320]])}, "expected 0 to 319"),
@@ -130,18 +131,53 @@ def test_ids_and_masks_that_cannot_be_used_are_refused(small, call, wrong, word)
 
 def test_a_negative_number_of_new_tokens_is_refused(small):
     for wrong in (-1, 1.5):
-        with pytest.raises(LlavaError, match=f"max_new_tokens is {wrong}; expected a whole number, 0 or more"):
+        with pytest.raises(LlavaError, match=rf"\(max_new_tokens\) is {wrong}; expected a whole number, 0 or more"):
             small[2].generate(torch.tensor([[3, 4, 5]]), max_new_tokens=wrong)
 
 
 @pytest.mark.parametrize("compressor", [None, PrefixKV(0.5)])
-def test_a_step_that_the_cache_was_not_made_for_is_refused(small, compressor):
+def test_a_step_that_the_cache_has_no_room_for_is_refused(small, compressor):
     _, _, model, processor = small
-    logits, cache = model.prefill(**inputs(processor, "a cat"), max_new_tokens=2, compressor=compressor)
+    cache = model.new_cache(2, compressor)
+    logits = model.read(**inputs(processor, "a cat"), cache=cache)
     for _ in range(2):
-        logits = model.decode_step(logits.argmax(-1), cache)
-    with pytest.raises(LlavaError, match="made for 2 new tokens"):
-        model.decode_step(logits.argmax(-1), cache)
+        logits = model.read(logits.argmax(-1)[:, None], cache)
+    with pytest.raises(LlavaError, match=r"1 tokens and the cache has room for 0; call cache.reserve\(1\) first"):
+        model.read(logits.argmax(-1)[:, None], cache)
+
+
+def state(cache):
+    """All that a cache and its compressor hold, as numbers."""
+    both = {**vars(cache), **vars(cache.compressor), "compressor": None}
+    return [leaf.tolist() if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_leaves(both)]
+
+
+IDS, IMAGE = torch.tensor([[3, 4], [5, 6]]), torch.full((2, 16), 310)
+
+
+@pytest.mark.parametrize(
+    "call, sentence",
+    [
+        (lambda read, cache, _: read(IDS.repeat(1, 2), cache), r"4 tokens .* for 3; call cache.reserve\(1\) first"),
+        (lambda read, cache, _: read(IDS + 315, cache), "expected 0 to 319"),
+        (lambda read, cache, _: read(IDS[:, :0], cache), "at least one token in each row"),
+        (lambda read, cache, _: read(IDS, cache, attention_mask=IDS != 3), "padding in a further turn"),
+        (lambda read, cache, _: read(IDS[:1], cache), "have 1 rows and the cache holds 2 texts"),
+        (lambda read, cache, _: read(IMAGE, cache, torch.zeros(2, 3, 28, 28)), "takes images only with its prompt"),
+        (lambda read, cache, _: read(IMAGE[:, :3], cache), "6 image tokens, but 0 images make 0"),
+        (lambda _, cache, __: cache.reserve(250), "tokens and room for 253 more exceed the model's 256 positions"),
+        (lambda _, cache, other: other(IDS, cache), "made for a model of other sizes"),
+    ],
+)
+def test_what_a_cache_cannot_take_is_refused_and_leaves_it_as_it_was(small, tiny, call, sentence):
+    _, _, model, processor = small
+    cache = model.new_cache(5, PrefixKV(0.5))
+    model.read(**inputs(processor, "a cat", "describe it in detail"), cache=cache)
+    model.read(IDS, cache)
+    before = state(cache.fork())
+    with pytest.raises(LlavaError, match=sentence):
+        call(model.read, cache, tiny[0].read)
+    assert state(cache) == before
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-300, 5e-324, 1e-8])

@@ -172,17 +172,18 @@ def test_the_embedded_checkpoint_gives_the_reference_tokens_alone_and_in_batches
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_logits_while_generating_are_those_of_transformers(tiny, tiny_reference, sweep, new_tokens, quick):
-    model, processor = tiny if quick else weights.load(TINY, fast=False)
+    model, processor = tiny if quick else weights.load(TINY)
     largest = 0.0
     for picture in scenes(12 if sweep else 2):
         inputs = processor(processor.chat([("Describe the image in detail.", None)], 1), [picture])
-        ours, cache = model.prefill(**inputs, max_new_tokens=new_tokens)
+        cache = model.new_cache(new_tokens)
+        ours = model.read(**inputs, cache=cache)
         with torch.no_grad():
             theirs = tiny_reference(**inputs, use_cache=True, logits_to_keep=1)
             for _ in range(new_tokens):
                 largest = max(largest, float((ours - theirs.logits[:, -1]).abs().max()))
                 token = theirs.logits[:, -1].argmax(-1)
-                ours = model.decode_step(token, cache)
+                ours = model.read(token[:, None], cache)
                 past = theirs.past_key_values
                 theirs = tiny_reference(input_ids=token[:, None], past_key_values=past, use_cache=True)
     print(f"{'fast' if quick else 'plain'}: largest logit difference {largest:.1e}")

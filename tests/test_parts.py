@@ -31,7 +31,8 @@ def made_up(seed, layers, lengths, digits=1):
     generator = torch.Generator().manual_seed(seed)
     longest = max(lengths)
     prompt = parts.Prompt()
-    prompt.begin(torch.arange(longest) >= torch.tensor([[longest - n] for n in lengths]), torch.zeros(1))
+    present = torch.arange(longest) >= torch.tensor([[longest - n] for n in lengths])
+    prompt.begin(present, torch.zeros_like(present), layers)
     shape = (layers, len(lengths), longest)
     scale = torch.rand(layers, 1, 1, generator=generator)
     prompt.scores = {
@@ -111,7 +112,8 @@ def test_sizes_with_a_name_are_those_of_the_method(seed, layers, lengths, budget
     methods = {"same": Uniform(budget), "prefixkv": PrefixKV(budget), "pyramidkv": PyramidKV(budget), "vlcache": dense}
     for name, method in methods.items():
         found = layer_sizes(prompt, Run(budget, "value", name, "queue"))
-        assert torch.equal(found, method.allocate(prompt.scores["value"], prompt.present))
+        method.present = prompt.present
+        assert torch.equal(found, method.allocate(prompt.scores["value"]))
 
 
 # ---------------------------------------------------------------- combinations that are a method
@@ -132,7 +134,8 @@ def test_a_combination_that_is_a_method_gives_what_the_method_gives(read, budget
     model, inputs, prompt, answers = read
     run = Run(budget, *names)
     found = parts.fill(model, prompt, choose(prompt, run), 40, evictor(prompt, run))
-    logits, expected = model.prefill(**inputs, max_new_tokens=40, compressor=method(budget))
+    expected = model.new_cache(40, method(budget))
+    logits = model.read(**inputs, cache=expected)
     assert torch.equal(found.position, expected.position) and torch.equal(found.kept, expected.kept)
     losses = quality.likelihood(model, prompt.logits, found, answers)
     assert losses == quality.likelihood(model, logits, expected, answers)
@@ -143,7 +146,8 @@ def test_the_full_run_is_the_full_cache(read):
     model, inputs, prompt, answers = read
     cache = parts.fill(model, prompt, choose(prompt, FULL), 40, evictor(prompt, FULL))
     losses = quality.likelihood(model, prompt.logits, cache, answers)
-    assert losses == quality.likelihood(model, *model.prefill(**inputs, max_new_tokens=40), answers)
+    full = model.new_cache(40)
+    assert losses == quality.likelihood(model, model.read(**inputs, cache=full), full, answers)
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.6])
@@ -153,13 +157,13 @@ def test_an_eviction_that_is_a_methods_drops_what_the_method_drops(read, budget,
     model, inputs, prompt, answers = read
     run = Run(budget, "even", "same", name)
     keep = choose(prompt, run)
-    given = iter(keep)
 
     class Given(method):
-        def retain(self, scores, counts, present):
-            return next(given)
+        def choose(self, layer, scores, counts):
+            return keep[layer]
 
-    logits, expected = model.prefill(**inputs, max_new_tokens=40, compressor=Given(budget))
+    expected = model.new_cache(40, Given(budget))
+    logits = model.read(**inputs, cache=expected)
     found = parts.fill(model, prompt, keep, 40, evictor(prompt, run))
     losses = quality.likelihood(model, prompt.logits, found, answers)
     assert losses == quality.likelihood(model, logits, expected, answers)
@@ -176,7 +180,7 @@ def test_oldest_keeps_the_prompt_and_the_newest_and_all_evictions_hold_the_same(
     before = [[set(row[row >= 0].tolist()) for row in layer] for layer in caches["oldest"].position]
     for step in range(25):
         for cache in caches.values():
-            cache.advance()
+            cache.advance(1)
         held = {name: cache.held for name, cache in caches.items()}
         assert all(torch.equal(held[name], held["queue"]) for name in ("h2o", "least", "oldest"))
         assert (held["none"] == caches["none"].kept + step + 1).all()

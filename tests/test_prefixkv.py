@@ -11,7 +11,10 @@ from conftest import GOLDEN, PLANS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefixkv import Compressor, Plan, PrefixKV, importance, priority, retain, search
+from minillava.config import TextConfig
+from minillava.model import KeepAll, KVCache
+from prefixkv import Plan, PrefixKV, importance, priority, retain, search
+from weights import estimate_plan, read_plan, write_plan
 
 seeds = st.integers(0, 2**32 - 1)
 budgets = st.floats(0.01, 1.0)
@@ -38,26 +41,32 @@ KINDS = ["skewed", "ties", "equal", "zeros", "one-hot", "some layers zero", "tin
 tables = st.builds(random_importance, seeds, st.integers(1, 8), st.integers(1, 70), st.sampled_from(KINDS))
 
 
-def allocate(table: torch.Tensor, budget: float, start: int = 1) -> torch.Tensor:
+def begun(compressor: PrefixKV, *lengths: int, layers: int = 4) -> PrefixKV:
+    """The compressor, told of prompts without images, padded on the left."""
+    present = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    compressor.begin(present, torch.zeros_like(present), layers)
+    return compressor
+
+
+def allocate(table: torch.Tensor, budget: float, num_sinks: int = 1) -> torch.Tensor:
     """Counts [L] of one prompt without padding."""
-    present = torch.ones(1, table.shape[1], dtype=torch.bool)
-    return PrefixKV(budget, start).allocate(table[:, None], present)[:, 0]
+    return begun(PrefixKV(budget, num_sinks), table.shape[1]).allocate(table[:, None])[:, 0]
 
 
-def keep(table: torch.Tensor, counts: torch.Tensor, start: int = 1) -> torch.Tensor:
+def keep(table: torch.Tensor, counts: torch.Tensor, num_sinks: int = 1) -> torch.Tensor:
     """Kept tokens bool [L, N]."""
     present = torch.ones(1, table.shape[1], dtype=torch.bool)
-    return torch.cat([retain(row[None], count[None], present, start) for row, count in zip(table, counts)])
+    return torch.cat([retain(row[None], count[None], present, num_sinks) for row, count in zip(table, counts)])
 
 
 @given(tables, budgets, st.integers(0, 4))
-def test_the_total_kept_is_the_budget_exactly(table, budget, start):
+def test_the_total_kept_is_the_budget_exactly(table, budget, num_sinks):
     layers, length = table.shape
-    protected = min(length, start + 1)
-    counts = allocate(table, budget, start)
+    protected = min(length, num_sinks + 1)
+    counts = allocate(table, budget, num_sinks)
     assert int(counts.sum()) == max(round(budget * layers * length), layers * protected)
     assert (counts >= protected).all() and (counts <= length).all()
-    assert torch.equal(keep(table, counts, start).sum(-1), counts)
+    assert torch.equal(keep(table, counts, num_sinks).sum(-1), counts)
 
 
 @given(tables, budgets, budgets)
@@ -125,9 +134,9 @@ def test_the_threshold_is_the_largest_that_fits(table, budget):
 
 
 @given(tables, budgets, st.integers(0, 5))
-def test_protected_tokens_survive(table, budget, start):
-    kept = keep(table, allocate(table, budget, start), start)
-    assert kept[:, :start].all() and kept[:, -1].all()
+def test_protected_tokens_survive(table, budget, num_sinks):
+    kept = keep(table, allocate(table, budget, num_sinks), num_sinks)
+    assert kept[:, :num_sinks].all() and kept[:, -1].all()
 
 
 @given(seeds, st.integers(1, 8), st.integers(3, 60), budgets, st.integers(-20, 20))
@@ -184,22 +193,17 @@ def test_retention_prefers_importance_and_then_the_earlier_token(seed, length, d
 @given(seeds, st.integers(1, 3), st.integers(1, 6), st.integers(1, 30), budgets)
 def test_a_sample_is_compressed_alike_alone_and_padded_in_a_batch(seed, batch, layers, length, budget):
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, length + 1, (batch,), generator=generator)
-    longest = int(lengths.max())
-    present = torch.arange(longest) >= (longest - lengths)[:, None]
-    scores = torch.rand(layers, batch, longest, generator=generator) * 7 * present
-    compressor = PrefixKV(budget)
-    counts = compressor.allocate(scores, present)
-    for b, own in enumerate(lengths.tolist()):
-        alone = scores[:, b : b + 1, longest - own :]
-        mask = torch.ones(1, own, dtype=torch.bool)
-        assert torch.equal(compressor.allocate(alone, mask)[:, 0], counts[:, b])
+    lengths = torch.randint(1, length + 1, (batch,), generator=generator).tolist()
+    together = begun(PrefixKV(budget), *lengths)
+    scores = torch.rand(layers, batch, max(lengths), generator=generator) * 7 * together.present
+    counts = together.allocate(scores)
+    for b, own in enumerate(lengths):
+        alone, own_scores = begun(PrefixKV(budget), own), scores[:, b : b + 1, -own:]
+        assert torch.equal(alone.allocate(own_scores)[:, 0], counts[:, b])
         for layer in range(layers):
-            inside = compressor.retain(scores[layer], counts[layer], present)[b]
-            assert not inside[: longest - own].any()
-            assert torch.equal(
-                inside[longest - own :], compressor.retain(alone[layer], counts[layer, b : b + 1], mask)[0]
-            )
+            inside = together.choose(layer, scores[layer], counts[layer])[b]
+            assert not inside[:-own].any()
+            assert torch.equal(inside[-own:], alone.choose(layer, own_scores[layer], counts[layer, b : b + 1])[0])
 
 
 def naive_importance(query, key, present):
@@ -230,18 +234,17 @@ def test_block_wise_importance_is_the_naive_one_for_every_block_size(seed, batch
 
 
 def test_everything_happens_on_the_device_of_the_input_whatever_the_default_device():
-    table, present = random_importance(0, 3, 40), torch.ones(1, 40, dtype=torch.bool)
-    query = torch.randn(1, 2, 40, 4)
+    table, query = random_importance(0, 3, 40), torch.randn(1, 2, 40, 4)
     position = torch.arange(40).expand(3, 1, 40)
-    compressor = PrefixKV(0.3)
+    compressor, full = begun(PrefixKV(0.3), 40), begun(PrefixKV(1.0), 40)
 
     def run():
-        counts = compressor.allocate(table[:, None], present)
-        kept = compressor.retain(table[:1], counts[0], present)
-        all_kept = PrefixKV(1.0).allocate(table[:, None], present)
+        counts = compressor.allocate(table[:, None])
+        kept = compressor.choose(0, table[:1], counts[0])
+        all_kept = full.allocate(table[:, None])
         few, least = search(priority(table[:, :2]), 6, 2)[1], search(priority(table), 6, 2)[1]
         evicted = compressor.victim(position, counts)
-        return importance(query, query, present), counts, kept, all_kept, few, least, evicted
+        return importance(query, query, full.present), counts, kept, all_kept, few, least, evicted
 
     expected = run()
     with torch.device("meta"):
@@ -259,7 +262,7 @@ def test_a_threshold_of_one_is_what_keeping_everything_takes(table):
     assert threshold == 1 and counts.tolist() == [length] * layers
 
 
-def test_a_budget_for_the_protected_tokens_alone_has_the_threshold_zero():
+def test_a_budget_for_the_protected_tokens_only_has_the_threshold_zero():
     threshold, counts = search(priority(random_importance(0, 3, 20)), 6, 2)
     assert threshold == 0 and counts.tolist() == [2, 2, 2]
 
@@ -267,9 +270,9 @@ def test_a_budget_for_the_protected_tokens_alone_has_the_threshold_zero():
 def test_one_first_token_is_protected_unless_told_otherwise():
     row, present, counts = torch.arange(8.0)[None], torch.ones(1, 8, dtype=torch.bool), torch.tensor([3])
     assert retain(row, counts, present)[0].nonzero()[:, 0].tolist() == [0, 6, 7]
-    assert PrefixKV(0.5).retain(row, counts, present)[0].nonzero()[:, 0].tolist() == [0, 6, 7]
-    assert PrefixKV(0.5, start=0).retain(row, counts, present)[0].nonzero()[:, 0].tolist() == [5, 6, 7]
-    assert PrefixKV(0.5, start=2).retain(row, counts, present)[0].nonzero()[:, 0].tolist() == [0, 1, 7]
+    for options, kept in (({}, [0, 6, 7]), ({"num_sinks": 0}, [5, 6, 7]), ({"num_sinks": 2}, [0, 1, 7])):
+        chosen = begun(PrefixKV(0.5, **options), 8).choose(0, row, counts)
+        assert chosen[0].nonzero()[:, 0].tolist() == kept
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -287,26 +290,22 @@ def test_importance_is_accumulated_in_float32_whatever_the_dtype(dtype):
 def test_importance_that_is_not_finite_is_refused_with_its_layer(value):
     scores = torch.rand(4, 2, 9)
     scores[2, 1, 3] = value
+    compressor = begun(PrefixKV(0.5), 9, 9)
     with pytest.raises(ValueError) as error:
-        PrefixKV(0.5).allocate(scores, torch.ones(2, 9, dtype=torch.bool))
-    assert str(error.value) == (
-        "The importance of layer 2 holds NaN or infinity; expected finite numbers. "
-        "Check the weights and the dtype of the model."
-    )
+        next(compressor.compress([(layer, scores, scores, row) for layer, row in enumerate(scores)]))
+    assert str(error.value) == "The importance of layer 2 holds NaN or infinity; check the weights and dtype."
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, 1.0001, float("nan"), float("inf")])
 def test_a_budget_outside_zero_to_one_is_refused(budget):
     with pytest.raises(ValueError) as error:
         PrefixKV(budget)
-    assert str(error.value) == (
-        f"The budget is {budget}; expected a share of the cache above 0 and at most 1."
-    )  # fmt: skip
+    assert str(error.value) == f"The budget is {budget}; expected a part of the cache above 0 and at most 1."
 
 
 @pytest.mark.parametrize(
     "wrong, sentence",
-    [({"start": -1}, "start is -1; expected a number of tokens, 0 or more."),
+    [({"num_sinks": -1}, "num_sinks is -1; expected a number of tokens, 0 or more."),
      ({"decode": "drop"}, "decode is 'drop'; expected 'ratio' or 'keep'.")],
 )  # fmt: skip
 def test_other_arguments_out_of_range_are_refused(wrong, sentence):
@@ -317,51 +316,50 @@ def test_other_arguments_out_of_range_are_refused(wrong, sentence):
 
 def test_the_defaults_are_a_fifth_of_the_cache_one_first_token_and_eviction():
     compressor = PrefixKV()
-    assert (compressor.budget, compressor.start, compressor.decode, compressor.plan) == (0.2, 1, "ratio", None)
+    assert (compressor.budget, compressor.num_sinks, compressor.decode, compressor.plan) == (0.2, 1, "ratio", None)
 
 
-def test_the_base_class_keeps_every_token_and_leaves_all_as_it_is():
-    compressor, present = Compressor(), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+def test_the_full_cache_keeps_every_token_and_leaves_all_as_it_is():
+    compressor = begun(KeepAll(), 3, 5)
     query, key, value = torch.randn(2, 4, 5, 6), torch.randn(2, 2, 5, 6), torch.randn(2, 2, 5, 6)
-    assert (compressor.budget, compressor.start) == (1.0, 1)
-    scores = compressor.score(query, key, present)
+    scores = compressor.score(0, query, key, value)
     assert scores.dtype == torch.float32 and torch.equal(scores, torch.zeros(2, 5))
-    assert compressor.planned(0, 3, present.sum(-1)) is None
-    counts = compressor.allocate(torch.stack([scores] * 3), present)
-    assert counts.tolist() == [[3, 5]] * 3
-    assert torch.equal(compressor.retain(scores, counts[0], present), present)
-    assert all(one is other for one, other in zip(compressor.merge(key, value, present, present), (key, value)))
+    waiting = [(layer, key, value, scores) for layer in range(3)]
+    for stored in compressor.compress(waiting):
+        assert all(one is other for one, other in zip(stored, (key, value, compressor.present)))
+    assert not waiting
+    counts, position = torch.tensor([[3, 5]] * 3), torch.arange(5).expand(2, 5)
     assert compressor.capacity(counts, counts[0], counts[0] + 4).tolist() == [[7, 9]] * 3
     assert compressor.victim(torch.zeros(3, 2, 9), counts).tolist() == [[0, 0]] * 3
-    assert compressor.observe(0, query[:, :, :1], key, torch.arange(5).expand(2, 5)) is None
-    assert compressor.bias(0, torch.arange(5).expand(2, 5)) is None
+    assert compressor.attend(0, query, key, position, position) is None
 
 
 # ---------------------------------------------------------------- eviction
+
+
+def cached(kept: torch.Tensor, room: int) -> KVCache:
+    """A cache that holds the kept tokens [L, N] of a prompt."""
+    present, key = torch.ones(1, kept.shape[1], dtype=torch.bool), torch.zeros(1, 1, kept.shape[1], 1)
+    cache = KVCache(TextConfig(num_hidden_layers=len(kept)), room, PrefixKV(0.5))
+    cache.begin(present, present)
+    for layer in kept:
+        cache.store(key, key, layer[None])
+    return cache
 
 
 @given(seeds, st.integers(2, 80), st.integers(1, 90), st.data())
 def test_eviction_is_a_queue_behind_pinned_tokens(seed, kept, steps, data):
     """The slots hold what a list holds from which the oldest recent entry is cut whenever it grows too long."""
     prompt = data.draw(st.integers(kept, kept + 60))
-    compressor = PrefixKV(0.5)
-    kept_t, prompt_t = torch.tensor([[kept]]), torch.tensor([prompt])
-    capacity = int(compressor.capacity(kept_t, prompt_t, prompt_t + steps))
-    start = sorted(torch.randperm(prompt, generator=torch.Generator().manual_seed(seed))[:kept].tolist())
-    model, pinned = list(start), kept - 25 if kept - 25 >= 1 else kept // 2
-    position = torch.full((1, 1, capacity), -1)
-    position[0, 0, :kept] = torch.tensor(start)
-    used = kept
-    for step in range(steps):
-        room = math.ceil((prompt + step + 1) * (1 - (prompt - kept) / prompt))
-        model.append(prompt + step)
-        if len(model) > room:
+    order = torch.randperm(prompt, generator=torch.Generator().manual_seed(seed))
+    cache, model = cached(order[None] < kept, steps), (order < kept).nonzero()[:, 0].tolist()
+    pinned = kept - 25 if kept - 25 >= 1 else kept // 2
+    for length in range(prompt + 1, prompt + steps + 1):
+        model.append(length - 1)
+        if len(model) > math.ceil(length * (1 - (prompt - kept) / prompt)):
             del model[pinned]
-        assert room == int(compressor.capacity(kept_t, prompt_t, prompt_t + step + 1))
-        slot = used if used < room else int(compressor.victim(position, kept_t))
-        used = min(used + 1, room)
-        position[0, 0, slot] = prompt + step
-        assert sorted(position[position >= 0].tolist()) == model
+        cache.advance(1)
+        assert cache.position[cache.position >= 0].sort().values.tolist() == model
 
 
 @pytest.mark.parametrize("kept, oldest_queued", [(1, 0), (2, 1), (3, 1), (24, 12), (25, 12), (26, 1), (30, 5)])
@@ -409,28 +407,15 @@ def test_exact_counts_are_within_three_tokens_of_the_published_approximate_ones(
 @pytest.mark.parametrize("name", CASES)
 def test_given_the_published_counts_every_kept_position_and_decode_step_is_the_published_one(name):
     case = load_case(name)
-    layers, length = case["importance"].shape
-    compressor = PrefixKV(0.5)
     for budget in (0.1, 0.2, 0.4, 0.5, 0.8):
-        counts = case[f"kept_counts/{budget}"]
-        kept = keep(case["importance"], counts)
-        prompt = torch.tensor([length])
-        for layer in range(layers):
-            positions = kept[layer].nonzero()[:, 0]
-            assert torch.equal(positions.int(), case[f"kept/{budget}/{layer}"])
-            count = counts[layer].view(1, 1)
-            slots = int(compressor.capacity(count, prompt, prompt + 64))
-            position = torch.full((1, 1, slots), -1)
-            position[0, 0, : len(positions)] = positions
-            used = len(positions)
-            for step in range(64):
-                room = int(compressor.capacity(count, prompt, prompt + step + 1))
-                slot = used if used < room else int(compressor.victim(position, count))
-                used = min(used + 1, room)
-                position[0, 0, slot] = length + step
-                assert used == case[f"decode_lengths/{budget}"][step, layer]
-            held = position[position >= 0].sort().values
-            assert torch.equal(held.int(), case[f"decode_kept/{budget}/{layer}"])
+        kept = keep(case["importance"], case[f"kept_counts/{budget}"])
+        cache = cached(kept, 64)
+        for expected in case[f"decode_lengths/{budget}"]:
+            cache.advance(1)
+            assert torch.equal(cache.held[:, 0], expected.long())
+        for layer, row in enumerate(cache.position[:, 0]):
+            assert torch.equal(kept[layer].nonzero()[:, 0].int(), case[f"kept/{budget}/{layer}"])
+            assert torch.equal(row[row >= 0].sort().values.int(), case[f"decode_kept/{budget}/{layer}"])
 
 
 # ---------------------------------------------------------------- plans
@@ -438,51 +423,51 @@ def test_given_the_published_counts_every_kept_position_and_decode_step_is_the_p
 
 def test_a_plan_survives_the_way_to_its_file_and_back(tmp_path):
     kept, prompt = torch.tensor([[10, 20, 5], [30, 10, 40]]), torch.tensor([50, 100])
-    plan = Plan.estimate(0.2, kept, prompt, "a model")
+    plan = estimate_plan(0.2, kept, prompt, "a model")
     assert plan.ratios == pytest.approx([0.25, 0.25, 0.25])
-    (tmp_path / "plan.json").write_text(plan.to_json())
-    assert Plan.load(tmp_path / "plan.json") == plan == Plan(0.2, plan.ratios, "a model", 2)
+    write_plan(tmp_path / "plan.json", plan)
+    assert read_plan(tmp_path / "plan.json") == plan == Plan(0.2, plan.ratios, "a model", 2)
     lines = (tmp_path / "plan.json").read_text().splitlines()
     assert lines[0] == "{" and lines[1] == ' "budget": 0.2,'  # a line for every number, to be read and compared
 
 
-def test_a_plan_needs_no_more_than_its_shares(tmp_path):
+def test_a_plan_needs_no_more_than_its_ratios(tmp_path):
     (tmp_path / "plan.json").write_text('{"ratios": [0, 0.25, 1]}')
-    assert Plan.load(tmp_path / "plan.json") == Plan(pytest.approx(1.25 / 3), [0, 0.25, 1], "", 0)
-    assert Plan.estimate(0.5, torch.tensor([[1]]), torch.tensor([2])) == Plan(0.5, [0.5], "", 1)
+    assert read_plan(tmp_path / "plan.json") == Plan(pytest.approx(1.25 / 3), [0, 0.25, 1], "", 0)
+    assert estimate_plan(0.5, torch.tensor([[1]]), torch.tensor([2])) == Plan(0.5, [0.5], "", 1)
 
 
-def test_a_published_plan_is_a_list_of_the_shares_to_forget(tmp_path):
+def test_a_published_plan_is_a_list_of_the_ratios_to_forget(tmp_path):
     (tmp_path / "plan.json").write_text("[0.25, 1, 0, 0.75]")
-    assert Plan.load(tmp_path / "plan.json") == Plan(0.5, [0.75, 0, 1, 0.25], "", 0)
+    assert read_plan(tmp_path / "plan.json") == Plan(0.5, [0.75, 0, 1, 0.25], "", 0)
 
 
 def test_the_name_of_a_plans_model_may_be_in_any_script(tmp_path):
     (tmp_path / "plan.json").write_bytes('{"ratios": [0.5], "model": "猫"}'.encode())
-    assert Plan.load(tmp_path / "plan.json").model == "猫"
+    assert read_plan(tmp_path / "plan.json").model == "猫"
 
 
 @given(st.integers(0, 2**31), st.integers(1, 60), st.integers(0, 3))
-def test_a_plan_keeps_its_share_of_every_prompt_and_the_protected_tokens(seed, length, start):
+def test_a_plan_keeps_its_ratio_and_the_protected_tokens_of_each_layer_at_once(seed, length, num_sinks):
     ratios = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
-    compressor = PrefixKV(start=start, plan=Plan(0.5, ratios))
+    compressor, scores = begun(PrefixKV(num_sinks=num_sinks, plan=Plan(0.5, ratios)), length), torch.rand(1, length)
     assert compressor.budget == 0.5
     for layer, ratio in enumerate(ratios):
-        count = int(compressor.planned(layer, 4, torch.tensor([length])))
-        assert count == min(length, max(start + 1, round(length * ratio)))
+        ((_, _, kept),) = compressor.compress([(layer, scores, scores, scores)])
+        assert int(kept.sum()) == min(length, max(num_sinks + 1, round(length * ratio)))
 
 
 def test_a_plan_for_another_number_of_layers_is_refused():
     with pytest.raises(ValueError) as error:
-        PrefixKV(plan=Plan(0.5, [0.1, 0.5, 0.9])).planned(0, 4, torch.tensor([9]))
+        begun(PrefixKV(plan=Plan(0.5, [0.1, 0.5, 0.9])), 9, layers=4)
     assert str(error.value) == "The plan is for 3 layers; the model has 4."
 
 
 @pytest.mark.skipif(not PLANS.is_dir(), reason="the published plans are not here")
 @pytest.mark.parametrize("model, layers", [("7b", 32), ("13b", 40)])
-@pytest.mark.parametrize("forget", [0.0, 0.1, 0.2, 0.5, 0.9])  # their names say the share to forget
+@pytest.mark.parametrize("forget", [0.0, 0.1, 0.2, 0.5, 0.9])  # their names say the ratio to forget
 def test_published_plans_load_as_they_are(model, layers, forget):
-    plan = Plan.load(PLANS / f"prefixkv_llava-v1.5-{model}_{forget}.json")
+    plan = read_plan(PLANS / f"prefixkv_llava-v1.5-{model}_{forget}.json")
     assert len(plan.ratios) == layers
     assert plan.budget == pytest.approx(1 - forget, abs=0.01)  # their search stops a few tokens from its target
 
@@ -495,26 +480,26 @@ def test_published_plans_load_as_they_are(model, layers, forget):
 def test_a_file_that_holds_no_plan_is_refused(tmp_path, content):
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(ValueError, match="holds no plan"):
-        Plan.load(tmp_path / "plan.json")
+        read_plan(tmp_path / "plan.json")
 
 
 def test_a_file_larger_than_any_memory_is_no_plan(tmp_path):
     with (tmp_path / "plan.json").open("wb") as file:
         file.truncate(10**12)  # takes no room on the disk
     with pytest.raises(ValueError, match="holds no plan"):
-        Plan.load(tmp_path / "plan.json")
+        read_plan(tmp_path / "plan.json")
 
 
-def test_shares_out_of_range_are_refused_in_a_sentence(tmp_path):
+def test_ratios_out_of_range_are_refused_in_a_sentence(tmp_path):
     (tmp_path / "plan.json").write_text("[2]")
     with pytest.raises(ValueError) as error:
-        Plan.load(tmp_path / "plan.json")
+        read_plan(tmp_path / "plan.json")
     assert str(error.value) == (
-        f"{tmp_path / 'plan.json'} holds no plan (shares between 0 and 1, one a layer, are missing); "
+        f"{tmp_path / 'plan.json'} holds no plan (ratios between 0 and 1, one per layer, are missing); "
         "expected what --save-plan writes."
     )
 
 
 def test_a_missing_plan_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no plan"):
-        Plan.load(tmp_path / "missing.json")
+        read_plan(tmp_path / "missing.json")

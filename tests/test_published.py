@@ -60,7 +60,9 @@ def test_elastic_as_published_on_six_tokens():
     """Between the first and the last, argsort is 0, 2, 3, 1: places 1 and 2 hold entries of 2 or more."""
     scores = torch.tensor([[0.9, 0.1, 0.4, 0.2, 0.3, 0.9]])
     present, counts = torch.ones(1, 6, dtype=torch.bool), torch.tensor([4])
-    assert PublishedElastic(0.5).retain(scores, counts, present)[0].nonzero()[:, 0].tolist() == [0, 2, 3, 5]
+    compressor = PublishedElastic(0.5)
+    compressor.begin(present, present, 1)
+    assert compressor.choose(0, scores, counts)[0].nonzero()[:, 0].tolist() == [0, 2, 3, 5]
     assert retain(scores, counts, present)[0].nonzero()[:, 0].tolist() == [0, 2, 4, 5]
 
 
@@ -69,23 +71,25 @@ def test_h2o_as_published_on_five_tokens_of_two_layers():
     scores = torch.tensor([[[0.9, 0.1, 0.6, 0.0, 5.0]], [[0.7, 0.1, 0.2, 0.4, 5.0]]])
     present = torch.ones(1, 5, dtype=torch.bool)
     compressor = PublishedH2O(0.4)
-    counts = compressor.allocate(scores, present)
+    compressor.begin(present, present, 2)
+    counts = compressor.allocate(scores)
     assert counts.tolist() == [[2], [2]]
     for layer in range(2):
-        kept = compressor.retain(scores[layer], counts[layer], present)
+        kept = compressor.choose(layer, scores[layer], counts[layer])
         assert kept[0].nonzero()[:, 0].tolist() == [1, 4]  # without the first token, which has the largest score
 
 
 # ---------------------------------------------------------------- positions
 
 
-def read(model, ids, steps, compressor):
+def read_on(model, ids, steps, compressor):
     """The positions of new tokens, the logits of each step, and the cache."""
-    _, cache = model.prefill(ids, max_new_tokens=steps, compressor=compressor)
     model, found, plain = with_short_positions(model), [], model.language_model.cos_sin
+    cache = model.new_cache(steps, compressor)
+    model.read(ids, cache)
     model.language_model.cos_sin = lambda positions: found.append(positions[:, 0].tolist()) or plain(positions)
     try:
-        return found, [model.decode_step(ids[:, step], cache) for step in range(steps)], cache
+        return found, [model.read(ids[:, [step]], cache) for step in range(steps)], cache
     finally:
         del model.language_model.cos_sin
 
@@ -93,7 +97,7 @@ def read(model, ids, steps, compressor):
 def test_positions_as_published_are_what_the_first_layer_holds(small):
     """Of 10 tokens it keeps 5, then half of the text, rounded up. True positions are 10, 11, 12, 13, 14."""
     ids = torch.arange(10)[None] + 20
-    found, _, cache = read(small[2], ids, 5, Local(0.5, start=1))
+    found, _, cache = read_on(small[2], ids, 5, Local(0.5, num_sinks=1))
     assert found == [[5], [6], [6], [7], [7]]
     assert sorted(cache.position[0, 0].tolist()) == [0, 8, 9, 10, 11, 12, 13, 14]  # the cache keeps true ones
 
@@ -102,7 +106,7 @@ def test_positions_as_published_are_what_the_first_layer_holds(small):
 @given(seeds, st.integers(10, 60), st.floats(0.1, 1))
 def test_positions_as_published_follow_the_first_layer_of_each_sample(small, seed, length, budget):
     ids = torch.randint(3, 300, (2, length), generator=torch.Generator().manual_seed(seed))
-    found, _, cache = read(small[2], ids, 6, PrefixKV(budget))
+    found, _, cache = read_on(small[2], ids, 6, PrefixKV(budget))
     shares = [kept / length for kept in cache.kept[0].tolist()]
     for step, positions in enumerate(found):
         for position, share, kept in zip(positions, shares, cache.kept[0].tolist()):
@@ -115,9 +119,10 @@ def test_positions_as_published_follow_the_first_layer_of_each_sample(small, see
 def test_with_a_full_cache_both_rules_of_positions_are_the_same(small, seed, length):
     model = small[2]
     ids = torch.randint(3, 300, (2, length), generator=torch.Generator().manual_seed(seed))
-    _, logits, _ = read(model, ids, 2, None)
-    _, cache = model.prefill(ids, max_new_tokens=2)
-    assert all(torch.equal(one, model.decode_step(ids[:, step], cache)) for step, one in enumerate(logits))
+    _, logits, _ = read_on(model, ids, 2, None)
+    cache = model.new_cache(2)
+    model.read(ids, cache)
+    assert all(torch.equal(one, model.read(ids[:, [step]], cache)) for step, one in enumerate(logits))
 
 
 # ---------------------------------------------------------------- the command
@@ -169,8 +174,10 @@ def test_a_row_is_what_its_rules_give(short, small):
     inputs, answers = material.batch([0, 1])
     runs = [Run("h2o", "as published", "as published", 0.3), FULL]
     found = list(published.measure(material.model, inputs, answers, runs))
-    logits, cache = material.model.prefill(**inputs, max_new_tokens=8, compressor=PublishedH2O(0.3))
-    assert found[0] == likelihood(with_short_positions(material.model), logits, cache, answers)
+    model = with_short_positions(material.model)
+    cache = model.new_cache(8, PublishedH2O(0.3))
+    logits = model.read(**inputs, cache=cache)
+    assert found[0] == likelihood(model, logits, cache, answers)
     with torch.no_grad():
         ids = torch.cat([inputs["input_ids"], torch.tensor(answers)], 1)
         expected = material.model(ids)[:, 61:-1].double().log_softmax(-1).gather(2, torch.tensor(answers)[..., None])

@@ -23,7 +23,8 @@ from bench import published as bench_published
 from bench.quality import curves, gini, interval, likelihood, main, read_results, rouge_l
 from minillava.checks import LlavaError
 from minillava.compressors import METHODS, Recorder
-from prefixkv import Plan, PrefixKV
+from prefixkv import PrefixKV
+from weights import read_plan
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,8 @@ def test_likelihood_of_the_full_cache_is_that_of_one_forward_pass(tiny):
     model, processor = tiny
     samples = quality.scenes(3, seed=1)
     answers = [processor.tokenizer.model.encode(sample.answer) for sample in samples]
-    logits, cache = model.prefill(**quality.encode(model, processor, samples))
+    cache = model.new_cache()
+    logits = model.read(**quality.encode(model, processor, samples), cache=cache)
     found, kept = likelihood(model, logits, cache, answers), cache.kept.T.tolist()
     for sample, answer, loss in zip(samples, answers, found):
         inputs = processor(sample.prompt(processor), [sample.image()])
@@ -75,14 +77,15 @@ def test_a_cache_filled_from_notes_is_that_of_a_prefill(small, method):
     _, _, model, processor = small
     inputs = processor(["USER: What is in the image? ASSISTANT: a cat.", "two red"])
     prompt = quality.Collector()
-    logits, _ = model.prefill(**inputs, max_new_tokens=0, compressor=prompt)
-    expected, cache = model.prefill(**inputs, max_new_tokens=9, compressor=method and METHODS[method](0.4))
+    logits = model.read(**inputs, cache=model.new_cache(0, prompt))
+    cache = model.new_cache(9, method and METHODS[method](0.4))
+    expected = model.read(**inputs, cache=cache)
     assert torch.equal(logits, expected)
     found = quality.fill(model, prompt, 9, method and METHODS[method](0.4))
     for _ in range(9):
         assert torch.equal(found.position, cache.position)
-        token = expected.argmax(-1)
-        expected, logits = model.decode_step(token, cache), model.decode_step(token, found)
+        token = expected.argmax(-1, keepdim=True)
+        expected, logits = model.read(token, cache), model.read(token, found)
         assert torch.equal(logits, expected)
 
 
@@ -253,7 +256,7 @@ def test_plans_are_written_for_every_budget_and_say_how_far_samples_agree(quick_
     assert main(["--estimate-plan", str(plans), *options]) == 0
     assert "| 20% |" in capsys.readouterr().out
     for budget in (0.2, 0.5):
-        plan = Plan.load(plans / f"{budget}.json")
+        plan = read_plan(plans / f"{budget}.json")
         assert plan.samples == 4 and len(plan.ratios) == 2 and plan.model == model
         # Half a token of the 64 that two layers have of the shortest prompt.
         assert sum(plan.ratios) / 2 == pytest.approx(budget, abs=0.5 / 64)
@@ -266,8 +269,9 @@ def test_a_plan_of_one_sample_is_what_that_sample_keeps(tiny):
     samples = quality.scenes(1, seed=3)
     plans, _ = quality.estimate(model, processor, samples, [0.3], "", 1)
     inputs = quality.encode(model, processor, samples)
-    _, online = model.prefill(**inputs, compressor=PrefixKV(0.3))
-    _, offline = model.prefill(**inputs, compressor=PrefixKV(plan=plans[0.3]))
+    online, offline = model.new_cache(1, PrefixKV(0.3)), model.new_cache(1, PrefixKV(plan=plans[0.3]))
+    for cache in (online, offline):
+        model.read(**inputs, cache=cache)
     assert torch.equal(online.kept, offline.kept)
     assert torch.equal(online.position, offline.position)
 

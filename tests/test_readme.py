@@ -31,17 +31,19 @@ def test_there_are_exactly_two_set_up_commands():
     assert ci.endswith('eval "$test_command --sweep"\n')
 
 
-def test_the_python_example_runs(monkeypatch, capsys):
+def test_the_python_examples_run(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    _, example = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})
-    assert "there is a" in capsys.readouterr().out
+    scope: dict[str, Any] = {}
+    for example in blocks("python")[1:]:
+        exec(compile(example, "README.md", "exec"), scope)
+    out = capsys.readouterr().out
+    assert "there is a" in out and out.splitlines()[-1] == "yes."
 
 
 @settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 40), st.floats(0.05, 1.0))
 def test_the_algorithm_it_shows_keeps_what_prefixkv_does(seed, layers, length, budget):
-    algorithm, _ = blocks("python")
+    algorithm = blocks("python")[0]
     assert len(algorithm.splitlines()) <= 12
     scope: dict[str, Any] = {}
     exec(compile(algorithm, "README.md", "exec"), scope)

@@ -19,11 +19,11 @@ import minillava.model
 import prefixkv
 from minillava.compressors import METHODS
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
-from minillava.fast import FastLinear, speed_up
+from minillava.fast import FastLinear, optimize
 from minillava.model import Llava, manual_attention
 from prefixkv import Plan, PrefixKV
 
-COMMENT = re.compile(r"\S\s+#\s*\[([^\]]+)\](?:: .*)?$")  # a reason may follow behind a colon
+COMMENT = re.compile(r"\S\s+#\s*\[([^\]]+)\](?:: .*)?$")  # a reason may follow after a colon
 SOURCES = [Path(module.__file__) for module in (minillava.model, minillava.anyres, minillava.fast,
                                                   minillava.compressors, prefixkv)]  # fmt: skip
 
@@ -57,12 +57,11 @@ def check(shape: tuple[int, ...], comment: str, bound: dict[str, int], own: dict
     parts = [part.strip() for part in comment.split(",")]
     assert len(parts) == len(shape), f"# [{comment}] against {tuple(shape)}"
     for part, size in zip(parts, shape):
-        if part.isidentifier() and part not in KNOWN and part not in own:
-            assert bound.setdefault(part, size) == size, (
-                f"# [{comment}] against {tuple(shape)}: {part} was {bound[part]}"
-            )
-        else:
-            assert eval(part, {**own, **KNOWN, **bound}) == size, f"# [{comment}] against {tuple(shape)}"
+        known = {**own, **KNOWN, **bound}
+        for name in {*re.findall(r"[A-Za-z]\w*", part)} - {*known}:  # one, as N in F + N
+            bound[name] = next((n for n in range(size + 1) if eval(part, {**known, name: n}) == size), -1)
+        found = eval(part, {**known, **bound})
+        assert found == size, f"# [{comment}] against {tuple(shape)}: {part} is {found}"
 
 
 class Tracer:
@@ -108,7 +107,7 @@ class Tracer:
 
 
 def exercise(methods: Iterable[type[PrefixKV]]) -> None:
-    """Runs the model plain and fast: without a method, with a plan, and with each of `methods`."""
+    """Has the model, plain and fast, read and write: without a method, with a plan, and with each of `methods`."""
     torch.manual_seed(0)
     model = Llava(CONFIG).eval()
     image = torch.full((16,), 100)
@@ -122,9 +121,13 @@ def exercise(methods: Iterable[type[PrefixKV]]) -> None:
     others = [method(0.4) for method in methods]
     for _ in ("plain", "fast"):
         for compressor in (None, PrefixKV(plan=Plan(0.3, [0.3] * 5)), *others):
-            model.generate(ids, pixels, mask, max_new_tokens=4, eos_token_id=(), compressor=compressor)
+            cache = model.new_cache(4, compressor)
+            list(model.decode(model.read(ids, cache, pixels, mask), cache, eos_token_id=()))
+            cache.reserve(18)
+            for one in (cache, cache.fork()):
+                model.read(ids[:, :9] % 100, one)
         model.generate(ids[:1, -4:], max_new_tokens=2, temperature=1.0, top_k=5, top_p=0.5, seed=1)
-        speed_up(model)
+        optimize(model)
     model.bfloat16().generate(ids, pixels, mask, max_new_tokens=2, eos_token_id=())
     model = Llava(replace(CONFIG, image_grid_pinpoints=((28, 56), (56, 28), (56, 56))))
     for size in ([20, 50], [61, 40]):

@@ -43,8 +43,9 @@ def test_a_right_model_agrees_in_every_stage(model, checkpoint):
     stages = verify(model, checkpoint[1])
     assert first_difference(stages) is None
     names = [stage.name for stage in stages]
-    assert names[2:-2] == list(our_taps(model.config))  # every tap was seen
-    assert [names[0], *names[-2:]] == ["pixels", "greedy tokens", "positions after eviction"]
+    assert names[2:-4] == list(our_taps(model.config))  # every tap was seen
+    cached = ["greedy tokens", "three turns", "three turns, tokens", "positions after eviction"]
+    assert [names[0], *names[-4:]] == ["pixels", *cached]
     assert not any(stage.note.startswith("not compared") for stage in stages if stage.name == "pixels")
 
 
@@ -81,12 +82,13 @@ def test_a_wrong_eps_is_named(model, checkpoint):
 
 def test_positions_counted_from_the_shortened_cache_are_named(model, checkpoint):
     class Unshifted(Llava):
-        def decode_step(self, token_ids, cache):
+        def read(self, input_ids, cache, *images, **named):
             rope = self.language_model.cos_sin
-            wrong = rope(cache.held.amax(0)[:, None])
-            self.language_model.cos_sin = lambda positions: wrong
+            if cache.key:
+                wrong = rope(cache.held.amax(0)[:, None] + torch.arange(input_ids.shape[1]))
+                self.language_model.cos_sin = lambda positions: wrong
             try:
-                return super().decode_step(token_ids, cache)
+                return super().read(input_ids, cache, *images, **named)
             finally:
                 self.language_model.cos_sin = rope
 

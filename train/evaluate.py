@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1600)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    model, processor = load(args.model, device=args.device)
+    model, processor = load(args.model, device=args.device, fast=True)
     scores = evaluate(model, processor, args.descriptions, args.questions)
     print(json.dumps({name: round(score, 4) for name, score in scores.items()}, indent=2))
 

@@ -353,8 +353,10 @@ def heterogeneity(model: Llava, images: Tensor, ids: Tensor) -> str:
     """How unlike the layers are: kept shares at a budget of 20 %, and Gini coefficients of importance."""
     recorder = Recorder()
     prompt = ids[:, : 3 + model.config.num_image_tokens + 8]  # the image and the first words of a question
-    model.prefill(prompt, images, max_new_tokens=0, compressor=recorder)
-    counts = PrefixKV(0.2).allocate(recorder.scores, recorder.present).float().mean(1) / prompt.shape[1]
+    model.read(prompt, model.new_cache(0, recorder), images)
+    method = PrefixKV(0.2)
+    method.begin(recorder.present, recorder.present, len(recorder.scores))
+    counts = method.allocate(recorder.scores).float().mean(1) / prompt.shape[1]
     curves = torch.stack([priority(scores) for scores in recorder.scores.unbind(1)]).mean(0)  # [L, N + 1]
     gini = 2 * curves.mean(-1) - 1
     return (
@@ -783,7 +785,7 @@ def main() -> None:
     tokenizer = args.work / "tokenizer.model"
     if args.start:
         try:
-            model = load_model(args.start, fast=False).train()
+            model = load_model(args.start).train()
             pieces = (args.start / "tokenizer.model").read_bytes()
         except (LlavaError, OSError) as error:
             parser.error(f"--start: {error}")
@@ -805,7 +807,7 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {talk.size}", flush=True)
     seconds = sum(run_stage(stage, model, heads, talk, args) for stage in stages)
     export(model, tokenizer, talk, args.out)
-    loaded, processor = load(args.out, device=args.device)
+    loaded, processor = load(args.out, device=args.device, fast=True)
     scores = evaluate(loaded, processor)
     write_card(model, args.out, args, stages, scores, seconds)
     print(f"{args.out}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in scores.items()))
