@@ -194,5 +194,5 @@ class PrefixKV:
         queued = (torch.arange(position.shape[-1], device=position.device) >= pinned[..., None]) & (position >= 0)
         return position.masked_fill(~queued, torch.iinfo(position.dtype).max).argmin(-1)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, asking: Tensor, position: Tensor) -> Tensor | None:
+    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor, position: Tensor) -> Tensor | None:
         return None  # further tokens change nothing: the queue goes by age

@@ -83,7 +83,8 @@ def check_read(
 
 def check_logits(logits: Tensor) -> Tensor:
     """The logits [B, V] themselves; raises LlavaError if a number is NaN or infinite."""
-    require(logits.isfinite().all(), "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
+    finite = logits.sum(dtype=torch.float32).isfinite()  # one pass: each NaN and infinity reaches the sum
+    require(finite, "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
     return logits
 
 

@@ -203,7 +203,7 @@ class FastTopLayer(DecoderLayer):
 
 
 class FastKVCache(KVCache):
-    """Stores values in the order in which `matvec` reads them, and counts filled slots once per block, not per layer.
+    """Stores values in the order in which `matvec` reads them, and does less for a single token.
 
     compiled: the step is compiled. Each layer then reads all its slots under a mask, so that shapes stay the same from
     step to step.
@@ -211,7 +211,8 @@ class FastKVCache(KVCache):
 
     def __init__(self, config: TextConfig, room: int, compressor: Compressor | None = None, compiled: bool = False):
         super().__init__(config, room, compressor)
-        self.compiled = compiled
+        self.attends = type(self.compressor).attend not in (Compressor.attend, PrefixKV.attend)
+        self.compiled = compiled and not self.attends  # torch.compile may not handle what a method does there
 
     def new_slots(self, key: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """As `KVCache.new_slots`."""
@@ -226,17 +227,29 @@ class FastKVCache(KVCache):
         return keys, values
 
     def advance(self, count: int) -> Tensor:
-        """As `KVCache.advance`."""
+        """As `KVCache.advance`; counts the filled slots of all layers at once."""
         positions = super().advance(count)
         if not self.compiled:
-            self.most, self.fewest = self.held.amax(1).tolist(), self.held.amin(1).tolist()  # of each layer's prompts
+            self.most, self.fewest = self.held.amax(1).tolist(), self.held.amin(1).tolist()  # of each layer's texts
         return positions
 
-    def filled(self, layer: int) -> tuple[int, bool]:
-        """As `KVCache.filled`; if compiled, all slots, of which a mask hides the free ones."""
-        if self.compiled:
-            return self.key[layer].shape[2], False
-        return self.most[layer], self.most[layer] == self.fewest[layer]
+    def update(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `KVCache.update`. A single token is the latest, so it sees every slot that is filled."""
+        if self.slot is None or layer >= len(self.key):
+            return super().update(layer, query, key, value)
+        keys, values, slot = self.key[layer], self.value[layer], self.slot[layer]
+        row = torch.arange(len(key), device=key.device)
+        keys[row, :, slot], values[row, :, slot] = key.squeeze(2), value.squeeze(2)
+        filled = keys.shape[2] if self.compiled else self.most[layer]
+        key, value = keys[:, :, :filled], values[:, :, :filled]
+        if not (self.compiled or self.attends) and filled == self.fewest[layer]:
+            return key, value, None
+        position = self.position[layer, :, :filled]  # [B, S]
+        seen = (position >= 0)[:, None, None]  # [B, 1, 1, S]
+        bias = self.compressor.attend(layer, query, key, seen, position) if self.attends else None
+        if bias is not None:
+            return key, value, torch.where(seen, bias[:, None, None].to(key.dtype), -math.inf)
+        return key, value, None if not self.compiled and filled == self.fewest[layer] else seen
 
 
 def single_token(model: Llava, input_ids: Tensor, cache: KVCache) -> Tensor:
@@ -252,9 +265,8 @@ class FastLlava(Llava):
     compiled_step: Callable[[Llava, Tensor, KVCache], Tensor] | None = None
 
     def new_cache(self, room: int = 128, compressor: Compressor | None = None) -> KVCache:
-        """Steps run uncompiled if the compressor has an `attend` of its own, which torch.compile may not handle."""
-        plain = compressor is None or type(compressor).attend in (Compressor.attend, PrefixKV.attend)
-        return FastKVCache(self.config.text, room, compressor, plain and self.compiled_step is not None)
+        """An empty FastKVCache, for compiled steps after `compile_steps`."""
+        return FastKVCache(self.config.text, room, compressor, self.compiled_step is not None)
 
     @torch.inference_mode()
     def read(self, input_ids: Tensor, cache: KVCache, pixel_values: Tensor | None = None,

@@ -313,16 +313,17 @@ class Compressor(Protocol):
             yield key, value, self.present
 
     def capacity(self, kept: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
-        """Tokens a layer may hold, [L, B], of texts of `lengths` [B], if it kept `kept` [L, B]; never fewer later."""
+        """Tokens a layer may hold of texts of `lengths` [B], shaped as `kept` [L, B] of the prompts; never fewer."""
         return kept + lengths - prompt_lengths
 
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:
         """The slot [L, B] whose token a full layer drops; position [L, B, S] of each slot's token."""
         return torch.zeros_like(kept)  # not used, since there is always room
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, asking: Tensor, position: Tensor) -> Tensor | None:
-        """A later block's query [B, H, N, Dh], at positions `asking` [B, N], meets the keys [B, Hkv, S, Dh] that it
-        reads, at `position` [B, S]. May return numbers [B, S] to add to their scores.
+    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor, position: Tensor) -> Tensor | None:
+        """A later block's query [B, H, N, Dh] meets the key [B, Hkv, S, Dh] that it reads, at `position` [B, S].
+
+        seen [B, 1, N, S] is its mask. May return numbers [B, S] to add to the scores of these keys.
         """
         return None
 
@@ -346,7 +347,7 @@ class KVCache:
         check_room(config, 0, room)
         self.config, self.room = config, room  # room: how many tokens can still be read after the prompt
         self.compressor = compressor or KeepAll()
-        self.key: list[Tensor] = []  # of each layer [B, Hkv, S, Dh]; S differs between layers. Empty until the prompt
+        self.key: list[Tensor] = []  # of each layer [B, Hkv, S, Dh], after RoPE, so slots need no order. Empty at first
         self.value: list[Tensor] = []
         self.waiting: list[Waiting] = []  # layers of the prompt that are not stored yet
         self.turn: list[tuple[Tensor, Tensor]] = []  # key and value of a turn, of the layers that have read it
@@ -392,7 +393,7 @@ class KVCache:
             for stored in self.compressor.compress(self.waiting):
                 self.store(*stored)
             return key, value, self.mask
-        filled, even = self.filled(layer)
+        filled = int(self.held[layer].max())
         position = self.position[layer, :, :filled]  # [B, F]
         if self.slot is not None:  # a single token: it is in its slot before it is read
             row, slot = torch.arange(len(key), device=key.device), self.slot[layer]  # [B], [B]
@@ -403,13 +404,13 @@ class KVCache:
             key = torch.cat([self.key[layer][:, :, :filled], key], dim=2)  # [B, Hkv, F + N, Dh]
             value = torch.cat([self.value[layer][:, :, :filled], value], dim=2)  # [B, Hkv, F + N, Dh]
             position = torch.cat([position, self.block], dim=1)  # [B, F + N]
-        bias = self.compressor.attend(layer, query, key, self.block, position)
+        seen = visible(self.block, position)
+        bias = self.compressor.attend(layer, query, key, seen, position)
         if len(self.turn) == self.config.num_hidden_layers:
             self.settle()
-        if bias is None and even and self.slot is not None:
-            return key, value, None
-        mask = visible(self.block, position)
-        return key, value, mask if bias is None else torch.where(mask, bias[:, None, None].to(key.dtype), -math.inf)
+        if bias is not None:
+            return key, value, torch.where(seen, bias[:, None, None].to(key.dtype), -math.inf)
+        return key, value, None if seen.all() else seen
 
     def store(self, key: Tensor, value: Tensor, keep: Tensor) -> None:
         """Allocates the next layer and copies into it the prompt's key and value [B, Hkv, N, Dh] where keep [B, N]."""
@@ -441,10 +442,6 @@ class KVCache:
         self.position = F.pad(self.position, (0, max(0, slots - self.position.shape[2])), value=-1)
         shape = (*key.shape[:2], slots, key.shape[3])
         return key.new_zeros(shape), value.new_zeros(shape)  # zeros, since a masked NaN would still be a NaN
-
-    def filled(self, layer: int) -> tuple[int, bool]:
-        """How many slots of a layer are filled, F, for the text that fills most; whether all texts fill as many."""
-        return int(self.held[layer].max()), bool((self.held[layer] == self.held[layer, 0]).all())
 
     @torch.inference_mode()
     def reserve(self, count: int) -> None:
