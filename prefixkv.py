@@ -85,8 +85,9 @@ def search(curve: Tensor, total: int, protected: int) -> tuple[float, Tensor]:
     """
     length = curve.shape[1] - 1
 
-    def sizes(threshold: float) -> Tensor:  # [L]: P(0) .. P(k - 1) are the k shares below the threshold
-        return ((curve < threshold).sum(-1) + protected).clamp(max=length)
+    def sizes(threshold: float) -> Tensor:
+        shortest = (curve < threshold).sum(-1)  # [L]: P(0) .. P(k - 1) are the k shares below the threshold
+        return (shortest + protected).clamp(max=length)
 
     candidates = curve.unique().tolist()  # sizes grow only where p passes one of these; sorted, from 0 to 1
     threshold = candidates[bisect_right(candidates, total, key=lambda p: int(sizes(p).sum())) - 1]
@@ -156,7 +157,7 @@ class PrefixKV:
         """Sizes: scores [L, B, N] -> [L, B], round(budget * L * n) in all for n tokens, at least the protected."""
         counts = []
         for padded, tokens in zip(scores.unbind(1), self.present):
-            own = padded[:, tokens]  # [L, n]
+            own = padded[:, tokens]  # without the padding
             protected = min(own.shape[1], self.num_sinks + 1)
             total = max(round(self.budget * len(own) * own.shape[1]), len(own) * protected)
             counts.append(search(priority(own), total, protected)[1])
@@ -176,7 +177,7 @@ class PrefixKV:
             sizes = list(self.allocate(torch.stack([scores for _, _, _, scores in waiting])))
         else:
             lengths, ratio = self.present.sum(-1), self.plan.ratios[waiting[0][0]]
-            sizes = [(lengths * ratio).round().long().clamp(min=self.num_sinks + 1).minimum(lengths)]
+            sizes = [(lengths.float() * ratio).round().long().clamp(min=self.num_sinks + 1).minimum(lengths)]
         for counts in sizes:
             layer, key, value, scores = waiting.pop(0)  # so that layer by layer is freed
             yield key, value, self.choose(layer, scores, counts)

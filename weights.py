@@ -9,10 +9,12 @@ python -m weights convert FOLDER_OR_ID OUT the same checkpoint in the Hub layout
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
+import secrets
 import shutil
 import sys
 import warnings
@@ -638,6 +640,19 @@ def load_processor(folder: Path) -> Processor:
     return processor
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a new name beside `path`. What is written there takes the place of `path`, or goes if that fails."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+
+
 def save_weights(model: Llava, path: Path, dtype: torch.dtype) -> None:
     """Writes the model's weights in the Hub layout, whole or not at all."""
     from safetensors.torch import save_file
@@ -645,9 +660,8 @@ def save_weights(model: Llava, path: Path, dtype: torch.dtype) -> None:
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         state[hub_name(name)] = parameter.detach().to("cpu", dtype).contiguous()
-    temporary = path.with_suffix(".part")
-    save_file(state, temporary, metadata={"format": "pt"})
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
 
 
 def config_dict(config: LlavaConfig, dtype: str) -> dict[str, object]:
@@ -680,13 +694,9 @@ def write_file(path: str | Path, content: bytes) -> None:
     path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise LlavaError(f"{path:.200} is no file that can be written; choose another place.")
-    temporary = Path(f"{path}.part")
     try:
-        try:
+        with replacing(Path(path)) as temporary:
             temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise LlavaError(f"{path!s:.200} cannot be written ({error.strerror}); choose another place.") from None
 
@@ -758,11 +768,8 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float64": 8, "float32": 4, "f
 def convert(folder: Path, out: Path) -> None:
     """Writes a checkpoint of any layout in the Hub layout, with its dtype, to a folder that must not exist yet."""
     require(not out.exists(), f"{out} exists already; choose a new folder.")
-    temporary = out.with_name(out.name + ".part")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    try:
+    with replacing(out) as temporary:
+        temporary.mkdir(parents=True)
         processor = load_processor(folder)
         model = load_model(folder, dtype=None)
         dtype = model.lm_head.weight.dtype
@@ -797,9 +804,6 @@ def convert(folder: Path, out: Path) -> None:
                 shutil.copyfile(folder / name, temporary / name)
         if processor.template is not None:
             write_file(temporary / "chat_template.jinja", processor.template.encode())
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

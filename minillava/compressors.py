@@ -146,7 +146,7 @@ class Recorder(KeepAll):
 
     def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
         super().begin(present, image, layers)
-        self.scores = torch.zeros(layers, *present.shape, device=present.device)  # [L, B, N]
+        self.scores = torch.zeros(layers, *present.shape, dtype=torch.float32, device=present.device)  # [L, B, N]
 
     def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.scores[layer] = importance(query, key, self.present)
@@ -238,7 +238,7 @@ class SnapKV(PrefixKV):
 
     def width(self) -> Tensor:
         """Tokens in the window of each sample: [B]."""
-        return ((self.budget * self.present.sum(-1)).long() // 2).clamp(min=1, max=self.window)
+        return ((self.budget * self.present.sum(-1).float()).long() // 2).clamp(min=1, max=self.window)
 
     def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         window = last_n(self.present, self.width())  # [B, N]
@@ -321,7 +321,7 @@ class VLCache(PrefixKV):
         weights = question_weights(query, key, *question_queries(self.present, self.question))  # [B, H, W, N]
         dense = (weights > 0) & (weights >= 0.01 * weights.amax(-1, keepdim=True))  # [B, H, W, N]
         seen = (self.present.cumsum(-1) * self.question).sum(-1)  # [B]: keys that each word sees, over all words
-        self.density.append(dense.sum((1, 2, 3)) / (seen * query.shape[1]))
+        self.density.append(dense.sum((1, 2, 3)).float() / (seen * query.shape[1]))
         return weights.mean(1).sum(1)
 
     def allocate(self, scores: Tensor) -> Tensor:
@@ -395,7 +395,9 @@ class Cover(PrefixKV):
 
     def allocate(self, scores: Tensor) -> Tensor:
         go_last = self.words & self.has_image[:, None]  # [B, N]
-        self.accumulated = Accumulated(scores + go_last * 1e6, self.present)  # 1e6: more than any attention
+        self.accumulated = Accumulated(
+            torch.where(go_last, scores + 1e6, scores), self.present
+        )  # more than any attention
         counts = equally(self, scores)
         self.chosen = self.cover(scores, counts)  # of all layers at once, which is faster
         return counts
@@ -408,10 +410,11 @@ class Cover(PrefixKV):
         most = torch.minimum((counts // 2).clamp(min=1), counts - kept.sum(-1))  # [L, B]
         kept = kept | last_n(self.words, most)  # [L, B, N]
         room = counts - kept.sum(-1)  # [L, B]
-        looked_at = (torch.where(self.has_image, self.LOOKED_AT, 1.0) * room).round()  # [L, B]
+        part = torch.ones(room.shape[1:], dtype=torch.float32, device=room.device)  # [B]
+        looked_at = (part.masked_fill(self.has_image, self.LOOKED_AT) * room).round()  # [L, B]
         kept = kept | topk_mask(scores, looked_at, present & ~kept)  # [L, B, N]
         others, room = present & ~kept, room - looked_at  # [L, B, N], [L, B]
-        turn = torch.arange(len(scores), device=scores.device) * (self.TURNS / len(scores))  # [L]
+        turn = torch.arange(len(scores), device=scores.device).float() * (self.TURNS / len(scores))  # [L]
         angle = (number.double() * GOLDEN + turn[:, None, None]) % 1  # [L, B, N]: in turns
         spaced = topk_mask(-angle, room, others)
         cluster_size = (others.sum(-1) / room)[..., None]  # [L, B, 1]; not read where there is no room

@@ -351,7 +351,7 @@ class KVCache:
         self.value: list[Tensor] = []
         self.waiting: list[Waiting] = []  # layers of the prompt that are not stored yet
         self.turn: list[tuple[Tensor, Tensor]] = []  # key and value of a turn, of the layers that have read it
-        self.slot: Tensor | None = None  # [L, B]: where a single token goes; None for a prompt or a turn
+        self.slot: Tensor | None = None  # where a single token goes, [L, B]; None for a prompt or a turn
 
     def begin(self, present: Tensor, image: Tensor) -> Tensor:
         """Prompts come, with tokens where present [B, N] and an image's where image [B, N]: their positions [B, N]."""

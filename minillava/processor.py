@@ -399,8 +399,11 @@ def read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
             raise LlavaError(f"{folder / 'chat_template.jinja'} is not UTF-8 text; download it again.") from None
     template = template or read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):  # several, each with its name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+        named = {entry["name"]: entry.get("template") for entry in entries}
+        # As in transformers, only a prompt that is asked for fails.
+        none = "{{ raise_exception('there are several, and none has the name default') }}"
+        template = named.get("default", none)
     if template is not None and not isinstance(template, str):
         raise LlavaError(f"{folder}: its chat template is {type(template).__name__}; expected text.")
     special: dict[str, str] = {}
@@ -593,6 +596,10 @@ class Processor:
         reasons = []
         for as_parts in (True, False):
             values: dict[str, Any] = {"messages": messages(turns, num_images, as_parts), **self.special_tokens}
+            values |= {
+                "tools": None,
+                "documents": None,
+            }  # as in transformers, where templates ask whether they are none
             values["add_generation_prompt"] = not turns or turns[-1][1] is None
             try:
                 prompt = render(self.template, values)

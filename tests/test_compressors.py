@@ -619,7 +619,7 @@ class Asked(KeepAll):
 def test_a_cache_asks_for_a_prompt_layer_by_layer_then_of_a_token_the_slot_first_and_of_a_turn_last(small):
     _, _, model, processor = small
     asked, layers = Asked(), len(model.language_model.layers)
-    cache = model.new_cache(4, asked)
+    cache = KVCache(model.config.text, 4, asked)
     model.read(**processor("a cat"), cache=cache)
     assert asked.calls == ["begin", *["score", "compress", "capacity"] * layers]
     for ids, calls in (([[5]], ["capacity", "victim", *["attend"] * layers]),
