@@ -34,15 +34,16 @@ def hide(seen: Tensor) -> Tensor:
     return torch.zeros(seen.shape, dtype=torch.float32, device=seen.device).masked_fill_(~seen, LOWEST)
 
 
-def attention_weights(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """Attention weights, which the fused call does not return: [B, H, N, S], float32.
 
-    query [B, H, N, Dh], key [B, Hkv, S, Dh], both after RoPE. The mask [.., N, W] is added to the last W keys' scores.
+    query [B, H, N, Dh], key [B, Hkv, S, Dh], both after RoPE. A mask [.., N, W] is added to the last W keys' scores.
     """
     # The queries that share a key form one matrix, so that no key is copied. Scaled first: float16 could overflow.
     rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3) * query.shape[3] ** -0.5  # [B, Hkv, G * N, Dh]
     scores = (rows @ key.mT).float().view(*query.shape[:3], key.shape[2])  # [B, H, N, S]
-    scores[..., key.shape[2] - mask.shape[-1] :] += mask
+    if mask is not None:
+        scores[..., key.shape[2] - mask.shape[-1] :] += mask
     return scores.softmax(-1)
 
 
@@ -195,5 +196,5 @@ class PrefixKV:
         queued = (torch.arange(position.shape[-1], device=position.device) >= pinned[..., None]) & (position >= 0)
         return position.masked_fill(~queued, torch.iinfo(position.dtype).max).argmin(-1)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor, position: Tensor) -> Tensor | None:
+    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
         return None  # further tokens change nothing: the queue goes by age

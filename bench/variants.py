@@ -55,7 +55,7 @@ class WithoutSquares(Cover):
 class WithoutLooking(Cover):
     """While decoding, the token goes that has waited longest in PrefixKV's queue."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor, position: Tensor) -> Tensor | None:
+    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
         return self.bias(layer, position)  # attention is not looked at
 
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:

@@ -92,8 +92,6 @@ def check_images(
     config: LlavaConfig, is_image: Tensor, pixel_values: Tensor | None, image_sizes: Tensor | None
 ) -> None:
     """Raises LlavaError unless the images make as many tokens as the prompts have places for, where is_image [B, N]."""
-    if pixel_values is None and is_image.shape[1] == 1:
-        return  # a model may write an image token by itself, which then has no image
     found = int(is_image.sum())
     if pixel_values is not None:
         shape = list(pixel_values.shape)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.model import KeepAll, Waiting
-from prefixkv import LOWEST, PrefixKV, attention_weights, hide, importance, retain
+from prefixkv import PrefixKV, attention_weights, hide, importance, retain
 
 GOLDEN = (5**0.5 - 1) / 2  # the fractional parts of its multiples spread most evenly over 0 to 1
 
@@ -214,8 +214,8 @@ class H2O(PrefixKV):
         recent = last_n(self.present, (counts // 2).minimum(counts - self.num_sinks))
         return retain(scores.masked_fill(recent, torch.inf), counts, self.present, self.num_sinks)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor, position: Tensor) -> Tensor | None:
-        weights = attention_weights(query, key, hide(seen))  # [B, H, N, S]
+    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
+        weights = attention_weights(query, key, None if seen is None else hide(seen))  # [B, H, N, S]
         self.accumulated.add(layer, weights.mean(1).sum(1), position)
         return None
 
@@ -431,9 +431,11 @@ class Cover(PrefixKV):
         sizes = self.log_sizes[layer]  # [B, T]
         return sizes.gather(1, (position + self.padding).clamp(0, sizes.shape[1] - 1))
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor, position: Tensor) -> Tensor | None:
+    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
         bias = self.bias(layer, position)  # [B, S], or None
-        mask = hide(seen) if bias is None else torch.where(seen, bias[:, None, None], LOWEST)
+        mask = None if seen is None else hide(seen)
+        if bias is not None:
+            mask = bias[:, None, None] if mask is None else mask + bias[:, None, None]
         weights = attention_weights(query, key, mask)  # [B, H, N, S]
         self.accumulated.add(layer, self.sum_of(weights), position)
         return bias

@@ -229,6 +229,7 @@ class FastKVCache(KVCache):
     def advance(self, count: int) -> Tensor:
         """As `KVCache.advance`; counts the filled slots of all layers at once."""
         positions = super().advance(count)
+        self.row = torch.arange(len(positions), device=positions.device)  # [B]
         if not self.compiled:
             self.most, self.fewest = self.held.amax(1).tolist(), self.held.amin(1).tolist()  # of each layer's texts
         return positions
@@ -237,19 +238,17 @@ class FastKVCache(KVCache):
         """As `KVCache.update`. A single token is the latest, so it sees every slot that is filled."""
         if self.slot is None or layer >= len(self.key):
             return super().update(layer, query, key, value)
-        keys, values, slot = self.key[layer], self.value[layer], self.slot[layer]
-        row = torch.arange(len(key), device=key.device)
+        keys, values, row, slot = self.key[layer], self.value[layer], self.row, self.slot[layer]
         keys[row, :, slot], values[row, :, slot] = key.squeeze(2), value.squeeze(2)
         filled = keys.shape[2] if self.compiled else self.most[layer]
-        key, value = keys[:, :, :filled], values[:, :, :filled]
-        if not (self.compiled or self.attends) and filled == self.fewest[layer]:
-            return key, value, None
-        position = self.position[layer, :, :filled]  # [B, S]
-        seen = (position >= 0)[:, None, None]  # [B, 1, 1, S]
+        key, value, position = keys[:, :, :filled], values[:, :, :filled], self.position[layer, :, :filled]
+        even = not self.compiled and filled == self.fewest[layer]
+        seen = None if even else (position >= 0)[:, None, None]
         bias = self.compressor.attend(layer, query, key, seen, position) if self.attends else None
-        if bias is not None:
-            return key, value, torch.where(seen, bias[:, None, None].to(key.dtype), -math.inf)
-        return key, value, None if not self.compiled and filled == self.fewest[layer] else seen
+        if bias is None:
+            return key, value, seen
+        bias = bias[:, None, None].to(key.dtype)
+        return key, value, bias if seen is None else torch.where(seen, bias, -math.inf)
 
 
 def single_token(model: Llava, input_ids: Tensor, cache: KVCache) -> Tensor:

@@ -296,7 +296,7 @@ class Compressor(Protocol):
     and `victim` for all layers, then `attend` in each. An object may keep notes, so it serves one cache at a time.
     """
 
-    present: Tensor  # [B, N]: which tokens of the prompts are not padding
+    present: Tensor  # which tokens of the prompts are not padding, [B, N]
 
     def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
         """Prompts come: tokens where present [B, N], an image's where image [B, N]."""
@@ -320,10 +320,10 @@ class Compressor(Protocol):
         """The slot [L, B] whose token a full layer drops; position [L, B, S] of each slot's token."""
         return torch.zeros_like(kept)  # not used, since there is always room
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor, position: Tensor) -> Tensor | None:
+    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
         """A later block's query [B, H, N, Dh] meets the key [B, Hkv, S, Dh] that it reads, at `position` [B, S].
 
-        seen [B, 1, N, S] is its mask. May return numbers [B, S] to add to the scores of these keys.
+        seen [B, 1, N, S] is its mask; None: it sees all. May return numbers [B, S] to add to the scores of these keys.
         """
         return None
 
@@ -404,36 +404,36 @@ class KVCache:
             key = torch.cat([self.key[layer][:, :, :filled], key], dim=2)  # [B, Hkv, F + N, Dh]
             value = torch.cat([self.value[layer][:, :, :filled], value], dim=2)  # [B, Hkv, F + N, Dh]
             position = torch.cat([position, self.block], dim=1)  # [B, F + N]
-        seen = visible(self.block, position)
+        even = self.slot is not None and bool((self.held[layer] == filled).all())
+        seen = None if even else visible(self.block, position)  # None: a single token sees every filled slot
         bias = self.compressor.attend(layer, query, key, seen, position)
         if len(self.turn) == self.config.num_hidden_layers:
             self.settle()
-        if bias is not None:
-            return key, value, torch.where(seen, bias[:, None, None].to(key.dtype), -math.inf)
-        return key, value, None if seen.all() else seen
+        if bias is None:
+            return key, value, seen
+        bias = bias[:, None, None].to(key.dtype)  # [B, 1, 1, F or F + N]
+        return key, value, bias if seen is None else torch.where(seen, bias, -math.inf)
 
     def store(self, key: Tensor, value: Tensor, keep: Tensor) -> None:
         """Allocates the next layer and copies into it the prompt's key and value [B, Hkv, N, Dh] where keep [B, N]."""
         layer, count = len(self.key), keep.sum(-1)  # count: [B]
         self.kept[layer] = self.held[layer] = count
         new_key, new_value = self.new_slots(key, value, count)
+        for row, tokens in enumerate(keep):
+            filled = int(count[row])
+            new_key[row, :, :filled], new_value[row, :, :filled] = key[row, :, tokens], value[row, :, tokens]
+            self.position[layer, row, :filled] = self.block[row, tokens]
         self.key.append(new_key)
         self.value.append(new_value)
-        self.put(layer, key, value, keep, keep.cumsum(-1) - 1)
-
-    def put(self, layer: int, key: Tensor, value: Tensor, stays: Tensor, slot: Tensor) -> None:
-        """Copies a block's key and value [B, Hkv, N, Dh] to a layer's slots `slot` [B, N], where stays [B, N]."""
-        row, token = stays.nonzero(as_tuple=True)
-        to = slot[row, token]
-        self.key[layer][row, :, to], self.value[layer][row, :, to] = key[row, :, token], value[row, :, token]
-        self.position[layer, row, to] = self.block[row, token]
 
     def settle(self) -> None:
         """Stores a turn that every layer has read: its tokens take slots one by one, as single ones would."""
         slot = torch.stack([self.take_slot(position) for position in self.block.unbind(1)], dim=2)  # [L, B, N]
         stays = self.position.gather(2, slot) == self.block  # [L, B, N]: not for a token whose slot a later one took
         for layer, (key, value) in enumerate(self.turn):
-            self.put(layer, key, value, stays[layer], slot[layer])
+            row, token = stays[layer].nonzero(as_tuple=True)
+            to = slot[layer, row, token]
+            self.key[layer][row, :, to], self.value[layer][row, :, to] = key[row, :, token], value[row, :, token]
         self.turn.clear()
 
     def new_slots(self, key: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -527,6 +527,8 @@ class Llava(nn.Module):
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_sizes: Tensor | None = None) -> Tensor:
         """Token embeddings [B, N, D], with projected patches written over the image positions, in order."""
         embeddings = self.language_model.embed_tokens(input_ids)  # [B, N, D]
+        if pixel_values is None and input_ids.shape[1] == 1:
+            return embeddings  # a model may write an image token by itself, which then has no image
         is_image = input_ids == self.config.image_token_id  # [B, N]
         check_images(self.config, is_image, pixel_values, image_sizes)
         if pixel_values is None:

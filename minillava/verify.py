@@ -204,7 +204,7 @@ class QueryRecorder(PrefixKV):
         super().__init__(budget)
         self.queries: list[Tensor] = []
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor, position: Tensor) -> Tensor | None:
+    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
         if layer == 0:
             self.queries.append(query)
         return None

@@ -515,8 +515,8 @@ def test_after_a_turn_a_layer_holds_as_many_tokens_as_it_may(method, seed, lengt
     compressor = others[method] if method in others else METHODS[method](budget)
     cache = cached(compressor, sum(turns), *attention(seed, 3, lengths))
     one_by_one = cache.fork()
-    for count in turns:
-        query, key, _ = attention(seed + count, 3, [count] * len(lengths))
+    for index, count in enumerate(turns):
+        query, key, _ = attention(seed + index + 1, 3, [count] * len(lengths))
         most = compressor.capacity(cache.kept, cache.prompt_lengths, cache.lengths + count)
         expected = (cache.held + count).minimum(most)
         read(cache, query, key)
@@ -536,8 +536,8 @@ def test_after_a_turn_a_layer_holds_as_many_tokens_as_it_may(method, seed, lengt
        st.lists(st.integers(1, 9), min_size=8, max_size=8))  # fmt: skip
 def test_the_first_tokens_are_never_dropped(method, seed, length, num_sinks, budget, blocks):
     cache = cached(method(budget, num_sinks), sum(blocks), *attention(seed, 2, [length]))
-    for count in blocks:
-        read(cache, *attention(seed, 2, [count])[:2])
+    for index, count in enumerate(blocks):
+        read(cache, *attention(seed + index + 1, 2, [count])[:2])
         for position in cache.position[:, 0].tolist():
             assert {*range(min(num_sinks, length))} <= {*position}
 
@@ -616,7 +616,7 @@ class Asked(KeepAll):
         return object.__getattribute__(self, name)
 
 
-def test_a_cache_asks_for_a_prompt_layer_by_layer_then_of_a_token_the_slot_first_and_of_a_turn_last(small):
+def test_a_token_takes_its_slot_before_it_is_read_and_a_turn_takes_its_slots_after(small):
     _, _, model, processor = small
     asked, layers = Asked(), len(model.language_model.layers)
     cache = KVCache(model.config.text, 4, asked)

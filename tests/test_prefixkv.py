@@ -328,10 +328,10 @@ def test_the_full_cache_keeps_every_token_and_leaves_all_as_it_is():
     for stored in compressor.compress(waiting):
         assert all(one is other for one, other in zip(stored, (key, value, compressor.present)))
     assert not waiting
-    counts, position = torch.tensor([[3, 5]] * 3), torch.arange(5).expand(2, 5)
+    counts = torch.tensor([[3, 5]] * 3)
     assert compressor.capacity(counts, counts[0], counts[0] + 4).tolist() == [[7, 9]] * 3
     assert compressor.victim(torch.zeros(3, 2, 9), counts).tolist() == [[0, 0]] * 3
-    assert compressor.attend(0, query, key, position, position) is None
+    assert compressor.attend(0, query, key, None, torch.arange(5).expand(2, 5)) is None
 
 
 # ---------------------------------------------------------------- eviction
