@@ -411,7 +411,7 @@ class KVCache:
             self.settle()
         if bias is None:
             return key, value, seen
-        bias = bias[:, None, None].to(key.dtype)  # [B, 1, 1, F or F + N]
+        bias = bias[:, None, None].to(key.dtype)  # [B, 1, 1, S]
         return key, value, bias if seen is None else torch.where(seen, bias, -math.inf)
 
     def store(self, key: Tensor, value: Tensor, keep: Tensor) -> None:
