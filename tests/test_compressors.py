@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -461,6 +462,24 @@ def test_each_prompt_of_a_batch_may_draw_with_a_seed_of_its_own():
     _, apart = choose(Random(0.3, [5, 6]), query, key, present)
     assert torch.equal(alike[:, 0], alike[:, 1]) and torch.equal(apart[:, 0], alike[:, 0])
     assert not torch.equal(apart[:, 0], apart[:, 1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_method_does_not_depend_on_the_default_dtype(small, method, dtype):
+    _, _, model, processor = small
+    inputs = processor(["USER: <image>\nWhat is in the image? ASSISTANT:", "two red"], [Image.new("RGB", (28, 28))])
+
+    def made():
+        return model.generate(**inputs, max_new_tokens=9, eos_token_id=(), compressor=METHODS[method](0.33))
+
+    expected = made()
+    torch.set_default_dtype(dtype)
+    try:
+        found = made()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.kept, expected.kept) and torch.equal(found.token_ids, expected.token_ids)
 
 
 @methods

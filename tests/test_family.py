@@ -483,6 +483,33 @@ def test_prompts_are_those_that_transformers_makes_of_the_template(family, kind)
     assert torch.equal(ours(prompt, [image])["input_ids"], ids)  # and BOS once
 
 
+GUARDS = [
+    "{% if tools %}T{% endif %}", "{% if tools is not none %}T{% endif %}",
+    "{% if tools is defined and tools %}T{% endif %}",
+    "{% if not tools is none and tools | length > 0 %}T{% endif %}", "{% if documents is not none %}D{% endif %}",
+    "{{ 'T' if tools != none else '' }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_template_that_asks_for_tools_or_documents_renders_as_in_transformers(family, monkeypatch, guard):
+    _, _, theirs, _, ours = family("LLaVA-NeXT, Llama")
+    monkeypatch.setattr(ours, "template", guard + LLAVA)
+    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    expected = theirs.apply_chat_template(
+        [{"role": "user", "content": content}], chat_template=guard + LLAVA, add_generation_prompt=True, tokenize=False
+    )
+    assert ours.chat([("What?", None)], 1) == expected
+
+
+@pytest.mark.parametrize("name", ["tool_use", ["default"], 7])
+def test_of_several_templates_without_a_default_none_is_used_in_silence(tmp_path, name):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": name, "template": LLAVA}]}))
+    template, _ = read_template(tmp_path)
+    with pytest.raises(TemplateError, match="there are several, and none has the name default"):
+        render(template, {})
+
+
 def test_without_a_template_the_form_is_llava_15s(family):
     processor = family("LLaVA-NeXT, Mistral")[4]
     assert processor.template is None
