@@ -596,10 +596,8 @@ class Processor:
         reasons = []
         for as_parts in (True, False):
             values: dict[str, Any] = {"messages": messages(turns, num_images, as_parts), **self.special_tokens}
-            values |= {
-                "tools": None,
-                "documents": None,
-            }  # as in transformers, where templates ask whether they are none
+            # Templates ask whether these are none, since transformers passes them.
+            values |= {"tools": None, "documents": None}
             values["add_generation_prompt"] = not turns or turns[-1][1] is None
             try:
                 prompt = render(self.template, values)

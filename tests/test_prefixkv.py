@@ -82,6 +82,23 @@ def test_tokens_left_over_go_where_a_larger_threshold_would_put_them():
     assert [search(curve, total, 0)[1].tolist() for total in (3, 4, 5)] == [[1, 1, 1], [2, 1, 1], [2, 2, 1]]
 
 
+def test_of_two_level_layers_the_one_whose_next_prefix_holds_less_grows():
+    table = torch.tensor([[0.5, 0.375, 0.125], [0.5, 0.25, 0.25]])
+    assert search(priority(table), 3, 0)[1].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_importance_does_not_depend_on_the_default_dtype(dtype):
+    query, present = torch.randn(2, 2, 20, 4), torch.arange(20) >= torch.tensor([[0], [7]])
+    expected = importance(query, query, present)
+    torch.set_default_dtype(dtype)
+    try:
+        found = importance(query, query, present)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 def test_a_layer_that_gets_everything_at_once_ends_soon():
     curve = priority(torch.nn.functional.one_hot(torch.zeros(32, dtype=torch.long), 600).float())
     threshold, counts = search(curve, 32 * 300, 2)
