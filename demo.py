@@ -372,10 +372,10 @@ def share(text: str) -> float:
     """A budget from the command line."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        return PrefixKV(value).budget  # raises for what is no share
+        return PrefixKV(value).budget  # raises for what is not one
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no budget; expected a share above 0 and at most 1, or 20%"
+            f"{text!r} is not a budget; expected a number above 0 and at most 1, or 20%"
         ) from None
 
 
@@ -408,7 +408,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="what compresses it; repeatable (default: prefixkv, and without --budget cover at 20%%): "
         + ", ".join(METHODS),
     )  # fmt: skip
-    cache.add_argument("--plan", metavar="FILE", help="keep what a plan says in place of a budget")  # fmt: skip
+    cache.add_argument("--plan", metavar="FILE", help="keep what a plan says instead of a budget")  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     output.add_argument("--explore", metavar="FILE", help="write a page (HTML) that shows what each layer keeps")
@@ -435,14 +435,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.scene and args.image:
         parser.error("--scene and --image both name the picture; give one of them")
     if len(args.scene or []) > 1 and (args.chat or args.json or args.explore or args.plot or args.save_plan):
-        parser.error("several scenes are described in the terminal alone; give one --scene with this option")
+        parser.error("several scenes are described in the terminal only; give one --scene with this option")
     if args.plan and (args.budget or args.method or args.save_plan):
         parser.error("--plan takes the place of --method, --budget and --save-plan; give one of them")
     if (args.explore or args.plot) and (args.plan or args.method or args.chat):
         parser.error("--explore and --plot show what PrefixKV's budgets keep; leave out --plan, --method and --chat")
     for option in ("--json", "--prompt", "--save-plan"):
         if args.chat and vars(args)[option[2:].replace("-", "_")]:
-            parser.error(f"--chat reads questions from the terminal and writes answers alone; leave out {option}")
+            parser.error(f"--chat reads questions from the terminal and writes answers only; leave out {option}")
     if args.chat and max(len(args.budget or []), len(args.method or [])) > 1:
         parser.error("--chat has one cache; give one --budget and one --method at most")
     for path in filter(None, (args.explore, args.plot, args.save_plan)):  # before the model has worked in vain

@@ -6,7 +6,7 @@
     kept, held        tokens of the prompt that a layer kept; tokens that it holds now
     capacity          tokens that it may hold: the ratio that it kept of the prompt, applied to the text so far
     protected         first and last tokens of the prompt, kept whatever their importance
-    pinned, queued    kept tokens that are never dropped later; those behind them leave in turn, the oldest first
+    pinned, queued    kept tokens that are never dropped later; those after them leave in turn, the oldest first
 
 At the same threshold, a layer with concentrated attention keeps few tokens, and one with flat attention keeps many.
 Sums favour early keys, since more queries see them: with flat attention over N tokens, key j receives about ln(N/j).

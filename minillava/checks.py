@@ -114,7 +114,7 @@ def check_images(
 
 
 def require_left_padding(present: Tensor) -> None:
-    """Raises LlavaError if a prompt has padding in it or behind it, or no token: present is bool [B, N]."""
+    """Raises LlavaError if a prompt has padding in it or after it, or no token: present is bool [B, N]."""
     left = present[:, -1].all() and (present.long().diff(dim=-1) >= 0).all()
     require(left, "attention_mask has padding in or after the prompt; pad prompts on the left to generate.")
 

@@ -56,9 +56,9 @@ def last_n(present: Tensor, count: Tensor) -> Tensor:
 
 
 def question_mask(present: Tensor, image: Tensor, window: int = 32) -> Tensor:
-    """The tokens behind the last image, which ask about it: bool [B, N]. Where there are none, the last `window`."""
-    behind = present & (image.flip(1).cumsum(1).flip(1) == 0) & image.any(1, keepdim=True)
-    return torch.where(behind.any(1, keepdim=True), behind, last_n(present, torch.full_like(present.sum(-1), window)))
+    """The tokens after the last image, which ask about it: bool [B, N]. Where there are none, the last `window`."""
+    after = present & (image.flip(1).cumsum(1).flip(1) == 0) & image.any(1, keepdim=True)
+    return torch.where(after.any(1, keepdim=True), after, last_n(present, torch.full_like(present.sum(-1), window)))
 
 
 def text_mask(present: Tensor, image: Tensor) -> Tensor:

@@ -292,8 +292,9 @@ class Decoder(nn.Module):
 class Compressor(Protocol):
     """What a KV cache asks of a compression method. The bodies here keep every token.
 
-    While a prompt is read: `begin`, then `score` and `compress` after each layer. For each block after it: `capacity`
-    and `victim` for all layers, then `attend` in each. An object may keep notes, so it serves one cache at a time.
+    For a prompt: `begin`, then `score` and `compress` for each layer. For each later token: `capacity` and `victim` of
+    all layers. For each later block: `attend` in each layer, for a single token after these two, for a turn before.
+    An object may keep notes, so it serves one cache at a time.
     """
 
     present: Tensor  # which tokens of the prompts are not padding, [B, N]
@@ -336,11 +337,10 @@ class KVCache:
     """Keys and values of every layer, in slots that are allocated once and overwritten in place.
 
     A text is read in blocks: the prompt, then turns or single tokens. `begin` (the prompt) or `advance` gives a block's
-    positions; then every layer calls `update` and attends to what it returns. Layers may hold different tokens.
-
-    `compressor` decides what is kept of a prompt, and how many tokens a layer may hold later. When a layer is full, a
-    new token takes the slot of a victim. A single token takes its slot first and is read then. A turn is read first, by
-    itself and with all that is held; then its tokens take slots one by one. Else they would push each other out unread.
+    positions; then every layer calls `update` and attends to what it returns. `compressor` decides what a layer keeps
+    of the prompt, and how many tokens it may hold later. When a layer is full, a new token takes the slot of a victim.
+    A single token takes its slot first and is read then. A turn is read first, by itself and with all that is held;
+    then its tokens take slots one by one. Else they would push each other out unread.
     """
 
     def __init__(self, config: TextConfig, room: int, compressor: Compressor | None = None):
@@ -446,7 +446,7 @@ class KVCache:
     @torch.inference_mode()
     def reserve(self, count: int) -> None:
         """Makes room for `count` further tokens. Raises LlavaError if the model has no positions for them."""
-        check_room(self.config, int(self.lengths.max()) if self.key else 0, self.room + count)
+        check_room(self.config, self.room + (int(self.lengths.max()) if self.key else 0), count)
         self.room += count
         for layer, (key, value) in enumerate(zip(self.key, self.value)):
             wide, filled = self.new_slots(key, value, self.kept[layer]), key.shape[2]
@@ -512,7 +512,7 @@ class Llava(nn.Module):
             self.lm_head.weight = self.language_model.embed_tokens.weight
 
     def image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Tensor:
-        """[I, 3, R, R] -> [I, P, D]: what the decoder sees in place of each `<image>`.
+        """[I, 3, R, R] -> [I, P, D]: what the decoder sees instead of each `<image>`.
 
         LLaVA-NeXT: pixels of all pictures' tiles, and each picture's (height, width) -> [tokens of all pictures, D].
         """
@@ -554,7 +554,8 @@ class Llava(nn.Module):
              attention_mask: Tensor | None = None, image_sizes: Tensor | None = None) -> Tensor:  # fmt: skip
         """Reads the next block of every text, [B, N] -> logits [B, V] for the token after it.
 
-        First a prompt with its images, then turns or single tokens. A LlavaError leaves the cache as it was.
+        First a prompt with its images, then turns or single tokens. Raises LlavaError for what it cannot read, and
+        leaves the cache as it was; or for logits that are not finite, after it has read.
         """
         present = check_read(self.config.text, cache, input_ids, attention_mask, pixel_values)  # [B, N]
         hidden = self.embed(input_ids, pixel_values, image_sizes)  # [B, N, D]

@@ -165,7 +165,8 @@ IDS, IMAGE = torch.tensor([[3, 4], [5, 6]]), torch.full((2, 16), 310)
         (lambda read, cache, _: read(IDS[:1], cache), "have 1 rows and the cache holds 2 texts"),
         (lambda read, cache, _: read(IMAGE, cache, torch.zeros(2, 3, 28, 28)), "takes images only with its prompt"),
         (lambda read, cache, _: read(IMAGE[:, :3], cache), "6 image tokens, but 0 images make 0"),
-        (lambda _, cache, __: cache.reserve(250), "tokens and room for 253 more exceed the model's 256 positions"),
+        (lambda _, cache, __: cache.reserve(-1), "is -1; expected a whole number"),
+        (lambda _, cache, __: cache.reserve(250), "room for 250 more exceed the model's 256 positions"),
         (lambda _, cache, other: other(IDS, cache), "made for a model of other sizes"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import signal
 
 import pytest
 import torch
@@ -189,10 +188,15 @@ def test_verify_prepares_an_original_llavas_pictures_as_load_does(tmp_path, thei
     assert "moves most" in capsys.readouterr().out
 
 
+def stopped(*_):
+    """Ctrl-C comes."""
+    raise KeyboardInterrupt
+
+
 def test_converting_leaves_what_is_there_alone_and_nothing_behind_when_it_is_stopped(tmp_path, monkeypatch):
     (tmp_path / "out.part").mkdir()
     (tmp_path / "out.part" / "mine").write_text("")
-    monkeypatch.setattr(weights, "save_weights", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(weights, "save_weights", stopped)
     with pytest.raises(KeyboardInterrupt):
         weights.convert(TINY, tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out.part", "mine"]
@@ -202,7 +206,7 @@ def test_a_file_is_written_whole_or_not_at_all_and_no_other_is_touched(tmp_path,
     path, other = tmp_path / "plan.json", tmp_path / "plan.json.part"
     other.write_text("mine")
     weights.write_file(path, b"new")
-    monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("pathlib.Path.write_bytes", stopped)
     with pytest.raises(KeyboardInterrupt):
         weights.write_file(path, b"newer")
     assert path.read_text() == "new" and other.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
