@@ -181,6 +181,18 @@ def test_what_a_cache_cannot_take_is_refused_and_leaves_it_as_it_was(small, tiny
     assert state(cache) == before
 
 
+@pytest.mark.parametrize("ids, value", [([[5]], float("nan")), ([[5, 6]], float("inf")), ([[5]], float("-inf"))])
+def test_logits_that_are_not_finite_are_refused_after_the_prompt_too(small, monkeypatch, ids, value):
+    _, _, model, processor = small
+    cache = model.new_cache(5)
+    model.read(**inputs(processor, "a cat"), cache=cache)
+    weight = model.lm_head.weight.detach().clone()
+    weight[7] = value
+    monkeypatch.setattr(model.lm_head, "weight", torch.nn.Parameter(weight))
+    with pytest.raises(LlavaError, match="NaN or infinity"):
+        model.read(torch.tensor(ids), cache)
+
+
 @pytest.mark.parametrize("temperature", [1e-40, 1e-300, 5e-324, 1e-8])
 def test_a_tiny_temperature_takes_the_likeliest(small, temperature):
     _, _, model, processor = small
