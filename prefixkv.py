@@ -6,7 +6,7 @@
     kept, held        tokens of the prompt that a layer kept; tokens that it holds now
     capacity          tokens that it may hold: the ratio that it kept of the prompt, applied to the text so far
     protected         first and last tokens of the prompt, kept whatever their importance
-    pinned, queued    kept tokens that are never dropped later; those after them leave in turn, the oldest first
+    pinned, queued    a layer's first tokens, never dropped later; all after them, which leave in turn, the oldest first
 
 At the same threshold, a layer with concentrated attention keeps few tokens, and one with flat attention keeps many.
 Sums favour early keys, since more queries see them: with flat attention over N tokens, key j receives about ln(N/j).
@@ -25,19 +25,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-QUEUED = 25  # tokens of the prompt that a layer may drop while decoding: the last 25 that it kept
-LOWEST = torch.finfo(torch.float32).min  # hides a key; with -infinity, padding that sees no key would become NaN
+QUEUED = 25  # the last 25 tokens that a layer kept of the prompt are queued, and every later token
+LOWEST = torch.finfo(torch.float32).min  # hides a key; -infinity would make NaN of padding, which sees no key at all
 
 
 def hide(seen: Tensor) -> Tensor:
-    """What to add to scores so that only the keys count that are `seen`: 0 there, elsewhere LOWEST. float32."""
+    """What to add to scores so that only keys that are `seen` count: 0 where seen, else LOWEST. float32."""
     return torch.zeros(seen.shape, dtype=torch.float32, device=seen.device).masked_fill_(~seen, LOWEST)
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """Attention weights, which the fused call does not return: [B, H, N, S], float32.
 
-    query [B, H, N, Dh], key [B, Hkv, S, Dh], both after RoPE. A mask [.., N, W] is added to the last W keys' scores.
+    query [B, H, N, Dh], key [B, Hkv, S, Dh], both after RoPE. A mask [.., N, W] is added to the scores of the last W
+    keys, and all queries see those before.
     """
     # The queries that share a key form one matrix, so that no key is copied. Scaled first: float16 could overflow.
     rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3) * query.shape[3] ** -0.5  # [B, Hkv, G * N, Dh]
@@ -80,9 +81,8 @@ def search(curve: Tensor, total: int, protected: int) -> tuple[float, Tensor]:
     """The largest threshold p whose sizes sum to at most `total`, and the sizes [L], filled up to sum to `total`.
 
     curve [L, N + 1] is what `priority` returns; `total` is L * protected to L * N. A layer's shortest prefix that holds
-    p has k(p) = min{k : P(k) >= p} tokens, and its size is min(N, k(p) + protected): not all protected tokens are among
-    the k most important. Tokens left over go one by one to the layer whose prefix holds the smallest share; ties go to
-    the layer whose next prefix holds less.
+    p has k(p) = min{k : P(k) >= p} tokens. Its size is min(N, k(p) + protected): room for protected tokens outside it.
+    Each token left over lengthens the prefix that holds the smallest share; at a tie, the one whose next holds less.
     """
     length = curve.shape[1] - 1
 
@@ -95,10 +95,10 @@ def search(curve: Tensor, total: int, protected: int) -> tuple[float, Tensor]:
     counts, shares = sizes(threshold).tolist(), curve.tolist()
 
     def share(layer: int) -> tuple[float, float, int]:
-        k = counts[layer] - protected
+        k = counts[layer] - protected  # the length of its prefix; last, for what is still tied, the shorter prefix
         return shares[layer][k], shares[layer][k + 1], k
 
-    # A growing p would let the layers grow in this order, so that a larger budget only adds tokens.
+    # If p grew further, layers would grow in this order. So a larger budget adds tokens and never takes one away.
     for _ in range(total - sum(counts)):
         growing = [layer for layer, count in enumerate(counts) if count < length]
         counts[min(growing, key=share)] += 1
@@ -122,7 +122,7 @@ def retain(scores: Tensor, counts: Tensor, present: Tensor, num_sinks: int = 1) 
 class Plan:
     """The ratio of a prompt that each layer keeps, found once on a few samples (the paper: about ten)."""
 
-    budget: float
+    budget: float  # the ratio of the whole cache that these ratios were found for
     ratios: Sequence[float]  # one per layer
     model: str = ""
     samples: int = 0
@@ -133,7 +133,7 @@ class PrefixKV:
 
     budget: the ratio of the prompt's cache to keep, over all layers. num_sinks: first tokens that each layer keeps.
     decode: "ratio" applies each layer's ratio to the growing text, "keep" drops nothing after the prompt. plan: fixed
-    ratios instead of a search, so that each layer is cut before the next one runs.
+    ratios and their budget instead of `budget` and a search, so that each layer is cut before the next one runs.
     """
 
     def __init__(self, budget: float = 0.2, num_sinks: int = 1, decode: str = "ratio", plan: Plan | None = None):
@@ -180,19 +180,19 @@ class PrefixKV:
             lengths, ratio = self.present.sum(-1), self.plan.ratios[waiting[0][0]]
             sizes = [(lengths.float() * ratio).round().long().clamp(min=self.num_sinks + 1).minimum(lengths)]
         for counts in sizes:
-            layer, key, value, scores = waiting.pop(0)  # so that layer by layer is freed
+            layer, key, value, scores = waiting.pop(0)  # so that each layer's memory is freed in turn
             yield key, value, self.choose(layer, scores, counts)
 
     def capacity(self, kept: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
         if self.decode == "keep":
             return kept + lengths - prompt_lengths
-        # lengths * kept / prompt, rounded up. Written with the ratio that was dropped, in float64, as in the published
-        # code: where the product is a whole number, the rounding error may add one token.
+        # lengths * kept / prompt, rounded up. Written with the ratio that was dropped, in float64, to round as the
+        # published code does: where the product is a whole number, the rounding error may add one token.
         return (lengths * (1 - (prompt_lengths - kept).double() / prompt_lengths)).ceil().long()
 
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:
-        """The slot of the oldest queued token: [L, B]. Of up to 25 kept tokens, half are pinned."""
-        pinned = torch.where(kept > QUEUED, kept - QUEUED, kept // 2)
+        """The slot of the oldest queued token, [L, B]. As published, 26 kept tokens pin one, and up to 25 half."""
+        pinned = torch.where(kept > QUEUED, kept - QUEUED, kept // 2).maximum((kept - 1).clamp(max=self.num_sinks))
         queued = (torch.arange(position.shape[-1], device=position.device) >= pinned[..., None]) & (position >= 0)
         return position.masked_fill(~queued, torch.iinfo(position.dtype).max).argmin(-1)
 

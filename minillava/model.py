@@ -292,15 +292,15 @@ class Decoder(nn.Module):
 class Compressor(Protocol):
     """What a KV cache asks of a compression method. The bodies here keep every token.
 
-    For a prompt: `begin`, then `score` and `compress` for each layer. For each later token: `capacity` and `victim` of
-    all layers. For each later block: `attend` in each layer, for a single token after these two, for a turn before.
-    An object may keep notes, so it serves one cache at a time.
+    A prompt: `begin`, then in each layer `score` and `compress`, and `capacity` of a layer that is stored. A single
+    token: `capacity` and `victim` of all layers, then `attend` in each. A turn: `attend` in each layer, then for each
+    token `capacity` and `victim` of all. Capacities never fall. An object has notes, so it serves one cache at a time.
     """
 
     present: Tensor  # which tokens of the prompts are not padding, [B, N]
 
     def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
-        """Prompts come: tokens where present [B, N], an image's where image [B, N]."""
+        """Before the prompts are read: tokens stand where present [B, N], those of images where image [B, N]."""
         self.present = present
 
     def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -314,17 +314,17 @@ class Compressor(Protocol):
             yield key, value, self.present
 
     def capacity(self, kept: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
-        """Tokens a layer may hold of texts of `lengths` [B], shaped as `kept` [L, B] of the prompts; never fewer."""
+        """The most tokens to hold of texts of `lengths` [B]; shaped as `kept`, of the prompts: [L, B] or a layer's [B]."""
         return kept + lengths - prompt_lengths
 
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:
-        """The slot [L, B] whose token a full layer drops; position [L, B, S] of each slot's token."""
-        return torch.zeros_like(kept)  # not used, since there is always room
+        """The slot [L, B] whose token is dropped where a layer is full; position [L, B, S] of each slot's token."""
+        return torch.zeros_like(kept)  # never used here, since there is always room
 
     def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
-        """A later block's query [B, H, N, Dh] meets the key [B, Hkv, S, Dh] that it reads, at `position` [B, S].
+        """Looks on while a later block's query [B, H, N, Dh] reads key [B, Hkv, S, Dh] of tokens at position [B, S].
 
-        seen [B, 1, N, S] is its mask; None: it sees all. May return numbers [B, S] to add to the scores of these keys.
+        seen [B, 1, N, S] is the mask; None: all are seen. May return numbers [B, S] to add to the keys' scores.
         """
         return None
 
@@ -339,22 +339,22 @@ class KVCache:
     A text is read in blocks: the prompt, then turns or single tokens. `begin` (the prompt) or `advance` gives a block's
     positions; then every layer calls `update` and attends to what it returns. `compressor` decides what a layer keeps
     of the prompt, and how many tokens it may hold later. When a layer is full, a new token takes the slot of a victim.
-    A single token takes its slot first and is read then. A turn is read first, by itself and with all that is held;
-    then its tokens take slots one by one. Else they would push each other out unread.
+    A single token takes its slot first, and then attends to the slots. A turn first attends to all that is held and to
+    itself; then its tokens take slots one by one. If they took slots first, they could push each other out unread.
     """
 
     def __init__(self, config: TextConfig, room: int, compressor: Compressor | None = None):
         check_room(config, 0, room)
         self.config, self.room = config, room  # room: how many tokens can still be read after the prompt
         self.compressor = compressor or KeepAll()
-        self.key: list[Tensor] = []  # of each layer [B, Hkv, S, Dh], after RoPE, so slots need no order. Empty at first
+        self.key: list[Tensor] = []  # of each stored layer, [B, Hkv, S, Dh]; after RoPE, so slots need no order
         self.value: list[Tensor] = []
         self.waiting: list[Waiting] = []  # layers of the prompt that are not stored yet
         self.turn: list[tuple[Tensor, Tensor]] = []  # key and value of a turn, of the layers that have read it
         self.slot: Tensor | None = None  # where a single token goes, [L, B]; None for a prompt or a turn
 
     def begin(self, present: Tensor, image: Tensor) -> Tensor:
-        """Prompts come, with tokens where present [B, N] and an image's where image [B, N]: their positions [B, N]."""
+        """Before the prompts are read: tokens stand where present [B, N]. Returns their positions [B, N]."""
         self.compressor.begin(present, image, self.config.num_hidden_layers)
         self.block = torch.where(present, present.cumsum(-1) - 1, -1)  # [B, N]
         self.mask = None if present.all() else visible(self.block, self.block)
@@ -366,7 +366,7 @@ class KVCache:
         return self.block.clamp(min=0)
 
     def advance(self, count: int) -> Tensor:
-        """`count` further tokens of every text come: their positions [B, N]. A single one takes its slots at once."""
+        """Before `count` further tokens are read: returns their positions [B, N]. A single one takes its slots now."""
         self.block = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)  # [B, N]
         self.lengths = self.lengths + count
         self.mask = None  # of the prompt: N x N numbers, no longer needed
@@ -388,7 +388,7 @@ class KVCache:
         That is key and value [B, Hkv, S, Dh], and a mask: None for plain causal attention, bool where a query sees a
         key, or numbers to add to the scores.
         """
-        if layer >= len(self.key):  # the layer holds nothing yet, so this is the prompt
+        if layer >= len(self.key):  # nothing is stored of this layer yet: this is the prompt
             self.waiting.append((layer, key, value, self.compressor.score(layer, query, key, value)))
             for stored in self.compressor.compress(self.waiting):
                 self.store(*stored)
@@ -404,18 +404,18 @@ class KVCache:
             key = torch.cat([self.key[layer][:, :, :filled], key], dim=2)  # [B, Hkv, F + N, Dh]
             value = torch.cat([self.value[layer][:, :, :filled], value], dim=2)  # [B, Hkv, F + N, Dh]
             position = torch.cat([position, self.block], dim=1)  # [B, F + N]
-        even = self.slot is not None and bool((self.held[layer] == filled).all())
-        seen = None if even else visible(self.block, position)  # None: a single token sees every filled slot
+        equal = bool((self.held[layer] == filled).all())  # every text fills these slots
+        seen = None if equal and self.slot is not None else visible(self.block, position)  # a turn must stay causal
         bias = self.compressor.attend(layer, query, key, seen, position)
         if len(self.turn) == self.config.num_hidden_layers:
-            self.settle()
+            self.settle()  # slots may change now: the last layer is about to read copies
         if bias is None:
             return key, value, seen
         bias = bias[:, None, None].to(key.dtype)  # [B, 1, 1, S]
         return key, value, bias if seen is None else torch.where(seen, bias, -math.inf)
 
     def store(self, key: Tensor, value: Tensor, keep: Tensor) -> None:
-        """Allocates the next layer and copies into it the prompt's key and value [B, Hkv, N, Dh] where keep [B, N]."""
+        """Gives the next layer slots and copies the prompt's key and value [B, Hkv, N, Dh] there, where keep [B, N]."""
         layer, count = len(self.key), keep.sum(-1)  # count: [B]
         self.kept[layer] = self.held[layer] = count
         new_key, new_value = self.new_slots(key, value, count)
@@ -427,9 +427,9 @@ class KVCache:
         self.value.append(new_value)
 
     def settle(self) -> None:
-        """Stores a turn that every layer has read: its tokens take slots one by one, as single ones would."""
+        """Stores a turn that every layer has read. Its tokens take slots one by one; a long one loses its start."""
         slot = torch.stack([self.take_slot(position) for position in self.block.unbind(1)], dim=2)  # [L, B, N]
-        stays = self.position.gather(2, slot) == self.block  # [L, B, N]: not for a token whose slot a later one took
+        stays = self.position.gather(2, slot) == self.block  # [L, B, N]: False where a later one took the slot
         for layer, (key, value) in enumerate(self.turn):
             row, token = stays[layer].nonzero(as_tuple=True)
             to = slot[layer, row, token]
@@ -437,7 +437,7 @@ class KVCache:
         self.turn.clear()
 
     def new_slots(self, key: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Free slots for all the room, like key and value, if a layer kept `kept` [B]: two of [B, Hkv, S, Dh]."""
+        """Slots for all the room after `kept` [B] tokens: two of [B, Hkv, S, Dh], zeros. Widens `position` to S."""
         slots = int(self.compressor.capacity(kept, self.prompt_lengths, self.lengths + self.room).max())
         self.position = F.pad(self.position, (0, max(0, slots - self.position.shape[2])), value=-1)
         shape = (*key.shape[:2], slots, key.shape[3])
@@ -554,8 +554,8 @@ class Llava(nn.Module):
              attention_mask: Tensor | None = None, image_sizes: Tensor | None = None) -> Tensor:  # fmt: skip
         """Reads the next block of every text, [B, N] -> logits [B, V] for the token after it.
 
-        First a prompt with its images, then turns or single tokens. Raises LlavaError for what it cannot read, and
-        leaves the cache as it was; or for logits that are not finite, after it has read.
+        First a prompt with its images, then turns or single tokens. What cannot be read raises LlavaError and leaves
+        the cache as it was. Logits that are not finite raise it when all is read. After other errors, drop the cache.
         """
         present = check_read(self.config.text, cache, input_ids, attention_mask, pixel_values)  # [B, N]
         hidden = self.embed(input_ids, pixel_values, image_sizes)  # [B, N, D]
@@ -574,8 +574,8 @@ class Llava(nn.Module):
         """Yields token ids [B], one step at a time: the first from logits [B, V], which `read` returned.
 
         Ends when every sample has reached one of `eos_token_id` (default: the checkpoint's; () for none), or when the
-        cache has no more room. The last token is not read. Temperature 0 takes the likeliest; top_k 0 and top_p 1
-        switch these two off. A sample that has ended yields the pad id.
+        cache has no more room. The last token is not read: begin the next turn with it. Temperature 0 takes the
+        likeliest; top_k 0 and top_p 1 switch these two off. A sample that has ended yields the pad id, and reads it.
         """
         check_sampling(temperature, top_k, top_p)
         ends = self.config.eos_token_id if eos_token_id is None else eos_token_id

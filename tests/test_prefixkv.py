@@ -380,9 +380,12 @@ def test_eviction_is_a_queue_behind_pinned_tokens(seed, kept, steps, data):
 
 
 @pytest.mark.parametrize("kept, oldest_queued", [(1, 0), (2, 1), (3, 1), (24, 12), (25, 12), (26, 1), (30, 5)])
-def test_the_oldest_token_behind_the_pinned_ones_goes_first(kept, oldest_queued):
+@pytest.mark.parametrize("num_sinks", [0, 1, 4])
+def test_the_oldest_token_behind_the_pinned_ones_goes_first(kept, oldest_queued, num_sinks):
+    """Sinks are pinned, except that one token is always queued."""
     position = torch.arange(40).view(1, 1, 40)
-    assert int(PrefixKV(0.5).victim(position, torch.tensor([[kept]]))) == oldest_queued
+    victim = PrefixKV(0.5, num_sinks=num_sinks).victim(position, torch.tensor([[kept]]))
+    assert int(victim) == max(oldest_queued, min(num_sinks, kept - 1))
 
 
 def test_keeping_everything_while_decoding_has_room_for_every_new_token():
