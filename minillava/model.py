@@ -314,7 +314,7 @@ class Compressor(Protocol):
             yield key, value, self.present
 
     def capacity(self, kept: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
-        """Tokens to hold at most of texts of `lengths` [B], shaped as `kept` of the prompts: [L, B] or a layer's [B]."""
+        """Tokens to hold at most of texts of `lengths` [B], shaped as `kept` of the prompts: [L, B] or [B] of one."""
         return kept + lengths - prompt_lengths
 
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:
