@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,24 +25,25 @@ def require(condition: object, sentence: str) -> None:
 
 def check_room(config: TextConfig, tokens: int, room: int) -> None:
     """Raises LlavaError unless a text of `tokens` tokens and `room` more ones fits into the model's positions."""
-    whole = isinstance(room, int) and room >= 0
-    require(whole, f"The room for new tokens (max_new_tokens) is {room}; expected a whole number, 0 or more.")
-    limit = config.max_position_embeddings
-    require(
-        tokens + room <= limit,
-        f"{tokens} tokens and room for {room} more exceed the model's {limit} positions; "
-        "shorten the text or ask for fewer.",
-    )
+    if type(room) is not int or room < 0:
+        raise LlavaError(f"The room for new tokens (max_new_tokens) is {room!r}; expected a whole number, 0 or more.")
+    if tokens + room > config.max_position_embeddings:
+        raise LlavaError(
+            f"{tokens} tokens and room for {room} more exceed the model's {config.max_position_embeddings} positions; "
+            "shorten the text or ask for fewer."
+        )
 
 
 def check_prompt(config: TextConfig, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Raises LlavaError for token ids that cannot be read; returns which of them are not padding, bool [B, N]."""
-    shape, vocabulary = list(input_ids.shape), config.vocab_size
-    usable = len(shape) == 2 and 0 not in shape and input_ids.dtype in (torch.int64, torch.int32)
-    require(usable, f"input_ids are {input_ids.dtype} {shape}; expected int64 [B, N], at least one token in each row.")
-    least, most = (int(end) for end in input_ids.aminmax())
-    known = least >= 0 and most < vocabulary
-    require(known, f"input_ids hold ids outside the vocabulary; expected 0 to {vocabulary - 1}.")
+    shape = list(input_ids.shape)
+    if len(shape) != 2 or 0 in shape or input_ids.dtype not in (torch.int64, torch.int32):
+        raise LlavaError(
+            f"input_ids are {input_ids.dtype} {shape}; expected int64 [B, N], at least one token in each row."
+        )
+    ids = input_ids.flatten().tolist()
+    if min(ids) < 0 or max(ids) >= config.vocab_size:
+        raise LlavaError(f"input_ids hold ids outside the vocabulary; expected 0 to {config.vocab_size - 1}.")
     check_room(config, shape[1], 0)
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
@@ -68,23 +70,24 @@ def check_read(
         check_room(config, count, cache.room)
         return present
     texts = len(cache.lengths)
-    require(batch == texts, f"input_ids have {batch} rows and the cache holds {texts} texts; give each text a row.")
+    if batch != texts:
+        raise LlavaError(f"input_ids have {batch} rows and the cache holds {texts} texts; give each text a row.")
     whole = attention_mask is None or present.all()
     require(whole, "attention_mask has padding in a further turn; the turns of a batch must be equally long.")
     with_prompt = pixel_values is None or (cache.kept == cache.prompt_lengths).all()
     require(with_prompt, "A compressed cache takes images only with its prompt; start a new cache for this image.")
-    require(
-        count <= cache.room,
-        f"The turn has {count} tokens and the cache has room for {cache.room}; "
-        f"call cache.reserve({count - cache.room}) first.",
-    )
+    if count > cache.room:
+        raise LlavaError(
+            f"The turn has {count} tokens and the cache has room for {cache.room}; "
+            f"call cache.reserve({count - cache.room}) first."
+        )
     return present
 
 
 def check_logits(logits: Tensor) -> Tensor:
     """The logits [B, V] themselves; raises LlavaError if a number is NaN or infinite."""
-    finite = logits.sum(dtype=torch.float32).isfinite()  # one pass: each NaN and infinity reaches the sum
-    require(finite, "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
+    total = logits.sum(dtype=torch.float32).item()  # one pass: each NaN and infinity reaches the sum
+    require(math.isfinite(total), "The logits hold NaN or infinity; check the weights, or choose a wider dtype.")
     return logits
 
 

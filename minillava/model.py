@@ -393,7 +393,7 @@ class KVCache:
             for stored in self.compressor.compress(self.waiting):
                 self.store(*stored)
             return key, value, self.mask
-        filled = int(self.held[layer].max())
+        fewest, filled = (int(held) for held in self.held[layer].aminmax())  # slots, of all texts of the batch
         position = self.position[layer, :, :filled]  # [B, F]
         if self.slot is not None:  # a single token: it is in its slot before it is read
             row, slot = torch.arange(len(key), device=key.device), self.slot[layer]  # [B], [B]
@@ -404,8 +404,8 @@ class KVCache:
             key = torch.cat([self.key[layer][:, :, :filled], key], dim=2)  # [B, Hkv, F + N, Dh]
             value = torch.cat([self.value[layer][:, :, :filled], value], dim=2)  # [B, Hkv, F + N, Dh]
             position = torch.cat([position, self.block], dim=1)  # [B, F + N]
-        equal = bool((self.held[layer] == filled).all())  # every text fills these slots
-        seen = None if equal and self.slot is not None else visible(self.block, position)  # a turn must stay causal
+        all_seen = self.slot is not None and fewest == filled  # by a single token; a turn must stay causal
+        seen = None if all_seen else visible(self.block, position)
         bias = self.compressor.attend(layer, query, key, seen, position)
         if len(self.turn) == self.config.num_hidden_layers:
             self.settle()  # slots may change now: the last layer is about to read copies

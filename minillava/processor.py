@@ -177,12 +177,12 @@ class ImageProcessor:
             image = image.crop((left, top, left + width, top + height))  # black where the image is smaller
         raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         pixels = raw.view(image.height, image.width, 3).permute(2, 0, 1)  # [3, R, R]
-        # In float64 and rounded once, as NumPy does for transformers.
-        values = pixels.double() * self.rescale_factor if self.do_rescale else pixels.double()
+        # Rounded as in transformers: rescaled in float64, normalised in float32.
+        values = (pixels.double() * self.rescale_factor).float() if self.do_rescale else pixels.float()
         if self.do_normalize:
-            mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (self.image_mean, self.image_std))
+            mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (self.image_mean, self.image_std))
             values = (values - mean) / std
-        return values.float()
+        return values
 
 
 # ---------------------------------------------------------------- text
