@@ -20,6 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from minillava import TINY  # isort: skip  before torch, of whose import it silences a warning
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
 
 import torch
 from PIL import Image
@@ -35,6 +39,7 @@ from train.scenes import draw, make_scene
 from weights import estimate_plan, find, find_device, load, memory_needed, read_plan, write_file, write_plan
 
 WIDTH = 80
+PLOTS = (".png", ".pdf", ".svg")
 SLOW = 1.0  # seconds after which progress is shown
 BARS = " ▁▂▃▄▅▆▇█"
 EXAMPLES = """examples:
@@ -352,6 +357,8 @@ def dim(line: str) -> str:
 
 def chat(model: Llava, processor: Processor, images: list[Image.Image], args: argparse.Namespace) -> None:
     """Several turns in the terminal."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the processor refuses what is no UTF-8
     conversation = Chat(model, processor, images, args)
     print("Ask about the image; an empty line ends the conversation, Ctrl-C an answer.")
     while True:
@@ -448,6 +455,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for path in filter(None, (args.explore, args.plot, args.save_plan)):  # before the model has worked in vain
         if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
             parser.error(f"{path:.200} cannot be written; expected the name of a file in a folder that exists")
+    if args.plot and Path(args.plot).suffix not in PLOTS:
+        parser.error(f"--plot is {args.plot:.200}; expected a name that ends in {', '.join(PLOTS)}")
     if args.plot and find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install -c constraints.txt -e '.[bench]'")
     return args
@@ -548,18 +557,11 @@ def answers(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one sentence on stderr for input that cannot be used."""
+    """Exit codes as in `run_command`."""
     args = parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a narrow terminal shows ? rather than failing
-    try:
-        describe(args)
-    except ValueError as error:  # LlavaError, or PrefixKV's refusal of importance that is not finite
-        print(f"demo.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command("demo.py", lambda: describe(args))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ At the same threshold, a layer with concentrated attention keeps few tokens, and
 Sums favour early keys, since more queries see them: with flat attention over N tokens, key j receives about ln(N/j).
 The last token of the prompt is protected when the prompt is cut, but it is queued, and may be dropped later.
 
-Shapes as in minillava/model.py: B prompts of N tokens, L layers, H query and Hkv key-value heads, S keys; `present`
-[B, N] is False on the padding, which stands on the left.
+Shapes: B prompts, N tokens, L layers, H query and Hkv KV heads, S keys. `present` [B, N] is False on left padding.
 """
 
 from __future__ import annotations
@@ -62,8 +61,7 @@ def importance(query: Tensor, key: Tensor, present: Tensor, block: int = 64) -> 
     for start in range(0, length, block):
         end = min(start + block, length)
         first = 0 if padded else start  # without padding, a query sees every key before its own block
-        seen = order[first:end] <= order[start:end, None]
-        seen = seen & present[:, None, None, :end] if padded else seen
+        seen = (order[first:end] <= order[start:end, None]) & present[:, None, None, first:end]  # [B, 1, N, W]
         weights = attention_weights(query[:, :, start:end], key[:, :, :end], hide(seen))
         total[:, :end] += (counts[..., start:end] @ weights).sum((1, 2))
     return total.masked_fill(~present, 0.0)
@@ -132,16 +130,18 @@ class PrefixKV:
     """The method, with the hooks that minillava/model.py calls: see `Compressor` there.
 
     budget: the ratio of the prompt's cache to keep, over all layers. num_sinks: first tokens that each layer keeps.
-    decode: "ratio" applies each layer's ratio to the growing text, "keep" drops nothing after the prompt. plan: fixed
-    ratios and their budget instead of `budget` and a search, so that each layer is cut before the next one runs.
+    decode: "ratio" applies each layer's ratio to the growing text, "keep" drops nothing after the prompt. plan: its
+    budget and ratios replace `budget` and the search, so that each layer is cut before the next one runs.
     """
 
     def __init__(self, budget: float = 0.2, num_sinks: int = 1, decode: str = "ratio", plan: Plan | None = None):
         budget = budget if plan is None else plan.budget
         if not 0 < budget <= 1:
             raise ValueError(f"The budget is {budget}; expected a part of the cache above 0 and at most 1.")
-        if num_sinks < 0:
+        if not isinstance(num_sinks, int) or num_sinks < 0:
             raise ValueError(f"num_sinks is {num_sinks}; expected a number of tokens, 0 or more.")
+        if plan is not None and not all(0 <= ratio <= 1 for ratio in plan.ratios):
+            raise ValueError(f"The plan has the ratios {plan.ratios}; expected numbers from 0 to 1.")
         if decode not in ("ratio", "keep"):
             raise ValueError(f"decode is {decode!r}; expected 'ratio' or 'keep'.")
         self.budget, self.num_sinks, self.decode, self.plan = budget, num_sinks, decode, plan

@@ -24,7 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import minillava  # isort: skip  # noqa: F401  before torch, of whose import it silences a warning
+from minillava.command import end_quietly, printable, run_command  # isort: skip  before torch: see __init__.py
+
+if __name__ == "__main__":
+    end_quietly()
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -117,11 +120,13 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
     window = None
     if text["model_type"] == "mistral" or (text["model_type"] == "qwen2" and text.get("use_sliding_window")):
         window = text.get("sliding_window", 4096)
+        usable = window is None or (type(window) is int and window > 0)
+        require(usable, f"config.json has sliding_window = {window!r:.99}; expected a number of tokens, or null.")
     if text["model_type"] == "mistral":
         text["model_type"] = "llama"
     if text["model_type"] == "qwen2":
         text.pop("attention_bias", None)  # a key of other kinds: here biases are where they are
-    if type(window) is int and type(text.get("max_position_embeddings")) is int:
+    if window and type(text.get("max_position_embeddings")) is int:
         text["max_position_embeddings"] = min(window, text["max_position_embeddings"])
     partial = text.get("partial_rotary_factor")
     require(partial in (None, 1), f"config.json has partial_rotary_factor = {partial!r}; RoPE turns whole heads here.")
@@ -280,14 +285,20 @@ def from_original(raw: dict[str, Any], clip: dict[str, Any]) -> dict[str, Any]:
     require(merge == "flat", f"config.json has mm_patch_merge_type {merge!r}: LLaVA-1.6 is read in the Hub's layout, "
             "such as that of llava-hf/llava-v1.6-vicuna-7b-hf.")  # fmt: skip
     features = {"patch": "default", "cls_patch": "full"}
-    known = feature in features
+    known = isinstance(feature, str) and feature in features
     require(known, f"config.json has mm_vision_select_feature = {feature!r}; known are {', '.join(features)}.")
     tower = clip.get("vision_config", clip)
     tower = tower.get("model_type") if isinstance(tower, dict) else None
     clips = tower in (None, "clip", "clip_vision_model")
     require(clips, f"{raw['mm_vision_tower']!r:.99} is of type {tower!r}; in the original layout only CLIP is read.")
     vocabulary = raw.get("vocab_size", TextConfig.vocab_size)
-    require(type(vocabulary) is int and vocabulary > 0, f"config.json has vocab_size = {vocabulary!r}; expected ids.")
+    usable = type(vocabulary) is int and 0 < vocabulary < 2**24
+    require(usable, f"config.json has vocab_size = {vocabulary!r:.99}; expected a number of tokens.")
+    aspect = first(raw.get("image_aspect_ratio"), "square")
+    require(aspect in ("square", "pad"), f"config.json has image_aspect_ratio = {aspect!r:.99}; in the original layout "
+            "only 'square' and 'pad' are read.")  # fmt: skip
+    marked = raw.get("mm_use_im_start_end")
+    require(not marked, "config.json has mm_use_im_start_end: tokens around images are not implemented.")
     text = {name: value for name, value in raw.items() if not name.startswith("mm_")}
     return {
         "model_type": "llava",
@@ -358,9 +369,9 @@ def find_device(name: str) -> torch.device:
     """The device of that name; raises LlavaError if it cannot be used here."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each kind of device raises its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise LlavaError(f"The device {name!r} cannot be used ({reason}); try --device cpu.") from None
     return device
 
@@ -435,13 +446,13 @@ def tensors(files: list[Path]) -> Iterator[Entry]:
         if path.suffix == ".bin":
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                assert isinstance(state, dict)
+                items = list(state.items())
             except Exception as error:  # pickle's, zip's and torch's own errors
                 reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
                 raise LlavaError(
                     f"{path} cannot be read as weights ({reason}). Copy it again, or save it as safetensors."
                 ) from None
-            for name, tensor in state.items():
+            for name, tensor in items:
                 if isinstance(name, str) and isinstance(tensor, Tensor):
                     dtype = str(tensor.dtype).removeprefix("torch.")
                     yield Entry(name, path, tuple(tensor.shape), dtype, lambda tensor=tensor: tensor)  # type: ignore[misc]
@@ -514,7 +525,10 @@ Progress = Callable[[int, int], None]  # told how many bytes are loaded so far, 
 def own_dtype(fit: Match) -> torch.dtype:
     """The dtype of a checkpoint: that of its embedding. Others may differ, such as those of a CLIP folder."""
     name = fit.source["language_model.embed_tokens.weight"]
-    return next(entry.read().dtype for entry in tensors(fit.files) if entry.name == name)
+    dtype = next(entry.read().dtype for entry in tensors(fit.files) if entry.name == name)
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise LlavaError(f"{name} is {dtype}, in which nothing can be computed; load in another dtype, as float32.")
+    return dtype
 
 
 def load_weights(
@@ -522,12 +536,11 @@ def load_weights(
     folder: Path,
     device: torch.device,
     dtype: torch.dtype | None,
-    mmap: bool | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Streams a checkpoint into a model built on the meta device, one tensor in memory beside it.
 
-    mmap and progress as in `load`. Raises LlavaError that names every missing, unexpected and misshapen tensor, before
+    progress as in `load`. Raises LlavaError that names every missing, unexpected and misshapen tensor, before
     any is read.
     """
     fit = match(model, folder)
@@ -536,19 +549,18 @@ def load_weights(
         shown += f"; and {len(fit.problems) - 20} more" if len(fit.problems) > 20 else ""
         raise LlavaError(f"{folder} does not fit its config.json: {shown}.")
     used = {name: ours for ours, name in fit.source.items()}
-    sizes = {e.name: math.prod(e.shape) * BYTES.get(e.dtype, 0) for e in tensors(fit.files) if e.name in used}
+    sizes = {e.name: math.prod(e.shape) * BYTES.get(e.dtype, 1) for e in tensors(fit.files) if e.name in used}
     done, size = 0, sum(sizes.values())
-    if mmap is None:
-        mmap = size > 2e9
     dtype = dtype or own_dtype(fit)
     for entry in tensors(fit.files):
         if (ours := used.get(entry.name)) is None:
             continue
         tensor = entry.read()  # backed by the file
-        if not tensor.is_floating_point():
-            raise LlavaError(f"{folder}: {entry.name} is {tensor.dtype}; expected floating-point weights.")
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            kind = "no numbers" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
+            raise LlavaError(f"{folder}: {entry.name} is {kind}; expected dense floating-point weights.")
         done += sizes[entry.name]
-        tensor = tensor.to(device=device, dtype=dtype, copy=not mmap).contiguous()
+        tensor = tensor.to(device=device, dtype=dtype).contiguous()
         parameter = model.get_parameter(ours)
         if tensor.shape != parameter.shape:  # the mean of all rows: its logit is never the largest
             mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
@@ -584,12 +596,11 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
     fast: bool = False,
-    mmap: bool | None = None,
     progress: Progress | None = None,
 ) -> Llava:
     """The model of a checkpoint's folder, in evaluation mode; no tokenizer is needed. Parameters as in `load`."""
     model, device = empty_model(read_config(folder)).eval(), torch.device(device)
-    load_weights(model, folder, device, dtype, mmap, progress)
+    load_weights(model, folder, device, dtype, progress)
     return optimize(model) if fast else model
 
 
@@ -599,7 +610,6 @@ def load(
     dtype: torch.dtype | None = torch.float32,
     revision: str | None = None,
     fast: bool = False,
-    mmap: bool | None = None,
     progress: Progress | None = None,
 ) -> tuple[Llava, Processor]:
     """The model in evaluation mode, and its processor, from a folder or a Hub id.
@@ -607,18 +617,33 @@ def load(
     dtype: None takes the checkpoint's own, that of its embedding, which for most has 16 bits.
     fast: the same tokens, sooner: `fast.optimize` changes the classes of modules. Without it a debugger stops in
     model.py.
-    mmap: on a CPU, weights that need no conversion are mapped instead of being copied: the system reads a page of the
-    file when it is used, and may drop it when memory is short. None does so if they take more than 2 GB. Do not write
-    into the file while the model is in use: its weights would change, and if the file is cut short, the process ends.
-    Renaming a new file over it is safe; the model keeps the old one.
     progress: called with the bytes loaded so far and the bytes of all weights.
     Raises LlavaError for anything that cannot be loaded.
+
+    On a CPU, weights that need no conversion are mapped, not copied: the system reads a page of the file when it is
+    used, and may drop it when memory is short. Do not write into the file while the model is in use: its weights would
+    change, and if the file is cut short, the process ends. Renaming a new file over it is safe; the model keeps the old
+    one.
     """
     folder = find(path_or_id, revision)
-    model = load_model(folder, device, dtype, fast, mmap, progress)
+    model = load_model(folder, device, dtype, fast, progress)
     if not fast and model.lm_head.weight.is_cpu and model.lm_head.weight.dtype in (torch.float16, torch.bfloat16):
         warnings.warn("Weights in 16 bits on a CPU: load(..., fast=True) is several times sooner.", stacklevel=2)
+    if ignored := ignored_settings(read_json(folder / "generation_config.json")):
+        warnings.warn(f"generation_config.json has {ignored}, which changes transformers' tokens and is not done here.",
+                      stacklevel=2)  # fmt: skip
     return model, load_processor(folder)
+
+
+def ignored_settings(generation: dict[str, Any]) -> str:
+    """What a generation_config.json asks for that would change the likeliest tokens, as text; empty if nothing."""
+    without = {"repetition_penalty": 1, "encoder_repetition_penalty": 1, "guidance_scale": 1, "num_beams": 1}
+    asked = {name: generation.get(name) for name in (
+        *without, "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
+        "begin_suppress_tokens", "sequence_bias", "min_length", "min_new_tokens", "forced_bos_token_id",
+        "forced_eos_token_id", "exponential_decay_length_penalty", "penalty_alpha",
+    )}  # fmt: skip
+    return ", ".join(f"{k} = {v!r:.99}" for k, v in asked.items() if v and v != without.get(k))
 
 
 def memory_needed(folder: Path, dtype: torch.dtype | None) -> tuple[int, torch.dtype]:
@@ -745,24 +770,25 @@ def inspect(folder: Path) -> tuple[str, int]:
     rows, total = [], 0
     for entry in tensors(fit.files):
         ours = our_name(entry.name)
-        size = math.prod(entry.shape) * BYTES.get(entry.dtype, 0)
+        size = math.prod(entry.shape) * BYTES.get(entry.dtype, 1)
         total += size
         shape = "x".join(map(str, entry.shape)) or "scalar"
         name = ours if fit.source.get(ours) == entry.name else "(not used)"
-        rows.append(f"{entry.name:75} {shape:>14} {entry.dtype:>8} {size:>12,}  {name}")
+        rows.append(printable(f"{entry.name:75} {shape:>14} {entry.dtype:>8} {size:>12,}  {name}"))
     parameters = sum(p.numel() for p in model.parameters())
     rows.append(
         f"\n{len(rows)} tensors in {len(fit.files)} files, {total:,} bytes; the model has {parameters:,} parameters."
     )
     if fit.tied:
         rows.append("The output layer is the embedding (tie_word_embeddings).")
-    rows += fit.problems or ["Every parameter is there."]
+    rows += [printable(problem) for problem in fit.problems] or ["Every parameter is there."]
     return "\n".join(rows), 1 if fit.problems else 0
 
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "I64": 8,
-         "int64": 8, "I32": 4, "int32": 4, "I16": 2, "int16": 2, "I8": 1, "int8": 1, "U8": 1, "uint8": 1, "BOOL": 1,
-         "bool": 1}  # fmt: skip
+BYTES = {  # of a number; 1 for those that are not here
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "I64": 8,
+    "int64": 8, "I32": 4, "int32": 4, "I16": 2, "int16": 2,
+}  # fmt: skip
 
 
 def convert(folder: Path, out: Path) -> None:
@@ -807,7 +833,7 @@ def convert(folder: Path, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0; 1 when a checkpoint does not fit its config; 2, with one sentence, for input that cannot be used."""
+    """Exit code 1 for a checkpoint that does not fit its config; others as in `run_command`."""
     parser = argparse.ArgumentParser(prog="python -m weights", description="Looks into checkpoints and converts them.")
     commands = parser.add_subparsers(dest="command", required=True)
     looks = commands.add_parser("inspect", help="tensors, shapes, dtypes, bytes, names here, what is missing")
@@ -816,17 +842,16 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("checkpoint", help="folder or Hub id")
     converts.add_argument("out", type=Path, help="folder to be made")
     args = parser.parse_args(arguments)
-    try:
-        folder = find(args.checkpoint)
+
+    def work() -> int:
         if args.command == "inspect":
-            text, code = inspect(folder)
+            text, code = inspect(find(args.checkpoint))
             print(text)
             return code
-        convert(folder, args.out)
-    except (ValueError, OSError) as error:
-        print(f"weights: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        convert(find(args.checkpoint), args.out)
+        return 0
+
+    return run_command("weights", work)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from bench.speed import LLAVA_7B, write_checkpoint
+from minillava.command import run_command
 from weights import load_model
 
 
@@ -29,7 +30,6 @@ def anonymous() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.full_size", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--read", action="store_true", help="copy the weights into memory in place of mapping them")
     args = parser.parse_args()
     if not (args.folder / "config.json").exists():
         write_checkpoint(LLAVA_7B, args.folder, torch.bfloat16)
@@ -45,7 +45,7 @@ def main() -> int:
     thread = threading.Thread(target=watch)
     thread.start()
     start = time.perf_counter()
-    model = load_model(args.folder, dtype=None, fast=True, mmap=not args.read)
+    model = load_model(args.folder, dtype=None, fast=True)
     seconds = time.perf_counter() - start
     loading = False
     thread.join()
@@ -61,4 +61,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("bench.full_size", main))

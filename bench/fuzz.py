@@ -26,6 +26,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ import demo
 import weights
 from bench import quality
 from minillava.checks import LlavaError
+from minillava.command import run_command
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.model import Llava
 from minillava.processor import open_image
@@ -78,7 +80,9 @@ def make_checkpoint(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(weights.config_dict(config, "float32")))
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
-    (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"310": {"content": "<image>"}}}')
+    tokenizer = {"added_tokens_decoder": {"310": {"content": "<image>"}},
+                 "chat_template": [{"name": "default", "template": TEMPLATE}]}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (folder / "added_tokens.json").write_text('{"<image>": 310}')
     size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}, "do_pad": True}
     (folder / "preprocessor_config.json").write_text(json.dumps(size))
@@ -125,11 +129,35 @@ def make_tiled(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(size))
 
 
+def make_original(folder: Path, checkpoint: Path) -> None:
+    """The checkpoint of `make_checkpoint` in the original LLaVA's layout: a pickle, and CLIP in a folder of its own."""
+    (folder / "clip").mkdir(parents=True)
+    model, parts = weights.load_model(checkpoint), {"clip": {}, "": {}}  # type: ignore[var-annotated]
+    for name, tensor in model.state_dict().items():
+        part = "clip" if name.startswith("vision_tower.") else ""
+        name = weights.hub_name(name).removeprefix("vision_tower.").removeprefix("language_model.")
+        for layer, place in (("linear_1", "0"), ("linear_2", "2")):
+            name = name.replace(f"multi_modal_projector.{layer}", f"model.mm_projector.{place}")
+        parts[part][name] = tensor[:310] if len(tensor) == 320 else tensor
+    for part, state in parts.items():
+        torch.save(state, folder / part / "pytorch_model.bin")
+    config = weights.config_dict(model.config, "float32")
+    text = {**config["text_config"], "vocab_size": 310, "model_type": "llava"}  # type: ignore[dict-item]
+    settings = {"mm_vision_tower": "clip", "mm_hidden_size": 16, "mm_projector_type": "mlp2x_gelu",
+                "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad",
+                "mm_use_im_start_end": False}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({**text, **settings}))
+    (folder / "clip" / "config.json").write_text(json.dumps(config["vision_config"]))
+    for name, place in (("preprocessor_config.json", "clip"), ("tokenizer.model", "")):
+        shutil.copy(checkpoint / name, folder / place / name)
+
+
 def make_seeds(folder: Path) -> None:
-    """Everything that is damaged: two checkpoints, pictures in several formats, a plan, a data file."""
+    """Everything that is damaged: three checkpoints, pictures in several formats, a plan, a data file."""
     (folder / "model").mkdir(parents=True)
     make_checkpoint(folder / "model")
     make_tiled(folder / "tiled")
+    make_original(folder / "original", folder / "model")
     picture = Image.effect_noise((12, 9), 80).convert("RGB")
     for kind in ("png", "jpg", "gif", "bmp", "webp", "tiff"):
         picture.save(folder / f"picture.{kind}")
@@ -201,15 +229,50 @@ def damage_json(rng: random.Random, data: bytes) -> bytes:
     return text.encode() if rng.random() < 0.99 else b"[" * 10**5
 
 
+def damage_tensors(rng: random.Random, path: Path) -> None:
+    """The pickle with one to all of its tensors made into what no layer takes, or renamed."""
+    state = torch.load(path)
+    for name in rng.sample(sorted(state), rng.choice((1, 1, 2, len(state)))):
+        tensor = state.pop(name)
+        dtype = rng.choice((torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float64))
+        odd: tuple[Any, ...] = (
+            tensor.to(dtype),
+            tensor.to_sparse(),
+            tensor.to("meta"),
+            tensor[..., :1],
+            tensor[0],
+            tensor[:0],
+            3,
+            {},
+        )
+        state[name if rng.random() < 0.8 else rng.choice(("", f"\x1b[2J\n{name}", 7))] = rng.choice(odd)
+    torch.save(state if rng.random() < 0.95 else list(state), path)
+
+
 # ---------------------------------------------------------------- use
 
 
 def use_model(seeds: Path) -> None:
     """Loads the checkpoint and answers a question about a picture."""
     model, processor = weights.load(seeds / "model")
-    inputs = processor("USER: <image>\nWhat? ASSISTANT:", [open_image(seeds / "picture.png")])
+    inputs = processor(processor.chat([("What?", None)], 1), open_image(seeds / "picture.png"))
     made = model.generate(**inputs, max_new_tokens=3, compressor=PrefixKV(0.5))
     processor.decode(made.token_ids)
+
+
+def use_original(rng: random.Random, seeds: Path) -> None:
+    """Converts the checkpoint, or looks into it, or asks it a question with the demo."""
+    folder, out = str(seeds / "original"), seeds / "out"
+    do = rng.choice((
+        partial(weights.main, ["convert", folder, str(out)]), partial(weights.main, ["inspect", folder]),
+        partial(demo.main, ["--model", folder, "--image", str(seeds / "picture.png"), "--max-new-tokens", "3",
+                            "--dtype", rng.choice(("auto", "float32"))]),
+    ))  # fmt: skip
+    code = do()
+    assert code in (0, 1, 2), f"exit code {code}"
+    shutil.rmtree(out, ignore_errors=True)
+    if code:
+        raise LlavaError("refused")
 
 
 def use_tiled(seeds: Path) -> None:
@@ -253,7 +316,8 @@ def use_arguments(rng: random.Random, seeds: Path) -> None:
 TARGETS = ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "tokenizer.model",
            "tokenizer_config.json", "added_tokens.json", "preprocessor_config.json", "generation_config.json",
            "picture", "plan.json", "data.json", "arguments", "tiled/config.json", "tiled/tokenizer.json",
-           "tiled/chat_template.jinja", "tiled/preprocessor_config.json")  # fmt: skip
+           "tiled/chat_template.jinja", "tiled/preprocessor_config.json", "original/config.json",
+           "original/clip/config.json", "original/pytorch_model.bin")  # fmt: skip
 
 
 def run_case(number: int, seed: int, pristine: Path, scratch: Path) -> tuple[str, str]:
@@ -275,11 +339,16 @@ def run_case(number: int, seed: int, pristine: Path, scratch: Path) -> tuple[str
             path, use = scratch / target, lambda: use_data(scratch)
         elif target.startswith("tiled/"):
             path, use = scratch / target, lambda: use_tiled(scratch)
+        elif target.startswith("original/"):
+            path, use = scratch / target, lambda: use_original(rng, scratch)
         else:
             path, use = scratch / "model" / target, lambda: use_model(scratch)
         as_json = path.suffix == ".json" and rng.random() < 0.8
         data = path.read_bytes()
-        path.write_bytes(damage_json(rng, data) if as_json else damage_bytes(rng, data))
+        if path.name == "pytorch_model.bin" and rng.random() < 0.7:
+            damage_tensors(rng, path)
+        else:
+            path.write_bytes(damage_json(rng, data) if as_json else damage_bytes(rng, data))
     before = sorted(scratch.rglob("*"))
     started = time.monotonic()
     try:
@@ -388,4 +457,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("bench.fuzz", main))

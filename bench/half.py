@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.speed import PRESETS, Preset, make_inputs, write_checkpoint
+from minillava.command import run_command
 from weights import load_model
 
 DTYPES = ("float16", "bfloat16")
@@ -62,4 +63,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("bench.half", main))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minillava.anyres import fit
+from minillava.command import run_command
 
 IMAGE_ID, PATCHES = 310, 16
 DTYPES = ("float32", "float16", "bfloat16")
@@ -197,4 +198,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("bench.parity", main))

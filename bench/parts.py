@@ -30,6 +30,7 @@ from bench.quality import Collector, Record, digits, interval, log_perplexity, p
 from bench.variants import WithoutSquares, WithoutWeights
 from minillava import TINY
 from minillava.checks import LlavaError, require
+from minillava.command import run_command
 from minillava.compressors import H2O, TGVKV, PyramidKV, Random, SnapKV, Uniform, VLCache
 from minillava.model import Compressor, CosSin, KeepAll, KVCache, Llava, apply_rope
 from prefixkv import PrefixKV, importance, retain
@@ -504,8 +505,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0; 2, with one sentence, for input that cannot be used."""
-    return quality.finish("bench.parts", lambda: evaluate(parse(arguments)))
+    """Exit codes as in `run_command`."""
+    return run_command("bench.parts", lambda: evaluate(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from bench.quality import (
     encode,
     fill,
     fingerprint,
-    finish,
     interval,
     keep_apart,
     likelihood,
@@ -46,6 +45,7 @@ from bench.quality import (
     scenes,
 )
 from minillava import TINY
+from minillava.command import run_command
 from minillava.compressors import H2O, Cover, Elastic, Local
 from minillava.fast import FastKVCache, FastLlava
 from minillava.model import Compressor, KVCache, Llava
@@ -347,8 +347,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0; 2, with one sentence, for input that cannot be used."""
-    return finish("bench.published", lambda: evaluate(parse(arguments)))
+    """Exit codes as in `run_command`."""
+    return run_command("bench.published", lambda: evaluate(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ import demo
 from bench.variants import VARIANTS
 from minillava import TINY
 from minillava.checks import LlavaError
+from minillava.command import run_command
 from minillava.compressors import METHODS as COMPRESSORS
 from minillava.compressors import Random, Recorder
 from minillava.model import KeepAll, KVCache, Llava
@@ -597,20 +598,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def finish(name: str, run: Callable[[], int]) -> int:
-    """The exit code of `run`, or 2 and one sentence for bad input or a folder that cannot be written."""
-    try:
-        return run()
-    except (ValueError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0; 1 when entries could not be used; 2, with one sentence, for input that cannot."""
-    return finish("bench.quality", lambda: evaluate(parse(arguments)))
+    """Exit code 1 when entries could not be used; others as in `run_command`."""
+    return run_command("bench.quality", lambda: evaluate(parse(arguments)))
 
 
 if __name__ == "__main__":

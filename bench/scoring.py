@@ -20,6 +20,7 @@ import torch
 from bench.speed import PRESETS, device_name, make_inputs, synchronize, write_checkpoint
 from minillava import TINY
 from minillava.checks import require
+from minillava.command import run_command
 from minillava.compressors import METHODS
 from weights import load_model
 
@@ -83,4 +84,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("bench.scoring", main))

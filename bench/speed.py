@@ -27,6 +27,7 @@ from torch import Tensor
 
 from minillava import TINY
 from minillava.checks import LlavaError
+from minillava.command import run_command
 from minillava.compressors import METHODS
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.fast import compile_steps
@@ -482,4 +483,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("bench.speed", main))

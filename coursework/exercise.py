@@ -30,6 +30,8 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+from minillava.command import run_command
+
 ROOT = Path(__file__).resolve().parent.parent
 POINTS = 10.0  # of an exercise; its tests have equal parts
 PATIENCE = 600  # seconds that an exercise's tests may take
@@ -327,7 +329,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(run_command("coursework.exercise", lambda: main(sys.argv[1:])))
     except SystemExit as stop:
         if not isinstance(stop.code, str):
             raise

@@ -10,7 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:  # the model imports this file
     from minillava.config import LlavaConfig, TextConfig
-    from minillava.model import KVCache
+    from minillava.model import Compressor, KVCache
 
 
 class LlavaError(ValueError):
@@ -32,6 +32,13 @@ def check_room(config: TextConfig, tokens: int, room: int) -> None:
             f"{tokens} tokens and room for {room} more exceed the model's {config.max_position_embeddings} positions; "
             "shorten the text or ask for fewer."
         )
+
+
+def check_cache(config: TextConfig, tokens: int, room: int, compressor: Compressor | None) -> None:
+    """Raises LlavaError unless a cache of `tokens` tokens can have `room` for more, and compress with this."""
+    check_room(config, tokens, room)
+    if isinstance(compressor, type):
+        raise LlavaError(f"The compressor is the class {compressor.__name__}; give an object, {compressor.__name__}().")
 
 
 def check_prompt(config: TextConfig, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -97,15 +104,16 @@ def check_images(
     """Raises LlavaError unless the images make as many tokens as the prompts have places for, where is_image [B, N]."""
     found = int(is_image.sum())
     if pixel_values is not None:
-        shape = list(pixel_values.shape)
-        require(len(shape) == 4, f"pixel_values are {shape}; expected [I, 3, R, R]: images, or tiles of all images.")
+        shape, side = list(pixel_values.shape), config.vision.image_size
+        usable = len(shape) == 4 and shape[1:] == [3, side, side]
+        require(usable, f"pixel_values are {shape}; expected [I, 3, {side}, {side}]: images, or tiles of all images.")
     rows = 0 if pixel_values is None else len(pixel_values)  # images, or tiles of LLaVA-NeXT
     if not config.image_grid_pinpoints or rows == 0:
         expected = rows * config.num_image_tokens
         require(found == expected, f"input_ids hold {found} image tokens, but {rows} images make {expected}.")
         return
     require(image_sizes is not None, "pixel_values are tiles of LLaVA-NeXT; give image_sizes, too.")
-    assert image_sizes is not None
+    assert image_sizes is not None  # for mypy
     usable = image_sizes.dim() == 2 and image_sizes.shape[1] == 2 and not image_sizes.is_floating_point()
     usable = usable and bool((image_sizes > 0).all())
     require(usable, f"image_sizes are {image_sizes.tolist()!s:.99}; expected [I, 2]: each image's height and width.")
@@ -124,5 +132,6 @@ def require_left_padding(present: Tensor) -> None:
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raises LlavaError for settings that `sample` cannot use."""
-    sane = temperature >= 0 and top_k >= 0 and 0 < top_p <= 1
-    require(sane, f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range: >= 0, >= 0, 0 to 1.")
+    sane = temperature >= 0 and isinstance(top_k, int) and top_k >= 0 and 0 < top_p <= 1
+    require(sane, f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range; expected 0 or more, a "
+            "whole number from 0, and a number above 0 and up to 1.")  # fmt: skip

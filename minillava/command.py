@@ -14,7 +14,7 @@ def end_quietly() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def run_command(name: str, work: Callable[[], int]) -> int:
+def run_command(name: str, work: Callable[[], int | None]) -> int:
     """The exit code of a command: what `work` returns, or one of these.
 
     2     input that cannot be used, or output that cannot be written; one sentence on stderr
@@ -27,7 +27,7 @@ def run_command(name: str, work: Callable[[], int]) -> int:
         if getattr(sys, stream) is None:  # closed by the shell, as in `>&-`
             setattr(sys, stream, open(os.devnull, "r" if stream == "stdin" else "w"))  # noqa: SIM115 (until the end)
     try:
-        code = work()
+        code = work() or 0
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -38,10 +38,16 @@ def run_command(name: str, work: Callable[[], int]) -> int:
     except OSError as error:
         discard_output()
         where = f"{error.filename} cannot be used" if error.filename else "the output cannot be written"
-        print(f"{name}: error: {where} ({error.strerror})", file=sys.stderr)
+        sentence = f"{where} ({error.strerror})"
     except ValueError as error:  # LlavaError, or PrefixKV's refusal of importance that is not finite
-        print(f"{name}: error: {error}", file=sys.stderr)
+        sentence = str(error)
+    print(f"{name}: error: {printable(sentence)}", file=sys.stderr)
     return 2
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what a terminal would obey: names in damaged files hold such characters."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def discard_output() -> None:

@@ -42,7 +42,8 @@ def apportion(total: int, target: Tensor, low: int, high: int) -> Tensor:
         for layer in past:
             counts[layer] = bound
         free, left = free - past, left - bound * len(past)
-    whole = [math.floor(count + 1e-9) for count in counts]
+    counts = [round(count * 1024) / 1024 for count in counts]  # so that float32's noise decides no tie
+    whole = [math.floor(count) for count in counts]
     room = [layer for layer, count in enumerate(whole) if count < high]
     for layer in sorted(room, key=lambda layer: whole[layer] - counts[layer])[: total - sum(whole)]:
         whole[layer] += 1
@@ -234,6 +235,8 @@ class SnapKV(PrefixKV):
 
     def __init__(self, budget: float = 0.2, window: int = 32, kernel: int = 7):
         super().__init__(budget)
+        if window < 1 or kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"window is {window} and kernel {kernel}; expected 1 or more, and an odd number.")
         self.window, self.kernel = window, kernel
 
     def width(self) -> Tensor:
@@ -291,8 +294,9 @@ class Elastic(PrefixKV):
         order = self.present.long().cumsum(-1)
         anchor = keep & (order > self.num_sinks) & (order < order[:, -1:])
         place = torch.arange(length, device=keep.device)
-        distance = (place[:, None] - place).abs().expand(len(keep), -1, -1)  # [B, N, N]
-        nearest = distance.masked_fill(~anchor[:, None], 2 * length).argmin(-1)  # [B, N]
+        before = torch.where(anchor, place, -length).cummax(-1).values  # [B, N]: the nearest anchor up to here
+        after = torch.where(anchor, place, 2 * length).flip(-1).cummin(-1).values.flip(-1)  # [B, N]
+        nearest = torch.where(place - before <= after - place, before, after)  # [B, N]
         dropped = self.present & ~keep & anchor.any(-1, keepdim=True)
         index = torch.where(dropped, nearest, place)[:, None, :, None]  # the others are their own bucket
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillava.anyres import pack
-from minillava.checks import check_images, check_logits, check_prompt, check_read, check_room, check_sampling
+from minillava.checks import check_cache, check_images, check_logits, check_prompt, check_read, check_sampling
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 
 # ---------------------------------------------------------------- vision tower
@@ -153,7 +153,7 @@ def rope_frequencies(config: TextConfig, device: torch.device | str = "cpu") -> 
         return frequency / scaling["factor"]
     # Llama 3.1: leave fast pairs alone, slow the slow ones down, blend between (`_compute_llama3_parameters`).
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequency)  # in the length of training
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * frequency / scaling["factor"] + blend * frequency
 
@@ -344,7 +344,7 @@ class KVCache:
     """
 
     def __init__(self, config: TextConfig, room: int, compressor: Compressor | None = None):
-        check_room(config, 0, room)
+        check_cache(config, 0, room, compressor)
         self.config, self.room = config, room  # room: how many tokens can still be read after the prompt
         self.compressor = compressor or KeepAll()
         self.key: list[Tensor] = []  # of each stored layer, [B, Hkv, S, Dh]; after RoPE, so slots need no order
@@ -446,7 +446,7 @@ class KVCache:
     @torch.inference_mode()
     def reserve(self, count: int) -> None:
         """Makes room for `count` further tokens. Raises LlavaError if the model has no positions for them."""
-        check_room(self.config, self.room + (int(self.lengths.max()) if self.key else 0), count)
+        check_cache(self.config, self.room + (int(self.lengths.max()) if self.key else 0), count, self.compressor)
         self.room += count
         for layer, (key, value) in enumerate(zip(self.key, self.value)):
             wide, filled = self.new_slots(key, value, self.kept[layer]), key.shape[2]
@@ -493,7 +493,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         sorted_logits, order = logits.sort(descending=True)
         probability = sorted_logits.softmax(-1)
         before = probability.cumsum(-1) - probability  # nucleus: out is what comes after top_p in all
-        logits = logits.scatter(1, order, sorted_logits.masked_fill(before >= top_p, -math.inf))
+        logits = logits.scatter(1, order, sorted_logits.masked_fill(before >= max(top_p, 1e-30), -math.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
@@ -579,7 +579,7 @@ class Llava(nn.Module):
         """
         check_sampling(temperature, top_k, top_p)
         ends = self.config.eos_token_id if eos_token_id is None else eos_token_id
-        stops = torch.tensor([ends] if isinstance(ends, int) else list(ends), dtype=torch.long, device=logits.device)
+        stops = torch.as_tensor(ends, dtype=torch.long, device=logits.device).flatten()
         generator = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
         ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
         for left in range(cache.room, 0, -1):

@@ -8,7 +8,6 @@ sentencepiece's own encoding around added tokens, which is what LLaVA's `tokeniz
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -103,6 +102,11 @@ def size_of(value: Any, name: str) -> tuple[int, int] | int:
     return value
 
 
+def is_number(value: object) -> bool:
+    """Whether a config's value is a number that float32 holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
 @dataclass(frozen=True)
 class ImageProcessor:
     """Resize, crop, rescale, normalise; the names and defaults of `LlavaImageProcessor`.
@@ -139,13 +143,12 @@ class ImageProcessor:
             if name.startswith("do_") and type(value) is not bool:
                 raise LlavaError(f"The image processor's config has {name} = {value!r:.99}; expected true or false.")
         factor = processor.rescale_factor
-        if type(factor) not in (int, float) or not math.isfinite(factor):
+        if not is_number(factor):
             raise LlavaError(f"The image processor's config has rescale_factor = {factor!r:.99}; expected a number.")
         for name in ("image_mean", "image_std"):
             value = getattr(processor, name)
-            numbers = isinstance(value, (list, tuple)) and len(value) == 3
-            if not numbers or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in value):
-                raise LlavaError(f"The image processor's config has {name} = {value!r}; expected three numbers.")
+            if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(map(is_number, value)):
+                raise LlavaError(f"The image processor's config has {name} = {value!r:.99}; expected three numbers.")
         if not all(processor.image_std):
             raise LlavaError("The image processor's config has a 0 in image_std; pixels are divided by it.")
         if processor.resample not in list(Image.Resampling):
@@ -509,7 +512,7 @@ class Processor:
             )
         return cls(tokenizer, ImageProcessor.from_dict(raw), config, *read_template(folder))
 
-    def __call__(self, text: str | Sequence[str], images: Sequence[Image.Image] = ()) -> dict[str, Any]:
+    def __call__(self, text: str | Sequence[str], images: Image.Image | Sequence[Image.Image] = ()) -> dict[str, Any]:
         """`input_ids` and `attention_mask` [B, N], and `pixel_values` [I, 3, R, R] if there are images.
 
         Every `<image>` becomes as many tokens as the image has patches; shorter prompts are padded on the left.
@@ -517,6 +520,10 @@ class Processor:
         all images, and `image_sizes` [I, 2] are heights and widths. Raises LlavaError if the counts differ.
         """
         texts = [text] if isinstance(text, str) else list(text)
+        images = [images] if isinstance(images, Image.Image) else images
+        for one in texts:
+            if any("\ud800" <= character <= "\udfff" for character in one):
+                raise LlavaError("The prompt holds bytes that are not UTF-8 text; type it anew.")
         named = sum(t.count(IMAGE_TOKEN) for t in texts)
         if named != len(images):
             raise LlavaError(

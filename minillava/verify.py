@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from minillava import TINY
 from minillava.checks import LlavaError
+from minillava.command import run_command
 from minillava.config import LlavaConfig
 from minillava.model import Llava
 from minillava.processor import open_image
@@ -453,7 +454,7 @@ def lines(stages: Sequence[Stage]) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0 if all agrees, 1 if a stage differs, 2 with one sentence for input that cannot be used."""
+    """Exit code 0 if all agrees, 1 if a stage differs; others as in `run_command`."""
     parser = argparse.ArgumentParser(prog="python -m minillava.verify", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default=str(TINY), help="folder or Hub id (default: the embedded)")
     parser.add_argument("--image", default=str(EXAMPLE))
@@ -467,7 +468,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=0.2, help="of --against ours")
     parser.add_argument("--json", action="store_true", help="print one JSON list in place of the table")
     args = parser.parse_args(arguments)
-    try:
+
+    def work() -> int:
         if args.new_tokens < 2:
             raise LlavaError(f"--new-tokens is {args.new_tokens}; expected 2 or more.")
         find_device(args.device)
@@ -489,14 +491,10 @@ def main(arguments: list[str] | None = None) -> int:
         reference = Reference(folder, args.image, args.prompt, dtype, args.device, args.new_tokens)
         model = load_model(folder, args.device, dtype)
         stages = verify(model, reference, args.tolerance if args.tolerance is not None else TOLERANCE[args.dtype])
-    except ValueError as error:
-        print(f"verify: error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        print(json.dumps([asdict(stage) for stage in stages]))
-    else:
-        print("\n".join(lines(stages)))
-    return 1 if first_difference(stages) else 0
+        print(json.dumps([asdict(stage) for stage in stages]) if args.json else "\n".join(lines(stages)))
+        return 1 if first_difference(stages) else 0
+
+    return run_command("verify", work)
 
 
 if __name__ == "__main__":

@@ -456,6 +456,25 @@ def test_scores_that_are_not_finite_are_refused(method, value):
         next(compressor.compress([(layer, scores, scores, row) for layer, row in enumerate(scores)]))
 
 
+@pytest.mark.parametrize("wrong", [{"kernel": 0}, {"kernel": 4}, {"window": 0}])
+def test_a_window_or_kernel_that_cannot_be_pooled_is_refused(wrong):
+    with pytest.raises(ValueError, match="an odd number"):
+        SnapKV(0.5, **wrong)
+
+
+@methods
+@given(seeds, st.integers(1, 6), st.lists(st.integers(2, 40), min_size=2, max_size=4), budgets)
+def test_a_prompt_that_is_one_image_is_cut_alike_alone_and_in_a_batch(method, seed, layers, lengths, budget):
+    """All layers look at the picture equally then; rounding must not decide which of them gets one more token."""
+    query, key, present = attention(seed, layers, lengths)
+    _, together = choose(METHODS[method](budget), query, key, present, present)
+    for row, length in enumerate(lengths):
+        alone = [[each[row : row + 1, :, -length:] for each in many] for many in (query, key)]
+        mask = torch.ones(1, length, dtype=torch.bool)
+        _, kept = choose(METHODS[method](budget), *alone, mask, mask)
+        assert torch.equal(kept.sum(-1)[:, 0], together.sum(-1)[:, row])
+
+
 def test_each_prompt_of_a_batch_may_draw_with_a_seed_of_its_own():
     query, key, present = attention(0, 2, [40, 40])
     _, alike = choose(Random(0.3, 5), query, key, present)

@@ -19,7 +19,7 @@ from minillava.processor import open_image
 
 
 def test_damaged_files_end_well(sweep):
-    counts, failures = fuzz.fuzz(range(10**6 if sweep else 120), seed=1, seconds=60)
+    counts, failures = fuzz.fuzz(range(10**6 if sweep else 190), seed=1, seconds=60)
     assert not failures
     assert all(counts[target, "error"] for target in fuzz.TARGETS)  # every kind of damage was met and told
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
 from minillava.checks import LlavaError
-from minillava.model import sample
+from minillava.model import KeepAll, sample
 from prefixkv import PrefixKV
 
 
@@ -47,8 +48,9 @@ def test_one_eos_may_be_given_as_a_number(small):
     _, _, model, processor = small
     batch = inputs(processor, "a cat")
     free = model.generate(**batch, max_new_tokens=20, eos_token_id=()).token_ids[0].tolist()
-    ended = model.generate(**batch, max_new_tokens=20, eos_token_id=free[4]).token_ids[0].tolist()
-    assert ended == free[: free.index(free[4]) + 1]
+    for end in (free[4], np.int64(free[4]), torch.tensor(free[4])):
+        ended = model.generate(**batch, max_new_tokens=20, eos_token_id=end).token_ids[0].tolist()
+        assert ended == free[: free.index(free[4]) + 1]
 
 
 def test_no_new_tokens_is_an_empty_answer(small):
@@ -83,7 +85,8 @@ def test_temperature_zero_takes_the_likeliest():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"temperature": float("nan")}]
+    "wrong",
+    [{"temperature": -1}, {"top_k": -1}, {"top_k": 2.5}, {"top_p": 0}, {"top_p": 1.5}, {"temperature": float("nan")}],
 )
 def test_sampling_settings_out_of_range_are_refused(small, wrong):
     _, _, model, processor = small
@@ -192,12 +195,20 @@ def test_logits_that_are_not_finite_are_refused_after_the_prompt_too(small, ids,
         model.read(torch.tensor(ids), cache)
 
 
-@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 5e-324, 1e-8])
-def test_a_tiny_temperature_takes_the_likeliest(small, temperature):
+@pytest.mark.parametrize("compressor", [PrefixKV, KeepAll])
+def test_a_compressors_class_in_place_of_an_object_is_refused(small, compressor):
+    with pytest.raises(LlavaError, match=rf"the class {compressor.__name__}; give an object"):
+        small[2].new_cache(8, compressor)
+
+
+@pytest.mark.parametrize("tiny", [1e-40, 1e-300, 5e-324, 1e-8])
+@pytest.mark.parametrize("setting", ["temperature", "top_p"])
+def test_a_tiny_temperature_or_nucleus_takes_the_likeliest(small, setting, tiny):
     _, _, model, processor = small
     batch = inputs(processor, "a cat", "describe it in detail")
     greedy = model.generate(**batch, max_new_tokens=12, eos_token_id=()).token_ids
-    drawn = model.generate(**batch, max_new_tokens=12, eos_token_id=(), temperature=temperature, seed=0).token_ids
+    wanted = {"temperature": 1.0, setting: tiny}
+    drawn = model.generate(**batch, max_new_tokens=12, eos_token_id=(), seed=0, **wanted).token_ids
     assert torch.equal(drawn, greedy)
 
 
@@ -252,6 +263,9 @@ def test_image_tokens_must_match_the_images(small):
     ):
         with pytest.raises(LlavaError, match="image tokens"):
             model(ids, images)
+    for shape in ((14, 56), (30, 33), (28, 27), (56, 56)):  # of these transformers refuses all, too
+        with pytest.raises(LlavaError, match=r"expected \[I, 3, 28, 28\]"):
+            model(torch.full((1, 16), 310), torch.zeros(1, 3, *shape))
 
 
 def test_training_through_forward_reaches_every_parameter_and_fits_a_batch(small):

@@ -85,7 +85,9 @@ def test_a_tower_of_its_own_wins_over_the_clip_that_is_named(tmp_path, theirs):
     "config, sentence",
     [({"mm_vision_tower": 3}, "mm_vision_tower = 3"), ({"model_type": "llava_mpt"}, "model_type 'llava_mpt'"),
      ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature"), ({"vocab_size": "many"}, "vocab_size"),
-     ({"mm_projector_type": "resampler"}, "mm_projector_type"), ({"mm_vision_tower": "../../etc"}, "Hub id")],
+     ({"mm_projector_type": "resampler"}, "mm_projector_type"), ({"mm_vision_tower": "../../etc"}, "Hub id"),
+     ({"mm_vision_select_feature": ["patch"]}, "mm_vision_select_feature"), ({"vocab_size": 10**400}, "vocab_size"),
+     ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio"), ({"mm_use_im_start_end": True}, "mm_use_im_start_end")],
 )  # fmt: skip
 def test_an_original_config_that_cannot_be_used_is_refused(tmp_path, theirs, config, sentence):
     with pytest.raises(LlavaError, match=sentence):

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -90,11 +91,52 @@ def test_an_untied_output_layer_is_used_even_if_the_config_says_tied(small, fold
     assert same(weights.load(folder)[0], small[2])
 
 
-def test_integer_weights_are_refused(folder):
+@pytest.mark.parametrize("name", ["language_model.model.norm.weight", "language_model.model.embed_tokens.weight"])
+@pytest.mark.parametrize("change, word", [
+    (lambda tensor: tensor.int(), "int32"), (lambda tensor: tensor.to("meta"), "no numbers"),
+    (lambda tensor: tensor.to_sparse(), "sparse"),
+])  # fmt: skip
+def test_weights_that_are_not_dense_floating_point_numbers_are_refused(folder, tmp_path, name, change, word, capsys):
     state = load_file(folder / "model.safetensors")
-    state["language_model.model.norm.weight"] = torch.ones(64, dtype=torch.int32)
+    state[name] = change(state[name])
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    assert word in refused(folder)
+    assert weights.main(["convert", str(folder), str(tmp_path / "out")]) == 2 and not (tmp_path / "out").exists()
+    assert name in capsys.readouterr().err
+
+
+def test_weights_in_8_bits_are_widened_and_nothing_is_computed_in_8_bits(folder):
+    state = {name: t.to(torch.float8_e4m3fn) for name, t in load_file(folder / "model.safetensors").items()}
     save_file(state, folder / "model.safetensors")
-    assert "floating-point" in refused(folder)
+    told = []
+    model = weights.load_model(folder, progress=lambda done, size: told.append((done, size)))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert told[-1] == (sum(t.nbytes for t in state.values()),) * 2
+    with pytest.raises(LlavaError, match="float8_e4m3fn, in which nothing can be computed"):
+        weights.load(folder, dtype=None)
+
+
+def test_names_that_a_terminal_would_obey_are_shown_harmlessly(folder, capsys):
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, "\x1b[2J\nred": torch.ones(1)}, folder / "model.safetensors")
+    assert weights.main(["inspect", str(folder)]) == 1
+    assert weights.main(["convert", str(folder), str(folder / "out")]) == 2
+    for text in capsys.readouterr():
+        assert r"unexpected \x1b[2J\nred" in text and "\x1b" not in text
+
+
+@pytest.mark.parametrize("generation, named", [
+    ({"repetition_penalty": 1.2, "do_sample": True}, "repetition_penalty = 1.2"),
+    ({"no_repeat_ngram_size": 3, "num_beams": 1}, "no_repeat_ngram_size = 3"),
+    ({"repetition_penalty": 1.0, "temperature": 0.5, "min_length": 0}, None),
+])  # fmt: skip
+def test_settings_that_change_transformers_tokens_are_named(folder, generation, named):
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        weights.load(folder)
+    assert [named in str(warning.message) for warning in caught] == [True] * (named is not None)
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, 5000, -4])
@@ -141,6 +183,9 @@ def test_an_index_must_stay_in_its_folder_and_its_shards_must_be_there(folder):
         (lambda c: c["text_config"].update(num_hidden_layers=0), "num_hidden_layers"),
         (lambda c: c["text_config"].update(num_key_value_heads=3), "3 key-value heads"),
         (lambda c: c["text_config"].update(head_dim=15), "odd"),
+        (lambda c: c["text_config"].update(model_type="mistral", sliding_window="64"), "sliding_window = '64'"),
+        (lambda c: c["text_config"].update(model_type="mistral", sliding_window=64.0), "sliding_window = 64.0"),
+        (lambda c: c["text_config"].update(model_type="mistral", sliding_window=True), "sliding_window = True"),
         (lambda c: c["text_config"].update(hidden_act="relu6"), "relu6"),
         (lambda c: c["text_config"].update(rms_norm_eps="small"), "rms_norm_eps"),
         (lambda c: c["text_config"].update(rope_parameters={"rope_type": "yarn", "factor": 2}), "yarn"),
@@ -280,21 +325,15 @@ def mapped_files(model) -> set[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' /proc")
-def test_weights_are_mapped_where_they_need_no_conversion_and_that_is_asked_for(small):
-    folder, _, ours, _ = small
-    file = str(folder / "model.safetensors")
-    for mmap, dtype, expected in (
-        (True, None, file), (True, torch.float16, ""), (False, None, ""), (None, None, ""),  # None: not a file so small
-    ):  # fmt: skip
-        model = weights.load_model(folder, dtype=dtype, mmap=mmap)
-        assert mapped_files(model) == {expected}
-        if dtype is None:
-            assert all(torch.equal(one, other) for one, other in zip(model.parameters(), ours.parameters()))
+def test_weights_are_mapped_where_they_need_no_conversion(small):
+    folder = small[0]
+    for dtype, expected in ((None, str(folder / "model.safetensors")), (torch.float16, "")):
+        assert mapped_files(weights.load_model(folder, dtype=dtype)) == {expected}
 
 
 def test_a_mapped_model_outlives_the_name_of_its_file(small, tmp_path):
     folder = shutil.copytree(small[0], tmp_path / "copy")
-    model = weights.load_model(folder, dtype=None, mmap=True)
+    model = weights.load_model(folder, dtype=None)
     before = model.lm_head.weight.clone()
     weights.write_file(folder / "model.safetensors", b"another file")  # replaced as a download is, not written into
     assert torch.equal(model.lm_head.weight, before)

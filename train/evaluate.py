@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections import Counter, defaultdict
 
 from minillava import TINY
+from minillava.command import run_command
 from minillava.model import Llava
 from minillava.processor import Processor
 from train.scenes import DESCRIBE, Scene, draw, make_scene, named, short_question
@@ -90,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("train.evaluate", main))

@@ -26,6 +26,7 @@ import io
 import math
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minillava.checks import LlavaError
+from minillava.command import run_command
 from minillava.compressors import Recorder
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.model import DecoderLayer, Llava, merge_heads
@@ -814,4 +816,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("train.train_tiny", main))

@@ -1,0 +1,92 @@
+"""How commands end: exit codes, and never a traceback."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from minillava.checks import LlavaError
+from minillava.command import printable, run_command
+
+FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' /dev/full")
+LONG = "[print('x' * 100) for _ in range(10**5)]"
+
+
+def started(body: str, redirect: str = "") -> subprocess.Popen[str]:
+    """A command in a process of its own, which runs `body` and says "begun" on stderr first."""
+    code = "import sys, time; from minillava.command import run_command; sys.stderr and print('begun', file=sys.stderr, flush=True); "
+    code += f"sys.exit(run_command('it', lambda: {body}))"
+    return subprocess.Popen(
+        ["bash", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, code], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error, code, sentence",
+    [
+        (None, 0, ""), (7, 7, ""), (LlavaError("No."), 2, "it: error: No.\n"), (KeyboardInterrupt(), 130, ""),
+        (ValueError("a \x1b[31mred\nname"), 2, "it: error: a \\x1b[31mred\\nname\n"),
+        (PermissionError(13, "Permission denied", "a/b"), 2, "it: error: a/b cannot be used (Permission denied)\n"),
+    ],
+)  # fmt: skip
+def test_a_command_ends_with_a_code_and_a_sentence_at_most(capsys, monkeypatch, error, code, sentence):
+    def work():
+        if isinstance(error, BaseException):
+            raise error
+        return error
+
+    monkeypatch.setattr("minillava.command.discard_output", lambda: None)
+    assert run_command("it", work) == code
+    assert capsys.readouterr().err == sentence
+
+
+def test_printable_text_stays_as_it_is():
+    assert printable("blåbær 漢字 😀") == "blåbær 漢字 😀"
+
+
+@FULL
+@pytest.mark.parametrize("body", ["print('x')", LONG])
+def test_a_full_disk_is_told(body):
+    process = started(body, "> /dev/full")
+    out, err = process.communicate()
+    assert (process.returncode, out) == (2, "")
+    assert err == "begun\nit: error: the output cannot be written (No space left on device)\n"
+
+
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_streams_that_the_shell_has_closed_are_no_error(redirect):
+    process = started("print('x', sys.stdin.read(1))", redirect if "<" in redirect else f"{redirect} < /dev/null")
+    out, err = process.communicate()
+    assert process.returncode == 0
+    assert out == ("" if ">&-" in redirect.replace("2>&-", "") else "x \n")
+    assert err == ("" if "2>&-" in redirect else "begun\n")
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly():
+    process = started(LONG)
+    assert process.stdout.read(100) == "x" * 100
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (141, "begun\n")
+
+
+@pytest.mark.parametrize(
+    "body, code",
+    [("end_quietly(); say(); time.sleep(60)", -signal.SIGINT),
+     ("sys.exit(run_command('it', lambda: (say(), time.sleep(60))))", 130),
+     ("end_quietly(); sys.exit(run_command('it', lambda: (say(), time.sleep(60))))", 130)],
+)  # fmt: skip
+def test_ctrl_c_ends_a_command_without_a_traceback(body, code):
+    head = "import sys, time; from minillava.command import *; say = lambda: print('begun', flush=True); "
+    process = subprocess.Popen(
+        [sys.executable, "-c", head + body], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
+    )  # fmt: skip
+    assert process.stdout.readline() == b"begun\n"
+    process.send_signal(signal.SIGINT)
+    assert (process.wait(), process.stderr.read()) == (code, b"")
