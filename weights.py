@@ -152,8 +152,9 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
     ends = eos if isinstance(eos, list) else [eos]
     ids = all(type(end) is int and 0 <= end < 2**31 for end in ends)
     require(ids, f"eos_token_id is {str(eos)[:99]}; expected one id or a list of ids.")
-    pad = first(*(part.get("pad_token_id") for part in (generation, raw, text)))
-    # -1 stands for none. As transformers does, a sample that has ended is filled up with its end then.
+    # As in transformers, a generation_config.json that is there decides. -1 stands for none: then a sample that has
+    # ended is filled up with its end.
+    pad = first(*(part.get("pad_token_id") for part in ((generation,) if generation else (raw, text))))
     top["pad_token_id"] = first(None if pad == -1 else pad, *ends[:1], 0)
     config = replace(
         read_fields(LlavaConfig, top, ""),

@@ -284,7 +284,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of the ids; ids that the tokenizer does not know (padding of the vocabulary) are left out."""
+        """Text of the ids; ids that the tokenizer does not know (padding of the vocabulary) are left out.
+
+        A byte that is no part of UTF-8 text becomes �. In the tokenizers library all bytes beside it do, too.
+        """
         pieces: list[str] = []
         run: list[int] = []
         for id in [*ids, -1]:

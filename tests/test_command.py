@@ -19,7 +19,7 @@ LONG = "[print('x' * 100) for _ in range(10**5)]"
 
 def started(body: str, redirect: str = "") -> subprocess.Popen[str]:
     """A command in a process of its own, which runs `body` and says "begun" on stderr first."""
-    code = "import sys, time; from minillava.command import run_command; sys.stderr and print('begun', file=sys.stderr, flush=True); "
+    code = "import sys; from minillava.command import run_command; sys.stderr and print('begun', file=sys.stderr); "
     code += f"sys.exit(run_command('it', lambda: {body}))"
     return subprocess.Popen(
         ["bash", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, code], cwd=ROOT, text=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
+import weights
 from minillava.checks import LlavaError
 from minillava.model import KeepAll, sample
 from prefixkv import PrefixKV
@@ -42,6 +44,25 @@ def test_samples_end_at_their_own_eos_as_in_transformers(small, ends):
     with torch.no_grad():
         expected = theirs.generate(**batch, max_new_tokens=40, do_sample=False, eos_token_id=eos, pad_token_id=0)
     assert torch.equal(found, expected[:, batch["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("top, text", [(None, None), (7, None), (None, 8), (7, 8)])
+@pytest.mark.parametrize("generation", [None, {}, {"pad_token_id": 9}])
+def test_an_ended_sample_is_filled_up_with_the_id_that_transformers_takes(small, tmp_path, top, text, generation):
+    """`generation`: what generation_config.json says beside the ends; None: the file is not there."""
+    folder, theirs, _, _ = small
+    ids = torch.randint(3, 300, (2, 4), generator=torch.Generator().manual_seed(0))
+    ends, other = theirs.generate(input_ids=ids, max_new_tokens=1, do_sample=False, eos_token_id=-1)[:, -1:].tolist()
+    assert ends != other  # the first text ends at once and is filled up while the second goes on
+    config = json.loads((folder / "config.json").read_text())
+    config["pad_token_id"], config["text_config"]["pad_token_id"] = top, text
+    config["text_config"]["eos_token_id"] = config["eos_token_id"] = ends
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, **generation}))
+    expected = type(theirs).from_pretrained(tmp_path).eval().generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(weights.load_model(tmp_path).generate(ids, max_new_tokens=4).token_ids, expected[:, 4:])
 
 
 def test_one_eos_may_be_given_as_a_number(small):
