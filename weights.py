@@ -825,7 +825,8 @@ def convert(folder: Path, out: Path) -> None:
             "vision_feature_select_strategy": config.vision_feature_select_strategy,
             "num_additional_image_tokens": int(config.vision.has_cls),
         })  # fmt: skip
-        write_json(temporary / "generation_config.json", {"eos_token_id": list(model.config.eos_token_id)})
+        ends = {"eos_token_id": list(config.eos_token_id), "pad_token_id": config.pad_token_id}
+        write_json(temporary / "generation_config.json", ends)
         for name in ("tokenizer.model", "tokenizer.json", "special_tokens_map.json"):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, temporary / name)

@@ -36,7 +36,8 @@ def run_command(name: str, work: Callable[[], int | None]) -> int:
         discard_output()
         return 141
     except OSError as error:
-        discard_output()
+        if not error.filename:
+            discard_output()
         where = f"{error.filename} cannot be used" if error.filename else "the output cannot be written"
         sentence = f"{where} ({error.strerror})"
     except ValueError as error:  # LlavaError, or PrefixKV's refusal of importance that is not finite

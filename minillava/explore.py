@@ -257,10 +257,6 @@ def plot(data: dict[str, Any], suffix: str = ".png") -> bytes:
     right.axhline(share, color="black", linestyle=":", linewidth=1)
     right.set(xlabel="layer", ylabel="share of the prompt kept")
     picture = io.BytesIO()
-    try:
-        figure.savefig(picture, dpi=120, format=suffix[1:] or "png")
-    except ValueError as error:
-        raise LlavaError(f"A picture cannot be drawn as {suffix} ({error}); choose a name that ends in .png.") from None
-    finally:
-        plt.close(figure)
+    figure.savefig(picture, dpi=120, format=suffix[1:])
+    plt.close(figure)
     return picture.getvalue()

@@ -167,13 +167,6 @@ def test_a_write_that_fails_ends_with_2_and_leaves_nothing(tmp_path, capsys, sma
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_of_an_unknown_kind_is_refused(tmp_path, capsys, small):
-    model = ["--model", str(small[0]), "--max-new-tokens", "2"]
-    assert demo.main([*model, "--plot", str(tmp_path / "a.xyz")]) == 2
-    assert "choose a name that ends in .png" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_done(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as stop:
