@@ -14,10 +14,14 @@ import threading
 import time
 from pathlib import Path
 
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
+
 import torch
 
 from bench.speed import LLAVA_7B, write_checkpoint
-from minillava.command import run_command
 from weights import load_model
 
 

@@ -30,6 +30,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
+
 import sentencepiece
 import torch
 from PIL import Image
@@ -38,7 +43,6 @@ import demo
 import weights
 from bench import quality
 from minillava.checks import LlavaError
-from minillava.command import run_command
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.model import Llava
 from minillava.processor import open_image

@@ -14,11 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
+
 import torch
 from torch import Tensor
 
 from bench.speed import PRESETS, Preset, make_inputs, write_checkpoint
-from minillava.command import run_command
 from weights import load_model
 
 DTYPES = ("float16", "bfloat16")

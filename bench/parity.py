@@ -16,11 +16,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
+
 import torch
 from torch import Tensor
 
 from minillava.anyres import fit
-from minillava.command import run_command
 
 IMAGE_ID, PATCHES = 310, 16
 DTYPES = ("float32", "float16", "bfloat16")

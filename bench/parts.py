@@ -20,6 +20,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +35,6 @@ from bench.quality import Collector, Record, digits, interval, log_perplexity, p
 from bench.variants import WithoutSquares, WithoutWeights
 from minillava import TINY
 from minillava.checks import LlavaError, require
-from minillava.command import run_command
 from minillava.compressors import H2O, TGVKV, PyramidKV, Random, SnapKV, Uniform, VLCache
 from minillava.model import Compressor, CosSin, KeepAll, KVCache, Llava, apply_rope
 from prefixkv import PrefixKV, importance, retain

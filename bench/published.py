@@ -23,6 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -45,7 +50,6 @@ from bench.quality import (
     scenes,
 )
 from minillava import TINY
-from minillava.command import run_command
 from minillava.compressors import H2O, Cover, Elastic, Local
 from minillava.fast import FastKVCache, FastLlava
 from minillava.model import Compressor, KVCache, Llava

@@ -25,6 +25,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
+
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -35,7 +40,6 @@ import demo
 from bench.variants import VARIANTS
 from minillava import TINY
 from minillava.checks import LlavaError
-from minillava.command import run_command
 from minillava.compressors import METHODS as COMPRESSORS
 from minillava.compressors import Random, Recorder
 from minillava.model import KeepAll, KVCache, Llava

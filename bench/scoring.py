@@ -15,12 +15,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
+
 import torch
 
 from bench.speed import PRESETS, device_name, make_inputs, synchronize, write_checkpoint
 from minillava import TINY
 from minillava.checks import require
-from minillava.command import run_command
 from minillava.compressors import METHODS
 from weights import load_model
 

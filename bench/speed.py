@@ -21,13 +21,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
+
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minillava import TINY
 from minillava.checks import LlavaError
-from minillava.command import run_command
 from minillava.compressors import METHODS
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.fast import compile_steps

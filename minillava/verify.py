@@ -27,12 +27,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
+
 import torch
 from torch import Tensor, nn
 
 from minillava import TINY
 from minillava.checks import LlavaError
-from minillava.command import run_command
 from minillava.config import LlavaConfig
 from minillava.model import Llava
 from minillava.processor import open_image

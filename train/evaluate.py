@@ -13,8 +13,12 @@ import random
 import sys
 from collections import Counter, defaultdict
 
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
+
 from minillava import TINY
-from minillava.command import run_command
 from minillava.model import Llava
 from minillava.processor import Processor
 from train.scenes import DESCRIBE, Scene, draw, make_scene, named, short_question

@@ -33,6 +33,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
+
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -40,7 +45,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minillava.checks import LlavaError
-from minillava.command import run_command
 from minillava.compressors import Recorder
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.model import DecoderLayer, Llava, merge_heads
