@@ -1,12 +1,16 @@
-"""Perplexity and ROUGE-L by method and budget: `python -m bench.quality`.
+"""What is lost with each method and budget, asked in three ways: `python -m bench.quality`.
 
-Perplexity is that of the reference answer, one token at a time through the compressed cache, over all tokens of all
-samples. ROUGE-L is the F of the greedy answer against the full cache's greedy answer, averaged over samples. Both are
-the published evaluation's, but for its rules of positions and selection, which `bench.published` measures. With no
-arguments: the embedded checkpoint on scenes that training never saw.
+    known     the method sees the question before it cuts the cache
+    second    it cut the cache for another question; this one comes as a further turn
+    first     it cuts the cache of the picture before any question
 
-Results go to `--out`: `results*.jsonl` (a line for every sample, method and budget, from which a second run goes on),
-`table.md`, and pictures where matplotlib is installed. Many processes: `torchrun --nproc-per-node 2 -m bench.quality`.
+Three measures: short questions answered exactly; objects of a description named truly (size, colour, shape and place);
+perplexity of the true description, token after token through the compressed cache. With no arguments: the embedded
+checkpoint on scenes that training never saw. `--data` asks questions of your own, which have a perplexity only.
+Methods are combined as bench/variants.py says: `--methods full cover random+words/least full@2`.
+
+Results go to `--out`: `results*.jsonl` (a line for every answer, from which a second run goes on), `table.md`, and
+pictures where matplotlib is installed. Many processes: `torchrun --nproc-per-node 2 -m bench.quality`.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import math
 import os
 import random
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -37,19 +42,34 @@ from torch import Tensor
 from tqdm import tqdm
 
 import demo
-from bench.variants import VARIANTS
+from bench.variants import bits_of, make, parsed
 from minillava import TINY
-from minillava.checks import LlavaError
+from minillava.checks import LlavaError, require
 from minillava.compressors import METHODS as COMPRESSORS
-from minillava.compressors import Random, Recorder
+from minillava.compressors import Recorder
 from minillava.model import KeepAll, KVCache, Llava
 from minillava.processor import Processor, llava_prompt, open_image
+from minillava.quantised import QuantisedKVCache
 from prefixkv import Plan, PrefixKV, priority
-from train.scenes import DESCRIBE, describe, draw, make_scene
+from train.scenes import (
+    COLOURS,
+    DESCRIBE,
+    NUMBERS,
+    SHAPES,
+    SIZES,
+    Question,
+    Scene,
+    describe,
+    draw,
+    make_scene,
+    named,
+    short_question,
+)  # fmt: skip
 from weights import estimate_plan, find, load, read_plan, write_file, write_json, write_plan
 
 METHODS = ("full", *COMPRESSORS, "plan")
-BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7)
+PROTOCOLS = ("known", "second", "first")
+BUDGETS = (0.05, 0.1, 0.2, 0.5)
 # Vicuna's instruction, which the published evaluation of LLaVA-1.5 puts before "USER:". For data files, not for scenes.
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -69,6 +89,9 @@ class Sample:
     answer: str
     image: Callable[[], Image.Image]
     system: str = ""  # empty, or with a space at its end
+    kind: str = "description"  # or that of a short question
+    earlier: tuple[str, str] | None = None  # another question about the picture, and its answer
+    scene: Scene | None = None
 
     def prompt(self, processor: Processor) -> str:
         """The published evaluation's: `system`, then the question in LLaVA-1.5's form, `<image>` where it stands.
@@ -83,22 +106,31 @@ class Sample:
         return f"{self.system}USER: {self.question} ASSISTANT:"
 
 
-def scenes(count: int, seed: int, split: str = "quality") -> list[Sample]:
-    """Scenes to be described in detail; training's seeds begin with a number, so it has seen none of them."""
+def scenes(count: int, seed: int, split: str = "quality", short: bool = False) -> list[Sample]:
+    """Scenes to be described, or asked about; training's seeds begin with a number, so it has seen none of them."""
     samples = []
     for index in range(count):
         rng = random.Random(f"{split} {seed} {index}")
         scene = make_scene(rng)
-        question = f"<image>\n{rng.choice(DESCRIBE)}"
-        samples.append(Sample(question, describe(scene), lambda scene=scene: draw(scene)[0]))  # type: ignore[misc]
+        asked = short_question(rng, scene) if short else Question("description", DESCRIBE[0], describe(scene), ())
+        earlier = short_question(rng, scene)
+        while earlier.kind == asked.kind:
+            earlier = short_question(rng, scene)
+        if not short:  # one wording for all, so that the turns of a batch are equally long
+            earlier = Question("count", "How many objects are there?", f"{NUMBERS[len(scene.things)]}.", ())
+        picture = lambda scene=scene: draw(scene)[0]  # noqa: E731
+        samples.append(
+            Sample(f"<image>\n{asked.text}", asked.answer, picture, kind=asked.kind, scene=scene,
+                   earlier=(earlier.text, earlier.answer))
+        )  # fmt: skip
     return samples
 
 
 def read_samples(path: Path, images: Path, count: int) -> tuple[list[Sample], list[str]]:
     """The first `count` entries of a file in a published format, and a sentence for each that cannot be used.
 
-    LLaVA-Description: `conversations` (its first two turns) and `image`. MM-Vet: `question`, `answer`, and `image` or
-    `imagename`. A list, or an object whose values are the entries.
+    LLaVA-Description: `conversations` (two turns, or four: then the second question is asked) and `image`. MM-Vet:
+    `question`, `answer`, and `image` or `imagename`. A list, or an object whose values are the entries.
     """
     if not os.path.isfile(path):
         raise LlavaError(f"There is no file {path}; expected a JSON file of questions.")
@@ -115,8 +147,9 @@ def read_samples(path: Path, images: Path, count: int) -> tuple[list[Sample], li
     for name, entry in entries[:count]:
         try:
             if "conversations" in entry:
-                question, answer = (turn["value"] for turn in entry["conversations"][:2])
+                question, answer, *more = (turn["value"] for turn in entry["conversations"][:4])
             else:
+                more = []
                 question, answer = f"{entry['question']}\n<image>", entry["answer"]
             picture = images / (entry["image"] if "image" in entry else entry["imagename"])
             if not isinstance(answer, str) or not answer.strip():
@@ -124,12 +157,17 @@ def read_samples(path: Path, images: Path, count: int) -> tuple[list[Sample], li
             if question.count("<image>") != 1:
                 raise LlavaError(f"the question has {question.count('<image>')} <image>, expected one")
             open_image(picture)
+            earlier = None
+            if len(more) == 2:  # the second turn is asked; the first one is the earlier question
+                (question, answer), earlier = more, (question.replace("<image>", "").strip(), answer)
+                question = f"<image>\n{question}"
         except LlavaError as error:
             bad.append(f"{path}, entry {name}: {error}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             bad.append(f"{path}, entry {name}: not in a published format ({type(error).__name__}: {error})")
         else:
-            samples.append(Sample(question, answer, lambda at=picture: open_image(at), f"{SYSTEM} "))  # type: ignore[misc]
+            image = lambda at=picture: open_image(at)  # noqa: E731
+            samples.append(Sample(question, answer, image, f"{SYSTEM} ", earlier=earlier))
     return samples, bad
 
 
@@ -140,6 +178,54 @@ def encode(model: Llava, processor: Processor, samples: list[Sample]) -> dict[st
     """The model's inputs for a batch of samples."""
     inputs = processor([sample.prompt(processor) for sample in samples], [sample.image() for sample in samples])
     return {name: tensor.to(model.lm_head.weight.device) for name, tensor in inputs.items()}
+
+
+def split(processor: Processor, sample: Sample, protocol: str) -> tuple[dict[str, Tensor], list[int], int]:
+    """The model's inputs for a whole prompt, its ids, and after how many of them the cache is cut."""
+    images, question = [sample.image()], sample.question.replace("<image>", "").strip()
+    if protocol != "second":
+        inputs = processor(sample.prompt(processor), images)
+        ids = inputs["input_ids"][0].tolist()
+        return inputs, ids, len(ids) - (ids[::-1].index(processor.config.image_token_id) if protocol == "first" else 0)
+    require(sample.earlier, "The data have no second question; leave out the protocol 'second'.")
+    assert sample.earlier is not None  # for mypy
+    inputs = processor(processor.chat([sample.earlier, (question, None)], 1), images)
+    ids = inputs["input_ids"][0].tolist()
+    before = processor(processor.chat([(sample.earlier[0], None)], 1), images)["input_ids"][0].tolist()
+    same = ids[: len(before)] == before
+    require(same, "The checkpoint's template rewrites history; leave out the protocol 'second'.")
+    return inputs, ids, len(before)
+
+
+def batches(
+    processor: Processor, samples: list[Sample], protocol: str, size: int
+) -> list[tuple[list[int], dict[str, Tensor], Tensor]]:
+    """Batches: indices of samples, the inputs that are read before the cut, and the turns after it, [B, M].
+
+    The turns of a batch must be equally long, so samples are grouped by that.
+    """
+    prompts = [split(processor, sample, protocol) for sample in samples]
+    by_length: dict[int, list[int]] = {}
+    for index, (_, ids, cut) in enumerate(prompts):
+        by_length.setdefault(len(ids) - cut, []).append(index)
+    made = []
+    for members in (by_length[length] for length in sorted(by_length)):
+        for chosen in (members[start : start + size] for start in range(0, len(members), size)):
+            rows = [prompts[index] for index in chosen]
+            longest = max(cut for _, _, cut in rows)
+            inputs = {
+                "input_ids": torch.tensor([[0] * (longest - cut) + ids[:cut] for _, ids, cut in rows]),
+                "attention_mask": torch.tensor([[0] * (longest - cut) + [1] * cut for _, _, cut in rows]),
+            }
+            for name in rows[0][0].keys() - inputs.keys():
+                inputs[name] = torch.cat([own[name] for own, _, _ in rows])
+            made.append((chosen, inputs, torch.tensor([ids[cut:] for _, ids, cut in rows], dtype=torch.long)))
+    return made
+
+
+def ids_of(processor: Processor, text: str) -> list[int]:
+    """Token ids of an answer, without the beginning-of-text token."""
+    return processor.tokenizer.encode(text)[len(processor.tokenizer.encode("")) :]
 
 
 class Collector(KeepAll):
@@ -156,9 +242,10 @@ class Collector(KeepAll):
 
 
 @torch.inference_mode()
-def fill(model: Llava, prompt: Collector, room: int, compressor: PrefixKV | None) -> KVCache:
+def fill(model: Llava, prompt: Collector, room: int, compressor: PrefixKV | None, bits: int | None = None) -> KVCache:
     """The cache that `model.read` would leave, without running the model on the prompt once more."""
-    cache = model.new_cache(room, compressor)
+    config = model.config.text
+    cache = QuantisedKVCache(config, room, compressor, bits) if bits else model.new_cache(room, compressor)
     cache.begin(prompt.present, prompt.image)
     for number, layer in enumerate(prompt.layers):
         cache.update(number, *layer)
@@ -182,64 +269,75 @@ def likelihood(model: Llava, logits: Tensor, cache: KVCache, answers: list[list[
     return total.tolist()
 
 
-def rouge_l(text: str, reference: str) -> float:
-    """ROUGE-L F, 0 for an answer without words."""
-    from rouge import Rouge
-
-    if not text.strip(" .") or not reference.strip(" ."):
-        return float(text == reference)
-    return float(Rouge(metrics=["rouge-l"]).get_scores(text, reference)[0]["rouge-l"]["f"])
-
-
-def compressor_for(method: str, budget: float, seeds: list[int], plans: dict[float, Plan]) -> PrefixKV | None:
-    """The compressor that a row and column of the table stand for; `seeds` of the prompts of a batch."""
-    if method == "full":
-        return None
-    if method == "random":
-        return Random(budget, seeds)
-    if method == "plan":
-        return PrefixKV(plan=plans[budget])
-    return (COMPRESSORS | VARIANTS)[method](budget)
-
-
 def runs_of(methods: Iterable[str], budgets: Iterable[float]) -> list[tuple[str, float]]:
-    """Every (method, budget) to measure; the full cache has one budget, and comes first."""
-    pairs = [(method, budget) for method in methods if method != "full" for budget in budgets]
-    return [("full", 1.0), *pairs]
+    """Every (method, budget) to measure; what keeps every token has one budget, and the full cache comes first."""
+    rest = [name for name in methods if name != "full"]
+    return [("full", 1.0), *((name, 1.0) for name in rest if name.startswith("full")),
+            *((name, budget) for name in rest if not name.startswith("full") for budget in budgets)]  # fmt: skip
 
 
+def marks(sample: Sample, text: str) -> dict[str, int]:
+    """What is right in an answer: of a description the objects, of a short answer all of it."""
+    if sample.scene is None:
+        return {}
+    if sample.kind != "description":
+        return {"right": int(text == sample.answer)}
+    true, told = set(named(sample.answer)), named(text)
+    return {"found": len(true & set(told)), "true": len(true), "told": len(told)}
+
+
+@torch.inference_mode()
 def measure(
     model: Llava,
     processor: Processor,
-    batch: list[int],
+    protocol: str,
+    batch: tuple[list[int], dict[str, Tensor], Tensor],
     samples: list[Sample],
     runs: list[tuple[str, float]],
     plans: dict[float, Plan],
     args: argparse.Namespace,
-    advance: Callable[[], object],
 ) -> Iterable[list[Record]]:
     """Records of a batch of samples, one list for every run; batches are fixed, so that their arithmetic is."""
-    chosen = [samples[index] for index in batch]
-    inputs = encode(model, processor, chosen)
-    answers = [processor.tokenizer.model.encode(sample.answer) for sample in chosen]
-    references: list[str] = []
+    indices, inputs, turn = batch
+    inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
+    turn, chosen = turn.to(args.device), [samples[index] for index in indices]
+    long = chosen[0].kind == "description"
+    answers = [ids_of(processor, sample.answer) for sample in chosen]
+    room = turn.shape[1] + (max(args.max_new_tokens, *map(len, answers)) if long else 24)
     prompt = Collector()
     logits = model.read(**inputs, cache=model.new_cache(0, prompt))
+    shared = {"protocol": protocol, "kind": "description" if long else "question"}
     for method, budget in runs:
-        compressor = compressor_for(method, budget, [args.seed + index for index in batch], plans)
-        cache = fill(model, prompt, max(args.max_new_tokens, *map(len, answers)), compressor)
-        twin = cache.fork()  # one reads the answer, the other writes its own
-        losses, kept = likelihood(model, logits, cache, answers), cache.kept.T.tolist()
-        tokens = list(itertools.islice(model.decode(logits, twin), args.max_new_tokens))
+        try:
+            further = turn.shape[1] + max(map(len, answers))
+            seeds = [args.seed + index for index in indices]
+            compressor = (PrefixKV(plan=plans[budget]) if method == "plan" else
+                          make(method, budget, seeds, further, int(prompt.present.sum(-1).min())))  # fmt: skip
+        except LlavaError:  # nothing is left for the prompt
+            continue
+        cache = fill(model, prompt, room, compressor, None if method == "plan" else bits_of(method))
+        kept = cache.kept.T.tolist()
+        after = model.read(turn, cache) if turn.shape[1] else logits
+        losses = likelihood(model, after, cache.fork(), answers) if long else [0.0] * len(answers)
+        tokens = list(itertools.islice(model.decode(after, cache), args.max_new_tokens if long else 24))
         texts = [text.strip() for text in processor.decode(torch.stack(tokens, dim=1))]
-        references = references or texts  # of the full cache, which comes first
+        share = bytes_held(cache, model)
         yield [
-            {"sample": index, "method": method, "budget": budget, "nll": loss, "tokens": len(answer),
-             "rouge": rouge_l(text, reference), "kept": counts, "prompt": length, "text": text}
-            for index, loss, answer, text, reference, counts, length in zip(
-                batch, losses, answers, texts, references, kept, inputs["attention_mask"].sum(-1).tolist())
+            {"sample": index, **shared, "method": method, "budget": budget, "nll": loss, "tokens": len(answer),
+             **marks(sample, text), "kept": counts, "prompt": length, "share": round(share, 5), "text": text}
+            for index, loss, answer, sample, text, counts, length in zip(
+                indices, losses, answers, chosen, texts, kept, inputs["attention_mask"].sum(-1).tolist())
         ]  # fmt: skip
-        advance()
+
+
+def bytes_held(cache: KVCache, model: Llava) -> float:
+    """What the cache takes at the end, as a share of all tokens in 16 bits. A number in full counts as 16 bits."""
+    config, full = model.config.text, model.lm_head.weight.element_size() / 2
+    held = cache.held_bytes / full
+    if isinstance(cache, QuantisedKVCache):
+        waiting = cache.waiting_bytes
+        held = cache.held_bytes - waiting + waiting / full
+    return held / (int(cache.lengths.sum()) * config.num_hidden_layers * config.kv_heads * config.head_size * 4)
 
 
 # ---------------------------------------------------------------- plans and layers
@@ -319,60 +417,122 @@ def log_perplexity(values: Tensor) -> Tensor:
     return values[..., 0].sum(-1) / values[..., 1].sum(-1)
 
 
-def tables(records: list[Record]) -> str:
-    """Markdown: both metrics by method and budget with their intervals, and PrefixKV against each, sample by sample."""
-    by_run: dict[tuple[str, float], list[Record]] = {}
+MEASURES = {  # name: title, digits after the point, and whether more is better
+    "questions": ("Short questions answered exactly, in per cent", True),
+    "objects": ("Objects of a description named truly, in per cent", True),
+    "perplexity": ("Perplexity of the true description", False),
+}
+
+
+def values_of(rows: list[Record], measure: str) -> Tensor:
+    """What a measure is made of, (numerator, denominator) of each sample: [samples, 2], float64."""
+    top, bottom = {"questions": ("right", ""), "objects": ("found", "true"), "perplexity": ("nll", "tokens")}[measure]
+    return torch.tensor([(row[top], row[bottom] if bottom else 1) for row in rows], dtype=torch.float64)
+
+
+def statistic(measure: str, values: Tensor) -> Tensor:
+    """The measure of values [.., samples, 2] -> [..]: per cent, or a perplexity."""
+    ratio = values[..., 0].sum(-1) / values[..., 1].sum(-1)
+    return ratio.clamp(max=700).exp() if measure == "perplexity" else 100 * ratio
+
+
+def order_of(method: str) -> tuple[int, str]:
+    """Where a method stands in tables: as in METHODS, its variants behind it."""
+    base = parsed(method)["base"] if method != "plan" else method
+    return (METHODS.index(base) if base in METHODS else len(METHODS), method)
+
+
+def blind(samples: list[Sample], measure: str, seed: int) -> dict[str, Tensor]:
+    """What an answer is worth that was given without a look at the picture, as `values_of`."""
+    rng = random.Random(seed)
+    if measure == "questions":
+        told: dict[str, Counter[str]] = defaultdict(Counter)
+        for other in scenes(1600, seed, "blind", short=True):
+            told[other.kind][other.answer] += 1
+        right = [float(told[s.kind].most_common(1)[0][0] == s.answer) for s in samples]
+        return {"*the commonest answer of its kind*": torch.tensor([(r, 1) for r in right], dtype=torch.float64)}
+    if measure == "perplexity":
+        return {}
+    floors: dict[str, list[tuple[float, float]]] = {"*another scene's description*": [], "*right places, guessed*": []}
+    for sample, other in zip(samples, [*samples[1:], samples[0]]):
+        true = set(named(sample.answer))
+        guess = {(rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES), t[3]) for t in sorted(true)}
+        for row, told_things in zip(floors.values(), (set(named(other.answer)), guess)):
+            row.append((len(true & told_things), len(true)))
+    return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in floors.items()}
+
+
+def tables(records: list[Record], samples: dict[str, list[Sample]], seed: int) -> str:
+    """Markdown: a table for each measure and protocol, by method and budget, and one by bytes for each protocol."""
+    by_run: dict[tuple[str, str, str, float], list[Record]] = {}
     for record in sorted(records, key=lambda record: record["sample"]):
-        by_run.setdefault((record["method"], record["budget"]), []).append(record)
-    methods = [name for name in (*METHODS, *VARIANTS) if any(method == name for method, _ in by_run)]
-    budgets = sorted({budget for method, budget in by_run if method != "full"})
-    losses = {run: torch.tensor([(r["nll"], r["tokens"]) for r in rows], dtype=torch.float64)
-              for run, rows in by_run.items()}  # fmt: skip
-    rouges = {run: torch.tensor([r["rouge"] for r in rows], dtype=torch.float64) for run, rows in by_run.items()}
-    full = by_run["full", 1.0]
+        by_run.setdefault((record["kind"], record["protocol"], record["method"], record["budget"]), []).append(record)
+    methods = sorted({method for *_, method, _ in by_run if not method.startswith("full")}, key=order_of)
+    budgets = sorted({budget for *_, method, budget in by_run if not method.startswith("full")})
+    lines: list[str] = []
 
-    def grid(title: str, cell: Callable[[tuple[str, float]], str], rows: list[str]) -> list[str]:
-        lines = [f"**{title}**", "", "| | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |"]
-        lines.append("|---" * (len(budgets) + 1) + "|")
-        for method in rows:
-            cells = [cell((method, b)) if (method, b) in by_run else "" for b in budgets]
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        return [*lines, ""]
+    def cell(measure: str, values: Tensor, against: Tensor | None = None) -> str:
+        number = digits if measure == "perplexity" else lambda value: f"{value:.0f}"
+        low, high = interval(values, partial(statistic, measure))
+        text = f"{number(float(statistic(measure, values)))} ({number(low)}–{number(high)})"
+        if against is None or len(against) != len(values):
+            return text
+        sign = -1 if measure == "perplexity" else 1
+        both = torch.cat([values, against], -1)
+        low, high = interval(both, lambda v: sign * (statistic(measure, v[..., :2]) - statistic(measure, v[..., 2:])))
+        return f"{text} {'+' if low > 0 else '−' if high < 0 else '='}"
 
-    def perplexity_cell(run: tuple[str, float]) -> str:
-        low, high = (math.exp(min(700.0, end)) for end in interval(losses[run], log_perplexity))
-        return f"{digits(perplexity(by_run[run]))} ({digits(low)}–{digits(high)})"
-
-    def rouge_cell(run: tuple[str, float]) -> str:
-        low, high = interval(rouges[run], lambda values: values.mean(-1))
-        return f"{float(rouges[run].mean()):.3f} ({low:.3f}–{high:.3f})"
-
-    def difference_cell(method: str, run: tuple[str, float]) -> str:
-        ours = (method, run[1])
-        pair = torch.cat([losses[ours], losses[run]], -1)
-        worse = interval(pair, lambda v: log_perplexity(v[..., 2:]) - log_perplexity(v[..., :2]))
-        better = interval(rouges[ours] - rouges[run], lambda values: values.mean(-1))
-        marks = ["+" if low > 0 else "−" if high < 0 else "=" for low, high in (worse, better)]
-        return " ".join(marks)
-
-    compared = [method for method in methods if method != "full"]
-    lines = [f"{len(full)} samples. Full cache: perplexity {perplexity(full):.4f}.", ""]
-    lines += grid("Perplexity of the reference answer (lower is better; 95 % interval)", perplexity_cell, compared)
-    lines += grid("ROUGE-L F against the full cache's answer (higher is better; 95 % interval)", rouge_cell, compared)
-    for ours in ("prefixkv", "cover"):
-        if ours in methods:
-            title = (
-                f"{ours} against each on the same samples, perplexity then ROUGE-L: + better, − worse, = neither (95 %)"
-            )
-            lines += grid(title, partial(difference_cell, ours), [method for method in compared if method != ours])
-    return "\n".join(lines)
+    for measure, (title, _) in MEASURES.items():
+        kind = "question" if measure == "questions" else "description"
+        asked = [protocol for protocol in PROTOCOLS if (kind, protocol, "full", 1.0) in by_run]
+        known = bool(asked) and ("right" if kind == "question" else "true") in by_run[kind, asked[0], "full", 1.0][0]
+        if not asked or (measure != "perplexity" and not known):
+            continue
+        for protocol in asked:
+            full = values_of(by_run[kind, protocol, "full", 1.0], measure)
+            lines += [f"**{title}; protocol {protocol}, {len(full)} samples. Full cache: {cell(measure, full)}**", ""]
+            lines += ["| | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |",
+                      "|---" * (len(budgets) + 1) + "|"]  # fmt: skip
+            for name, floor in blind(samples[kind], measure, seed).items() if known else ():
+                lines.append(f"| {name} | " + " | ".join([cell(measure, floor)] * len(budgets)) + " |")
+            for method in methods:
+                cells = []
+                for budget in budgets:
+                    rows, random_ = (by_run.get((kind, protocol, name, budget)) for name in (method, "random"))
+                    against = values_of(random_, measure) if random_ and method != "random" else None
+                    cells.append(cell(measure, values_of(rows, measure), against) if rows else "")
+                lines.append(f"| {method} | " + " | ".join(cells) + " |")
+            lines.append("")
+    for protocol in [p for p in PROTOCOLS if any(run[1] == p for run in by_run)]:
+        lines += [f"**By bytes held at the end; protocol {protocol}**", "",
+                  "| | budget | bytes | questions | objects | perplexity |", "|---|---|---|---|---|---|"]  # fmt: skip
+        shares: dict[tuple[str, float], list[float]] = {}
+        for (_, own, method, budget), rows in by_run.items():
+            if own == protocol:
+                shares.setdefault((method, budget), []).extend(
+                    row["share"] for row in rows if row["kind"] == "description"
+                )
+        for (method, budget), share in sorted(shares.items(), key=lambda item: sum(item[1]) / max(1, len(item[1]))):
+            cells = []
+            for measure in MEASURES:
+                kind = "question" if measure == "questions" else "description"
+                rows = by_run.get((kind, protocol, method, budget), [])
+                top = "right" if kind == "question" else "found" if measure == "objects" else "nll"
+                cells.append(cell(measure, values_of(rows, measure)) if rows and top in rows[0] else "")
+            mean = f"{100 * sum(share) / len(share):.1f} %" if share else ""
+            lines.append(f"| {method} | {budget:.0%} | {mean} | " + " | ".join(cells) + " |")
+        lines.append("")
+    note = (
+        "In brackets 95 % by bootstrap over samples; + better, − worse, = neither than random at the budget, in pairs."
+    )
+    return "\n".join([note, "", *lines])
 
 
 def layer_table(curve: Tensor, records: list[Record]) -> str:
     """Markdown: how concentrated each layer's importance is, and what PrefixKV kept of it."""
     kept: dict[float, list[Tensor]] = {}
     for record in records:
-        if record["method"] == "prefixkv":
+        if (record["method"], record["protocol"], record["kind"]) == ("prefixkv", "known", "description"):
             kept.setdefault(record["budget"], []).append(torch.tensor(record["kept"]) / record["prompt"])
     shares = {budget: torch.stack(rows).mean(0) for budget, rows in sorted(kept.items())}
     lines = ["**Layers: Gini coefficient of importance, and share that PrefixKV keeps by budget**", ""]
@@ -386,7 +546,7 @@ def layer_table(curve: Tensor, records: list[Record]) -> str:
 
 
 def plot(records: list[Record], curve: Tensor, folder: Path) -> None:
-    """`quality.png` and `layers.png`, if matplotlib is installed."""
+    """`quality.png`, a column for each protocol, and `layers.png`, if matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
@@ -395,23 +555,33 @@ def plot(records: list[Record], curve: Tensor, folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    by_run: dict[tuple[str, float], list[Record]] = {}
+    by_run: dict[tuple[str, str, str, float], list[Record]] = {}
     for record in records:
-        by_run.setdefault((record["method"], record["budget"]), []).append(record)
-    budgets = sorted({budget for method, budget in by_run if method != "full"})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    hues = iter(plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
-    for method in [name for name in (*METHODS, *VARIANTS) if budgets and (name, budgets[0]) in by_run]:
-        style = {"linewidth": 2.4, "zorder": 3} if method in ("prefixkv", "cover") else {"linewidth": 1.2}
-        style["color"] = next(hues)
-        rows = [by_run[method, budget] for budget in budgets]
-        left.plot(budgets, [perplexity(part) for part in rows], marker="o", markersize=3, label=method, **style)
-        means = [sum(r["rouge"] for r in part) / len(part) for part in rows]
-        right.plot(budgets, means, marker="o", markersize=3, label=method, **style)
-    left.axhline(perplexity(by_run["full", 1.0]), color="grey", linestyle=":", label="full cache")
-    left.set(yscale="log", xlabel="budget", ylabel="perplexity of the reference answer")
-    right.set(xlabel="budget", ylabel="ROUGE-L F against the full cache's answer")
-    figure.legend(*right.get_legend_handles_labels(), fontsize=8, loc="outside right center")
+        by_run.setdefault((record["kind"], record["protocol"], record["method"], record["budget"]), []).append(record)
+    protocols = [protocol for protocol in PROTOCOLS if any(run[1] == protocol for run in by_run)]
+    measures = [measure for measure in MEASURES if any(
+        kind == ("question" if measure == "questions" else "description")
+        and {"questions": "right", "objects": "found", "perplexity": "nll"}[measure] in rows[0]
+        for (kind, *_), rows in by_run.items()
+    )]  # fmt: skip
+    figure, axes = plt.subplots(len(measures), len(protocols), layout="constrained", squeeze=False,
+                                figsize=(1 + 3.6 * len(protocols), 0.6 + 2.7 * len(measures)))  # fmt: skip
+    methods = sorted({method for _, _, method, _ in by_run}, key=order_of)
+    hues = dict(zip(methods, itertools.cycle(plt.get_cmap("tab20").colors)))  # type: ignore[attr-defined]
+    for line, measure in zip(axes, measures):
+        kind = "question" if measure == "questions" else "description"
+        for axis, protocol in zip(line, protocols):
+            for method in methods:
+                runs = sorted(run for run in by_run if run[:3] == (kind, protocol, method))
+                at = [sum(row["share"] for row in by_run[run]) / len(by_run[run]) for run in runs]
+                found = [float(statistic(measure, values_of(by_run[run], measure))) for run in runs]
+                thick = method in ("prefixkv", "cover") or method.startswith("full")
+                axis.plot(at, found, marker="o", markersize=3, label=method, color=hues[method],
+                          linewidth=2.4 if thick else 1.1)  # fmt: skip
+            axis.set(xscale="log", title=f"{protocol}: {measure}", xlabel="bytes held at the end, of all in 16 bits")
+            if measure == "perplexity":
+                axis.set(yscale="log")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.savefig(folder / "quality.png", dpi=110)
     plt.close(figure)
 
@@ -421,8 +591,8 @@ def plot(records: list[Record], curve: Tensor, folder: Path) -> None:
         left.plot([index / (len(line) - 1) for index in range(len(line))], line, color=colour, label=f"layer {layer}")
     left.set(xlabel="share of the keys, most important first", ylabel="share of the importance")
     left.legend(fontsize=7)
-    for (method, budget), part in sorted(by_run.items()):
-        if method == "prefixkv":
+    for (kind, protocol, method, budget), part in sorted(by_run.items()):
+        if (kind, protocol, method) == ("description", "known", "prefixkv"):
             kept = torch.stack([torch.tensor(r["kept"]) / r["prompt"] for r in part]).mean(0).tolist()
             right.plot(range(len(kept)), kept, marker="o", markersize=3, label=f"{budget:.0%}")
     right.set(xlabel="layer", ylabel="share of the prompt kept by PrefixKV")
@@ -464,7 +634,19 @@ def fingerprint(folder: Path) -> str:
 
 def settle(args: argparse.Namespace) -> None:
     """Notes what the results in `--out` are of, or refuses to mix two kinds of results."""
-    names = ("model", "data", "images", "samples", "batch_size", "max_new_tokens", "dtype", "device", "seed", "plans")
+    names = (
+        "model",
+        "data",
+        "images",
+        "samples",
+        "questions",
+        "batch_size",
+        "max_new_tokens",
+        "dtype",
+        "device",
+        "seed",
+        "plans",
+    )
     settings = {name: str(getattr(args, name)) for name in names} | {"weights": fingerprint(find(args.model))}
     keep_apart(args.out, settings)
 
@@ -486,6 +668,11 @@ def keep_apart(folder: Path, settings: dict[str, str]) -> None:
         write_json(path, settings)
 
 
+def key_of(record: Record) -> tuple[str, str, int, str, float]:
+    """What a record is of; no two records of a folder have the same."""
+    return tuple(record[name] for name in ("kind", "protocol", "sample", "method", "budget"))
+
+
 def gather(value: Any) -> list[Any]:
     """`value` of every process, in their order."""
     if not dist.is_initialized():
@@ -505,22 +692,27 @@ def evaluate(args: argparse.Namespace) -> int:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     bad: list[str] = []
+    samples: dict[str, list[Sample]] = {"question": [], "description": []}
     if args.data == "scenes":
-        samples = scenes(args.samples, args.seed)
+        samples = {"question": scenes(args.questions, args.seed, "asked", short=True),
+                   "description": scenes(args.samples, args.seed)}  # fmt: skip
     else:
-        samples, bad = read_samples(Path(args.data), args.images, args.samples)
+        samples["description"], bad = read_samples(Path(args.data), args.images, args.samples)
+    described = samples["description"]
     for sentence in bad if rank == 0 else []:
         print(sentence, file=sys.stderr)
-    if not samples:
+    if not described:
         raise LlavaError(f"{args.data} has no entry that can be used.")
     model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype), fast=True)
-    samples[0].prompt(processor)  # a template that fails does so before anything is written
+    described[0].prompt(processor)  # a template that fails does so before anything is written
     if args.estimate_plan:
-        plans, shares = estimate(model, processor, samples, args.budgets, str(args.model), args.batch_size)
+        plans, shares = estimate(model, processor, described, args.budgets, str(args.model), args.batch_size)
         args.estimate_plan.mkdir(parents=True, exist_ok=True)
         for budget, plan in plans.items():
             write_plan(args.estimate_plan / f"{budget:g}.json", plan)
-        print(f"Plans of {len(samples)} samples in {args.estimate_plan}. How far the samples agree, in shares kept:\n")
+        print(
+            f"Plans of {len(described)} samples in {args.estimate_plan}. How far the samples agree, in shares kept:\n"
+        )
         print(agreement(shares))
         return 1 if bad else 0
     plans = {}
@@ -530,42 +722,48 @@ def evaluate(args: argparse.Namespace) -> int:
     methods = [method for method in args.methods if method != "plan" or plans or args.data == "scenes"]
     if methods != args.methods and args.methods != list(METHODS):
         raise LlavaError("The method plan needs --plans FOLDER with this --data; --estimate-plan FOLDER writes them.")
+    for method in methods:
+        if method != "plan":
+            parsed(method)
+    protocols = [p for p in args.protocols if p != "second" or all(s.earlier for s in described)]
+    if not protocols or (protocols != args.protocols and args.protocols != list(PROTOCOLS)):
+        raise LlavaError("The data have no second question; leave out the protocol second.")
     settle(args)
     if "plan" in methods and not plans:
         calibration = scenes(10, args.seed, "calibration")
         plans, _ = estimate(model, processor, calibration, args.budgets, str(args.model), args.batch_size)
     runs = runs_of(methods, args.budgets)
     parts = gather(read_results(args.out) if rank == 0 or not dist.is_initialized() else [])
-    done = {(r["sample"], r["method"], r["budget"]): r for part in parts for r in part}
-    batches = [list(range(start, min(start + args.batch_size, len(samples))))
-               for start in range(0, len(samples), args.batch_size)]  # fmt: skip
-    mine = []
-    for batch in batches[rank::world]:
-        missing = [run for run in runs if any((index, *run) not in done for index in batch)]
-        if missing:  # the full cache's answers are what the others are compared with
-            mine.append((batch, missing if missing[0][0] == "full" else [("full", 1.0), *missing]))
+    done = {key_of(r): r for part in parts for r in part}
+    work = [(kind, protocol, batch) for protocol in protocols for kind in samples
+            for batch in batches(processor, samples[kind], protocol, args.batch_size)]  # fmt: skip
     made: list[Record] = []
     path = args.out / f"results-{rank}.jsonl"
+    mine = []
+    for kind, protocol, batch in work[rank::world]:
+        missing = [run for run in runs if any((kind, protocol, index, *run) not in done for index in batch[0])]
+        if missing:
+            mine.append((kind, protocol, batch, missing))
     with (
         path.open("a", encoding="utf-8") as file,
-        tqdm(total=sum(len(todo) for _, todo in mine), disable=rank > 0 or not mine, unit="run", ncols=79) as bar,
+        tqdm(total=sum(len(todo) for *_, todo in mine), disable=rank > 0 or not mine, unit="run", ncols=79) as bar,
     ):
-        for batch, todo in mine:
-            for records in measure(model, processor, batch, samples, todo, plans, args, bar.update):
-                new = [r for r in records if (r["sample"], r["method"], r["budget"]) not in done]
+        for kind, protocol, batch, todo in mine:
+            for records in measure(model, processor, protocol, batch, samples[kind], todo, plans, args):
+                new = [record for record in records if key_of(record) not in done]
                 for record in new:  # one write a line, so that a stop cuts off one line at most
                     file.write(json.dumps(record) + "\n")
                     file.flush()
                 made += new
-    wanted = {(index, *run) for batch in batches for index in batch for run in runs}
-    everything = {(r["sample"], r["method"], r["budget"]): r for part in gather(made) for r in part} | done
-    records = [everything[key] for key in sorted(wanted)]
+                bar.update()
+    everything = {key_of(r): r for part in gather(made) for r in part} | done
+    records = [r for key, r in sorted(everything.items()) if key[3:] in set(runs) and key[1] in protocols]
     if rank == 0:
         recorder = Recorder()
-        inputs = encode(model, processor, samples[: args.batch_size])
+        inputs = encode(model, processor, described[: args.batch_size])
         model.read(**inputs, cache=model.new_cache(1, recorder))
         curve = curves(recorder)
-        text = tables(records) + "\n" + layer_table(curve, records)
+        text = tables(records, samples, args.seed) + "\n" + layer_table(curve, records)
         write_file(args.out / "table.md", text.encode())
         plot(records, curve, args.out)
         print(text)
@@ -578,15 +776,18 @@ def evaluate(args: argparse.Namespace) -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.quality", description="Perplexity and ROUGE-L by method and budget."
+        prog="python -m bench.quality", description="What is lost with each method and budget, asked in three ways."
     )
     parser.add_argument("--model", default=str(TINY), help="folder of a checkpoint, or Hub id (default: the embedded)")
     parser.add_argument("--data", default="scenes", help="JSON in a published format (default: scenes made on the fly)")
     parser.add_argument("--images", type=Path, default=Path("."), help="folder that the JSON's images are named from")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=(*METHODS, *VARIANTS),
-                        metavar="METHOD", help=f"{', '.join(METHODS)} (default); {', '.join(VARIANTS)}")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD",
+                        help=f"{', '.join(METHODS)} (default); or as bench/variants.py says")  # fmt: skip
+    parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS, metavar="NAME",
+                        help=f"{', '.join(PROTOCOLS)} (default: all)")  # fmt: skip
     parser.add_argument("--budgets", nargs="+", type=demo.share, default=list(BUDGETS), metavar="SHARE")
-    parser.add_argument("--samples", type=int, default=100, metavar="N")
+    parser.add_argument("--samples", type=int, default=100, metavar="N", help="descriptions (default: 100)")
+    parser.add_argument("--questions", type=int, default=200, metavar="N", help="short questions (default: 200)")
     parser.add_argument("--batch-size", type=int, default=50, metavar="N")
     parser.add_argument("--max-new-tokens", type=int, default=160, metavar="N")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
@@ -596,8 +797,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--estimate-plan", type=Path, metavar="OUT", help="write a plan for each budget to this folder")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder for the results")
     args = parser.parse_args(arguments)
-    if min(args.samples, args.batch_size, args.max_new_tokens) < 1:
-        parser.error("--samples, --batch-size and --max-new-tokens must be 1 or more")
+    if min(args.samples, args.questions, args.batch_size, args.max_new_tokens) < 1:
+        parser.error("--samples, --questions, --batch-size and --max-new-tokens must be 1 or more")
     args.budgets = sorted(set(args.budgets))
     return args
 

@@ -164,7 +164,8 @@ class Uniform(PrefixKV):
 class Local(PrefixKV):
     """Attention sinks and the most recent tokens, as a window that moves on while decoding.
 
-    StreamingLLM (arXiv 2309.17453), section 3.2: the first four tokens, then the newest.
+    The tokens are those of StreamingLLM (arXiv 2309.17453), section 3.2: the first four, then the newest. Its positions
+    are places in the cache; here, as in all methods, they remain those of the text.
     """
 
     def __init__(self, budget: float = 0.2, num_sinks: int = 4):
@@ -263,12 +264,15 @@ class PyramidKV(SnapKV):
     """SnapKV's scores, with sizes that fall in equal steps from the first layer to the last.
 
     PyramidKV (arXiv 2406.02069), its arithmetic sequence: k / (beta * L) tokens for the last layer and
-    2 * k / L - k / (beta * L) for the first, of k in all, with beta 20.
+    2 * k / L - k / (beta * L) for the first, of k in all, with beta 20. As in its code, every layer's window comes on
+    top, and k is what the windows leave.
     """
 
     def allocate(self, scores: Tensor) -> Tensor:
-        falling = torch.linspace(2 - 1 / 20, 1 / 20, len(scores), dtype=torch.double)
-        return divide(self, falling[:, None].expand(scores.shape[:2]))
+        falling = torch.linspace(2 - 1 / 20, 1 / 20, len(scores), dtype=torch.double)[:, None]  # [L, 1]
+        window = self.width().cpu()  # [B]
+        rest = (self.budget * self.present.sum(-1).cpu() - window).clamp(min=0)  # [B]: of k / L
+        return divide(self, window + falling * rest)
 
 
 class Elastic(PrefixKV):

@@ -186,7 +186,7 @@ def test_pyramidkv_falls_in_equal_steps():
     counts, _ = choose(PyramidKV(0.3), *attention(0, 5, [200]))
     assert counts[0, 0] > counts[-1, 0]
     assert counts.diff(dim=0).unique().numel() <= 2  # steps are equal, but for rounding
-    assert int(counts[-1, 0]) == 3  # a twentieth of 60
+    assert int(counts[-1, 0]) in (31, 32)  # the window, half of 60, and a twentieth of the other half
 
 
 @settings(max_examples=30)
