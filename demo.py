@@ -34,6 +34,7 @@ from minillava.checks import LlavaError
 from minillava.compressors import METHODS
 from minillava.model import KVCache, Llava
 from minillava.processor import Processor, open_image
+from minillava.quantised import BITS, QuantisedKVCache
 from prefixkv import PrefixKV
 from train.scenes import draw, make_scene
 from weights import estimate_plan, find, find_device, load, memory_needed, read_plan, write_file, write_plan
@@ -62,6 +63,7 @@ class Run:
     text: str
     token_ids: list[int]
     prompt_tokens: int
+    kv_bits: int | None  # of each number in the cache; None for the model's own
     kept_per_layer: list[int]  # after prefill
     kv_bytes: int  # held at the end
     kv_bytes_allocated: int  # of all slots: what the longest answer that was allowed would have taken
@@ -183,6 +185,13 @@ def write(
     return ids, ended
 
 
+def new_cache(model: Llava, room: int, compressor: PrefixKV | None, bits: int | None) -> KVCache:
+    """An empty cache that keeps what the compressor says, None for all, in `bits` bits a number, None for all."""
+    if bits is None:
+        return model.new_cache(room, compressor)
+    return QuantisedKVCache(model.config.text, room, compressor, bits)
+
+
 def answer(
     model: Llava,
     processor: Processor,
@@ -192,23 +201,25 @@ def answer(
     compressor: PrefixKV | None,
     args: argparse.Namespace,
     title: str | None = "",
+    bits: int | None = None,
 ) -> Run:
     """Answers one prompt; compressor None is the full cache. Prints title and text unless the title is None."""
     device = model.lm_head.weight.device
     inputs = {name: tensor.to(device) for name, tensor in processor(prompt, images).items()}
-    cache, start = model.new_cache(args.max_new_tokens, compressor), time.perf_counter()
+    cache, start = new_cache(model, args.max_new_tokens, compressor, bits), time.perf_counter()
     logits = read(model, inputs, cache)
     prefilled = time.perf_counter()
     if title:
         print(title)
     ids, ended = write(model, processor, logits, cache, args, title is not None)
-    token_bytes = sum(2 * key.shape[1] * key.shape[3] * key.element_size() for key in cache.key)
+    token_bytes = sum(2 * key.shape[1] * key.shape[3] * logits.element_size() for key in cache.key)
     return Run(
         method=method,
         budget=1.0 if compressor is None else compressor.budget,
         text=processor.decode(ids).strip(),
         token_ids=ids,
         prompt_tokens=int(cache.prompt_lengths[0]),
+        kv_bits=bits,
         kept_per_layer=cache.kept[:, 0].tolist(),
         kv_bytes=cache.held_bytes,
         kv_bytes_allocated=cache.allocated_bytes,
@@ -246,6 +257,7 @@ def human(count: int) -> str:
 def table(runs: list[Run]) -> str:
     """The closing table, at most 80 columns wide; the bars of a deep model stand under it."""
     names = ["full cache" if run.method == "full" else f"{run.method} {100 * run.budget:.3g}%" for run in runs]
+    names = [name + (f", {run.kv_bits} bits" if run.kv_bits else "") for name, run in zip(names, runs)]
     rows = [["", "kept", "per layer", "KV held", "allocated", "tokens/s", "same words"]]
     for name, run in zip(names, runs):
         kept, total = sum(run.kept_per_layer), run.prompt_tokens * len(run.kept_per_layer)
@@ -262,8 +274,10 @@ def table(runs: list[Run]) -> str:
     return "\n".join([*lines(), *under])
 
 
-def compressors(args: argparse.Namespace) -> list[tuple[str, PrefixKV]]:
+def compressors(args: argparse.Namespace) -> list[tuple[str, PrefixKV | None]]:
     """What to run beside the full cache, with its method: the plan, or every method at every budget."""
+    if args.kv_bits and not (args.plan or args.method or args.budget):
+        return [("full", None)]
     if args.plan:
         return [("prefixkv", PrefixKV(plan=read_plan(args.plan)))]
     pairs = [(name, budget) for name in args.method or ["prefixkv"] for budget in args.budget or [0.5, 0.2]]
@@ -316,7 +330,8 @@ class Chat:
             if self.cache is not None:
                 print(dim("  The template has changed what was read before; the conversation is read again."))
             compressed = self.args.method or self.args.budget or self.args.plan
-            self.cache = self.model.new_cache(room, compressors(self.args)[0][1] if compressed else None)
+            compressor = compressors(self.args)[0][1] if compressed else None
+            self.cache = new_cache(self.model, room, compressor, self.args.kv_bits)
         self.known = ids
         return {name: tensor.to(self.model.lm_head.weight.device) for name, tensor in inputs.items()}, self.cache
 
@@ -415,6 +430,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="what compresses it; repeatable (default: prefixkv, and without --budget cover at 20%%): "
         + ", ".join(METHODS),
     )  # fmt: skip
+    cache.add_argument("--kv-bits", type=int, choices=BITS, metavar="N",
+                       help="store keys and values in N bits: 2, 3, 4 or 8; alone or with a method")  # fmt: skip
     cache.add_argument("--plan", metavar="FILE", help="keep what a plan says instead of a budget")  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
@@ -445,8 +462,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("several scenes are described in the terminal only; give one --scene with this option")
     if args.plan and (args.budget or args.method or args.save_plan):
         parser.error("--plan takes the place of --method, --budget and --save-plan; give one of them")
-    if (args.explore or args.plot) and (args.plan or args.method or args.chat):
-        parser.error("--explore and --plot show what PrefixKV's budgets keep; leave out --plan, --method and --chat")
+    if (args.explore or args.plot) and (args.plan or args.method or args.chat or args.kv_bits):
+        parser.error("--explore and --plot show what PrefixKV's budgets keep; leave out --plan, --method, --kv-bits "
+                     "and --chat")  # fmt: skip
+    if args.save_plan and args.kv_bits:
+        parser.error("--save-plan writes what a method keeps; leave out --kv-bits")
     for option in ("--json", "--prompt", "--save-plan"):
         if args.chat and vars(args)[option[2:].replace("-", "_")]:
             parser.error(f"--chat reads questions from the terminal and writes answers only; leave out {option}")
@@ -507,9 +527,11 @@ def describe(args: argparse.Namespace) -> None:
     compressed = compressors(args)
     questions = pictures(args)
     model, processor = load_shown(args, device)
-    if args.plan:  # refused before anything is answered, if it is for another model
+    if args.plan and compressed[0][1]:  # refused before anything is answered, if it is for another model
         nothing = torch.zeros(1, 0, dtype=torch.bool)
         compressed[0][1].begin(nothing, nothing, model.config.text.num_hidden_layers)
+    if args.kv_bits:
+        new_cache(model, 0, None, args.kv_bits)  # refused, if its heads do not fall into groups
     embedded, examples = Path(args.model).resolve() == TINY.resolve(), TINY.resolve() / "examples"
     if embedded and not args.json and any(Path(path).resolve().parent != examples for path in args.image or []):
         print(textwrap.fill(SHAPES_ALONE, WIDTH - 1), end="\n\n")
@@ -526,17 +548,19 @@ def answers(
     processor: Processor,
     names: list[str],
     images: list[Image.Image],
-    compressed: list[tuple[str, PrefixKV]],
+    compressed: list[tuple[str, PrefixKV | None]],
     args: argparse.Namespace,
 ) -> None:
     """Answers one question with the full cache and every compressed one, and writes what was asked for."""
     question = args.prompt or "Describe the image in detail."
     prompt = question if "<image>" in question else processor.chat([(question, None)], len(images))
     runs: list[Run] = []
-    for method, compressor in [("full", None), *compressed]:
-        name = "PrefixKV" if method == "prefixkv" else method
+    for number, (method, compressor) in enumerate([("full", None), *compressed]):
+        bits, name = args.kv_bits if number else None, "PrefixKV" if method == "prefixkv" else method
         title = "full cache" if compressor is None else f"{name}, {100 * compressor.budget:g}% of the cache"
-        runs.append(answer(model, processor, prompt, images, method, compressor, args, None if args.json else title))
+        title += f" in {bits} bits" if bits else ""
+        shown = None if args.json else title
+        runs.append(answer(model, processor, prompt, images, method, compressor, args, shown, bits))
         if not args.json:
             print()
     if not args.json:

@@ -244,8 +244,7 @@ class Collector(KeepAll):
 @torch.inference_mode()
 def fill(model: Llava, prompt: Collector, room: int, compressor: PrefixKV | None, bits: int | None = None) -> KVCache:
     """The cache that `model.read` would leave, without running the model on the prompt once more."""
-    config = model.config.text
-    cache = QuantisedKVCache(config, room, compressor, bits) if bits else model.new_cache(room, compressor)
+    cache = demo.new_cache(model, room, compressor, bits)
     cache.begin(prompt.present, prompt.image)
     for number, layer in enumerate(prompt.layers):
         cache.update(number, *layer)

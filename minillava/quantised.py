@@ -122,7 +122,7 @@ class QuantisedKVCache(KVCache):
 
     def __init__(self, config: TextConfig, room: int, compressor: Compressor | None = None, bits: int = 4):
         super().__init__(config, room, compressor)
-        if bits not in BITS:
+        if type(bits) is not int or bits not in BITS:
             raise LlavaError(f"The KV cache is to have {bits!r} bits; expected {', '.join(map(str, BITS))}.")
         if config.head_size % min(GROUP, config.head_size) or config.head_size % 8:
             raise LlavaError(f"Heads of {config.head_size} numbers do not fall into groups of {GROUP}.")

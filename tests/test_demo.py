@@ -156,7 +156,7 @@ def test_json_is_one_object_with_every_field(capsys):
     full = runs[0]
     for r in runs:
         assert set(r) == {
-            "method", "budget", "text", "token_ids", "prompt_tokens", "kept_per_layer", "kv_bytes",
+            "method", "budget", "text", "token_ids", "prompt_tokens", "kv_bits", "kept_per_layer", "kv_bytes",
             "kv_bytes_allocated", "kv_bytes_full", "prefill_seconds", "decode_seconds", "tokens_per_second",
         }  # fmt: skip
         layers = len(r["kept_per_layer"])
@@ -248,6 +248,21 @@ def test_methods_and_budgets_are_combined_and_named_in_the_table(capsys, small):
     assert code == 0
     rows = [line.split()[:2] for line in out.splitlines()[-5:]]
     assert rows == [["full", "cache"], ["h2o", "30%"], ["h2o", "10%"], ["random", "30%"], ["random", "10%"]]
+
+
+def test_few_bits_are_told_alone_and_with_a_method(capsys):
+    for options, title, row in (
+        ((), "full cache in 2 bits", "full cache, 2 bits"),
+        (("--method", "cover", "--budget", "40%"), "cover, 40% of the cache in 2 bits", "cover 40%, 2 bits"),
+    ):
+        code, out, err = run(capsys, "--kv-bits", "2", *options, "--max-new-tokens", "40")
+        assert code == 0 and not err and title in out.splitlines() and row in out
+        assert max(map(len, out.splitlines())) <= 80
+    code, out, _ = run(capsys, "--kv-bits", "2", "--json", "--max-new-tokens", "40")
+    full, few = json.loads(out)["runs"]
+    assert (full["kv_bits"], few["kv_bits"], few["kept_per_layer"]) == (None, 2, full["kept_per_layer"])
+    assert few["token_ids"][:20] == full["token_ids"][:20]
+    assert few["kv_bytes"] < 0.15 * full["kv_bytes"]  # of 32 bits; some of the newest tokens are in full
 
 
 def test_several_images_in_one_prompt(capsys):
@@ -348,7 +363,9 @@ def test_a_question_that_cannot_be_used_is_dropped_and_the_cache_stays(talk):
 
 
 def fake_run(layers: int) -> demo.Run:
-    return demo.Run("prefixkv", 0.2, "a b", [1], 99999, [20000] * layers, 10**10, 10**11, 10**11, 1.0, 1.0, 12345.0)
+    return demo.Run(
+        "prefixkv", 0.2, "a b", [1], 99999, None, [20000] * layers, 10**10, 10**11, 10**11, 1.0, 1.0, 12345.0
+    )
 
 
 @pytest.mark.parametrize("layers", [1, 8, 12, 13, 40, 70])
@@ -420,6 +437,9 @@ PICTURE = str(TINY / "examples" / "scene_1.png")
         (["--method", "nothing"], "invalid choice"),
         (["--method", "h2o", "--plan", "plan.json"], "--method"),
         (["--method", "h2o", "--explore", "page.html"], "--method"),
+        (["--kv-bits", "5"], "2, 3, 4, 8"),
+        (["--kv-bits", "2", "--explore", "page.html"], "--kv-bits"),
+        (["--kv-bits", "2", "--save-plan", "plan.json"], "--kv-bits"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(capsys, monkeypatch, arguments, word):
