@@ -34,7 +34,7 @@ from minillava.checks import LlavaError
 from minillava.compressors import METHODS
 from minillava.model import KVCache, Llava
 from minillava.processor import Processor, open_image
-from minillava.quantised import BITS, QuantisedKVCache
+from minillava.quantised import BITS, new_cache
 from prefixkv import PrefixKV
 from train.scenes import draw, make_scene
 from weights import estimate_plan, find, find_device, load, memory_needed, read_plan, write_file, write_plan
@@ -183,13 +183,6 @@ def write(
         typewriter.update(processor.decode(ids).strip(), final=True)
         typewriter.end()
     return ids, ended
-
-
-def new_cache(model: Llava, room: int, compressor: PrefixKV | None, bits: int | None) -> KVCache:
-    """An empty cache that keeps what the compressor says, None for all, in `bits` bits a number, None for all."""
-    if bits is None:
-        return model.new_cache(room, compressor)
-    return QuantisedKVCache(model.config.text, room, compressor, bits)
 
 
 def answer(

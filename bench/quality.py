@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minillava.command import end_quietly, run_command  # isort: skip
 
@@ -49,7 +49,7 @@ from minillava.compressors import METHODS as COMPRESSORS
 from minillava.compressors import Recorder
 from minillava.model import KeepAll, KVCache, Llava
 from minillava.processor import Processor, llava_prompt, open_image
-from minillava.quantised import QuantisedKVCache
+from minillava.quantised import QuantisedKVCache, new_cache
 from prefixkv import Plan, PrefixKV, priority
 from train.scenes import (
     COLOURS,
@@ -189,9 +189,11 @@ def split(processor: Processor, sample: Sample, protocol: str) -> tuple[dict[str
         return inputs, ids, len(ids) - (ids[::-1].index(processor.config.image_token_id) if protocol == "first" else 0)
     require(sample.earlier, "The data have no second question; leave out the protocol 'second'.")
     assert sample.earlier is not None  # for mypy
-    inputs = processor(processor.chat([sample.earlier, (question, None)], 1), images)
+    first, both = [(sample.earlier[0], None)], [sample.earlier, (question, None)]
+    system = sample.system if processor.chat(first, 1) == llava_prompt(first, 1) else ""
+    inputs = processor(system + processor.chat(both, 1), images)
     ids = inputs["input_ids"][0].tolist()
-    before = processor(processor.chat([(sample.earlier[0], None)], 1), images)["input_ids"][0].tolist()
+    before = processor(system + processor.chat(first, 1), images)["input_ids"][0].tolist()
     same = ids[: len(before)] == before
     require(same, "The checkpoint's template rewrites history; leave out the protocol 'second'.")
     return inputs, ids, len(before)
@@ -244,7 +246,7 @@ class Collector(KeepAll):
 @torch.inference_mode()
 def fill(model: Llava, prompt: Collector, room: int, compressor: PrefixKV | None, bits: int | None = None) -> KVCache:
     """The cache that `model.read` would leave, without running the model on the prompt once more."""
-    cache = demo.new_cache(model, room, compressor, bits)
+    cache = new_cache(model, room, compressor, bits)
     cache.begin(prompt.present, prompt.image)
     for number, layer in enumerate(prompt.layers):
         cache.update(number, *layer)
@@ -416,16 +418,25 @@ def log_perplexity(values: Tensor) -> Tensor:
     return values[..., 0].sum(-1) / values[..., 1].sum(-1)
 
 
-MEASURES = {  # name: title, digits after the point, and whether more is better
-    "questions": ("Short questions answered exactly, in per cent", True),
-    "objects": ("Objects of a description named truly, in per cent", True),
-    "perplexity": ("Perplexity of the true description", False),
+class Measure(NamedTuple):
+    """What is told of answers: a ratio of two fields of their records, each summed over samples."""
+
+    title: str
+    kind: str  # of the samples that have it
+    top: str
+    bottom: str | None  # None: the number of samples
+
+
+MEASURES = {
+    "questions": Measure("Short questions answered exactly, in per cent", "question", "right", None),
+    "objects": Measure("Objects of a description named truly, in per cent", "description", "found", "true"),
+    "perplexity": Measure("Perplexity of the true description", "description", "nll", "tokens"),
 }
 
 
 def values_of(rows: list[Record], measure: str) -> Tensor:
     """What a measure is made of, (numerator, denominator) of each sample: [samples, 2], float64."""
-    top, bottom = {"questions": ("right", ""), "objects": ("found", "true"), "perplexity": ("nll", "tokens")}[measure]
+    _, _, top, bottom = MEASURES[measure]
     return torch.tensor([(row[top], row[bottom] if bottom else 1) for row in rows], dtype=torch.float64)
 
 
@@ -481,18 +492,14 @@ def tables(records: list[Record], samples: dict[str, list[Sample]], seed: int) -
         low, high = interval(both, lambda v: sign * (statistic(measure, v[..., :2]) - statistic(measure, v[..., 2:])))
         return f"{text} {'+' if low > 0 else '−' if high < 0 else '='}"
 
-    for measure, (title, _) in MEASURES.items():
-        kind = "question" if measure == "questions" else "description"
-        asked = [protocol for protocol in PROTOCOLS if (kind, protocol, "full", 1.0) in by_run]
-        known = bool(asked) and ("right" if kind == "question" else "true") in by_run[kind, asked[0], "full", 1.0][0]
-        if not asked or (measure != "perplexity" and not known):
-            continue
+    for measure, (title, kind, top, _) in MEASURES.items():
+        asked = [protocol for protocol in PROTOCOLS if top in by_run.get((kind, protocol, "full", 1.0), [{}])[0]]
         for protocol in asked:
             full = values_of(by_run[kind, protocol, "full", 1.0], measure)
             lines += [f"**{title}; protocol {protocol}, {len(full)} samples. Full cache: {cell(measure, full)}**", ""]
             lines += ["| | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |",
                       "|---" * (len(budgets) + 1) + "|"]  # fmt: skip
-            for name, floor in blind(samples[kind], measure, seed).items() if known else ():
+            for name, floor in blind(samples[kind], measure, seed).items():
                 lines.append(f"| {name} | " + " | ".join([cell(measure, floor)] * len(budgets)) + " |")
             for method in methods:
                 cells = []
@@ -513,10 +520,8 @@ def tables(records: list[Record], samples: dict[str, list[Sample]], seed: int) -
                 )
         for (method, budget), share in sorted(shares.items(), key=lambda item: sum(item[1]) / max(1, len(item[1]))):
             cells = []
-            for measure in MEASURES:
-                kind = "question" if measure == "questions" else "description"
+            for measure, (_, kind, top, _) in MEASURES.items():
                 rows = by_run.get((kind, protocol, method, budget), [])
-                top = "right" if kind == "question" else "found" if measure == "objects" else "nll"
                 cells.append(cell(measure, values_of(rows, measure)) if rows and top in rows[0] else "")
             mean = f"{100 * sum(share) / len(share):.1f} %" if share else ""
             lines.append(f"| {method} | {budget:.0%} | {mean} | " + " | ".join(cells) + " |")
@@ -558,20 +563,16 @@ def plot(records: list[Record], curve: Tensor, folder: Path) -> None:
     for record in records:
         by_run.setdefault((record["kind"], record["protocol"], record["method"], record["budget"]), []).append(record)
     protocols = [protocol for protocol in PROTOCOLS if any(run[1] == protocol for run in by_run)]
-    measures = [measure for measure in MEASURES if any(
-        kind == ("question" if measure == "questions" else "description")
-        and {"questions": "right", "objects": "found", "perplexity": "nll"}[measure] in rows[0]
-        for (kind, *_), rows in by_run.items()
-    )]  # fmt: skip
+    measures = [name for name, measure in MEASURES.items()
+                if any(run[0] == measure.kind and measure.top in rows[0] for run, rows in by_run.items())]  # fmt: skip
     figure, axes = plt.subplots(len(measures), len(protocols), layout="constrained", squeeze=False,
                                 figsize=(1 + 3.6 * len(protocols), 0.6 + 2.7 * len(measures)))  # fmt: skip
     methods = sorted({method for _, _, method, _ in by_run}, key=order_of)
     hues = dict(zip(methods, itertools.cycle(plt.get_cmap("tab20").colors)))  # type: ignore[attr-defined]
     for line, measure in zip(axes, measures):
-        kind = "question" if measure == "questions" else "description"
         for axis, protocol in zip(line, protocols):
             for method in methods:
-                runs = sorted(run for run in by_run if run[:3] == (kind, protocol, method))
+                runs = sorted(run for run in by_run if run[:3] == (MEASURES[measure].kind, protocol, method))
                 at = [sum(row["share"] for row in by_run[run]) / len(by_run[run]) for run in runs]
                 found = [float(statistic(measure, values_of(by_run[run], measure))) for run in runs]
                 thick = method in ("prefixkv", "cover") or method.startswith("full")

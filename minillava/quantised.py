@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minillava.checks import LlavaError
 from minillava.config import TextConfig
-from minillava.model import Compressor, KVCache
+from minillava.model import Compressor, KVCache, Llava
 
 BITS = (2, 3, 4, 8)
 GROUP = 32  # numbers that share a scale and a zero; and new tokens that wait to be quantised
@@ -155,3 +155,10 @@ class QuantisedKVCache(KVCache):
                 groups = sum(n * size // part.group if part.per_token else -(-n // GROUP) * size for n in held)
                 total += heads * (sum(held) * size * self.bits // 8 + 4 * groups)
         return total
+
+
+def new_cache(model: Llava, room: int, compressor: Compressor | None, bits: int | None) -> KVCache:
+    """An empty cache that keeps what the compressor says, None for all, in `bits` bits a number, None for all."""
+    if bits is None:
+        return model.new_cache(room, compressor)
+    return QuantisedKVCache(model.config.text, room, compressor, bits)

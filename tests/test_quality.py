@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import demo
 import weights
 from bench import parts, quality
 from bench import published as bench_published
@@ -27,6 +26,7 @@ from bench.quality import PROTOCOLS, curves, gini, interval, likelihood, main, r
 from bench.variants import bits_of, make
 from minillava.checks import LlavaError
 from minillava.compressors import METHODS, Recorder
+from minillava.quantised import new_cache
 from prefixkv import PrefixKV
 from weights import read_plan
 
@@ -239,7 +239,7 @@ def test_answers_are_those_of_reading_cutting_and_asking_one_by_one(tiny, tmp_pa
     ):
         for index, sample in enumerate(samples):
             inputs, ids, cut = quality.split(processor, sample, protocol)
-            cache = demo.new_cache(model, 200, make(method, 0.3), bits_of(method))
+            cache = new_cache(model, 200, make(method, 0.3), bits_of(method))
             logits = model.read(torch.tensor([ids[:cut]]), cache, inputs["pixel_values"])
             if ids[cut:]:
                 logits = model.read(torch.tensor([ids[cut:]]), cache)
