@@ -336,8 +336,8 @@ def bytes_held(cache: KVCache, model: Llava) -> float:
     config, full = model.config.text, model.lm_head.weight.element_size() / 2
     held = cache.held_bytes / full
     if isinstance(cache, QuantisedKVCache):
-        waiting = cache.waiting_bytes
-        held = cache.held_bytes - waiting + waiting / full
+        newest = cache.newest_bytes
+        held = cache.held_bytes - newest + newest / full
     return held / (int(cache.lengths.sum()) * config.num_hidden_layers * config.kv_heads * config.head_size * 4)
 
 

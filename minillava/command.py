@@ -1,4 +1,4 @@
-"""What every command does around its work, so that it ends with a sentence and an exit code, whatever happens."""
+"""What every command does around its work, so that it ends with an exit code, and for an error with one sentence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from collections.abc import Callable
 
 
 def end_quietly() -> None:
-    """Called before slow imports: until `run_command` takes over, Ctrl-C ends the process without a traceback."""
+    """Called before slow imports: until `run_command` takes over, Ctrl-C ends the process without a traceback.
+
+    Unless Ctrl-C is ignored, as in a job in the background, or handled by somebody else.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -36,11 +39,12 @@ def run_command(name: str, work: Callable[[], int | None]) -> int:
         discard_output()
         return 141
     except OSError as error:
-        if not error.filename:
+        if error.filename:
+            sentence = f"{error.filename} cannot be used ({error.strerror})"
+        else:  # files and pictures raise errors of their own, so this is the output
             discard_output()
-        where = f"{error.filename} cannot be used" if error.filename else "the output cannot be written"
-        sentence = f"{where} ({error.strerror})"
-    except ValueError as error:  # LlavaError, or PrefixKV's refusal of importance that is not finite
+            sentence = f"the output cannot be written ({error.strerror or error})"
+    except ValueError as error:  # a LlavaError, or prefixkv.py's, which knows no LlavaError
         sentence = str(error)
     print(f"{name}: error: {printable(sentence)}", file=sys.stderr)
     return 2
@@ -53,7 +57,5 @@ def printable(text: str) -> str:
 
 def discard_output() -> None:
     """What was not written yet goes nowhere. Python would try once more at its end, and fail with a traceback."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.__stdout__):
-        if stream is not None:
-            os.dup2(nowhere, stream.fileno())
+    if sys.__stdout__ is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())

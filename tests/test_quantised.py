@@ -11,7 +11,7 @@ from bench.quality import scenes
 from minillava.checks import LlavaError
 from minillava.compressors import METHODS
 from minillava.config import TextConfig
-from minillava.quantised import BITS, GROUP, Packed, QuantisedKVCache, dequantise, pack, quantise, unpack
+from minillava.quantised import BITS, GROUP, Packed, QuantisedKVCache, dequantise, pack_bits, quantise, unpack_bits
 from prefixkv import PrefixKV
 
 seeds = st.integers(0, 2**32)
@@ -26,9 +26,9 @@ def noise(seed: int, *shape: int) -> torch.Tensor:
 @given(seeds, bits_, st.integers(1, 6))
 def test_codes_survive_packing_in_as_few_bytes_as_they_need(seed, bits, eights):
     codes = torch.randint(2**bits, (3, 8 * eights), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
-    packed = pack(codes, bits)
+    packed = pack_bits(codes, bits)
     assert packed.shape == (3, bits * eights) and packed.dtype == torch.uint8
-    assert torch.equal(unpack(packed, bits), codes)
+    assert torch.equal(unpack_bits(packed, bits), codes)
 
 
 @given(seeds, bits_)
@@ -60,6 +60,12 @@ def test_groups_are_channels_of_keys_and_tokens_of_values():
         same = changed[:, 0] == 5 if per_token else changed[:, 1] == 40
         group = changed[:, 1] // 32 == 1 if per_token else changed[:, 0] // 32 == 0
         assert len(changed) and same.all() and group.all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_numbers_beyond_float16_become_its_largest(bits):
+    x = torch.tensor([[1e30, -1e30, 0.0, 7e4]])
+    assert dequantise(*quantise(x, bits, torch.ones_like(x, dtype=torch.bool))).abs().max() < 1.01 * 65504
 
 
 @pytest.mark.parametrize("method", [None, *METHODS])
@@ -106,8 +112,8 @@ def test_bytes_are_those_of_the_formula_and_what_is_held_is_what_was_written(see
     held = cache.held.tolist()
     codes = sum(map(sum, held)) * 2 * 16 * bits // 8
     scales = 4 * sum(n + -(-n // 32) * 16 for row in held for n in row)  # a group of 16 a token, and 16 channels
-    assert cache.held_bytes == codes + scales + cache.waiting_bytes
-    assert cache.waiting_bytes < 32 * 2 * 2 * 16 * 4 * len(lengths)
+    assert cache.held_bytes == codes + scales + cache.newest_bytes
+    assert cache.newest_bytes < 32 * 2 * 2 * 16 * 4 * len(lengths)
     assert cache.allocated_bytes >= cache.held_bytes
 
 
