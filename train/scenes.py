@@ -29,6 +29,7 @@ COLOURS = {
 BACKGROUNDS = {"white": (246, 246, 246), "grey": (128, 128, 128), "black": (14, 14, 14), "beige": (232, 214, 182)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": (0.062, 0.075), "large": (0.115, 0.145)}  # radius as a share of the image's side
+SMALLEST = 0.042  # of "small" objects that cover 2 x 2 patches of 24 x 24, where scenes are to be harder
 PLACES = (
     "top left", "top centre", "top right",
     "middle left", "centre", "middle right",
@@ -78,12 +79,13 @@ def jitter(rng: random.Random, rgb: tuple[int, int, int], by: int) -> tuple[int,
     return red, green, blue
 
 
-def make_scene(rng: random.Random, max_objects: int = MAX_OBJECTS) -> Scene:
-    """A random scene of one to `max_objects` objects."""
+def make_scene(rng: random.Random, max_objects: int = MAX_OBJECTS, smallest: float = SIZES["small"][0]) -> Scene:
+    """A random scene of one to `max_objects` objects; small ones have a radius from `smallest` on."""
     background = rng.choice(list(BACKGROUNDS))
     things = []
     for cell in sorted(rng.sample(range(9), rng.randint(1, max_objects))):
         size, colour = rng.choice(list(SIZES)), rng.choice(list(COLOURS))
+        low, high = SIZES[size] if size == "large" else (smallest, SIZES[size][1])
         things.append(
             Thing(
                 size=size,
@@ -92,7 +94,7 @@ def make_scene(rng: random.Random, max_objects: int = MAX_OBJECTS) -> Scene:
                 cell=cell,
                 x=(cell % 3 + 0.5) / 3 + rng.uniform(-0.045, 0.045),
                 y=(cell // 3 + 0.5) / 3 + rng.uniform(-0.045, 0.045),
-                radius=rng.uniform(*SIZES[size]),
+                radius=rng.uniform(low, high),
                 angle=rng.uniform(-15, 15),
                 rgb=jitter(rng, COLOURS[colour], 12),
             )

@@ -15,8 +15,10 @@ Many questions are asked of one picture at once. Short conversations of one to t
 the image tokens; each sees the image and itself, at the positions it would have alone. So one reading of the image
 serves a dozen questions, and no answer can be copied from another conversation.
 
-The state of training is saved to `--work` every two minutes and taken up again by the same command. `--start FOLDER`
-begins with a checkpoint that the stages at the smallest side have made, and does the others.
+The last stage has smaller objects, too, down to 2 x 2 patches.
+
+The state of training is saved to `--work` every two minutes and taken up again by the same command. `--start FOLDER
+--first STAGE` begins with a checkpoint that the stages before STAGE have made.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ from train.scenes import (
     PLACES,
     SHAPES,
     SIZES,
+    SMALLEST,
     Question,
     Scene,
     description,
@@ -80,6 +83,7 @@ class Stage:
     steps: int
     batch: int  # scenes a step
     rate: float  # the peak of the learning rate
+    smallest: float = SIZES["small"][0]  # radius of the smallest objects
 
     @property
     def grid(self) -> int:
@@ -93,6 +97,7 @@ STAGES = (
     Stage("joint", "joint", side=96, steps=1000, batch=16, rate=5e-4),
     Stage("vision-192", "vision", side=192, steps=200, batch=32, rate=1e-3),
     Stage("joint-192", "joint", side=192, steps=950, batch=12, rate=5e-4),
+    Stage("joint-small", "joint", side=192, steps=300, batch=12, rate=3e-4, smallest=SMALLEST),
 )
 FALL_FROM = {"vision": 0.6, "language": 1.0, "joint": 0.0}  # after this share of a stage its learning rate falls
 PATCH = 8
@@ -279,7 +284,7 @@ class Batches(torch.utils.data.IterableDataset):
             for _ in range(stage.batch):
                 # Scenes of at most two or three objects make it easy to see what a question is about.
                 most = rng.choice((2, 3, MAX_OBJECTS)) if stage.kind == "language" else MAX_OBJECTS
-                scene = make_scene(rng, most)
+                scene = make_scene(rng, most, stage.smallest)
                 image, cover = draw(scene)
                 images.append(pixels(image, stage.side))
                 targets.append(patch_labels(scene, cover, stage.grid))
@@ -780,14 +785,18 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the model (about a third faster)")
-    parser.add_argument("--start", type=Path, help="folder of a checkpoint that the stages of its side have made")
-    parser.add_argument("--until", choices=[stage.name for stage in STAGES], default=STAGES[-1].name,
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("--start", type=Path, help="folder of a checkpoint that the stages before --first have made")
+    parser.add_argument("--first", choices=names, default=names[0], help="the first stage")
+    parser.add_argument("--until", choices=names, default=names[-1],
                         help="the last stage (default: all); `joint` gives a checkpoint for 96 px")  # fmt: skip
     parser.add_argument("--limit", type=int, help="at most so many steps a stage, to try it out")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny/checkpoint"), help="folder for the checkpoint")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    stages = STAGES[: [stage.name for stage in STAGES].index(args.until) + 1]
+    stages = STAGES[names.index(args.first) : names.index(args.until) + 1]
+    if not stages or (args.first != names[0]) != (args.start is not None):
+        parser.error("--first and --start go together, and --until names no stage before --first")
     tokenizer = args.work / "tokenizer.model"
     if args.start:
         try:
@@ -796,9 +805,8 @@ def main() -> None:
         except (LlavaError, OSError) as error:
             parser.error(f"--start: {error}")
         side = model.config.vision.image_size
-        stages = tuple(stage for stage in stages if stage.side > side)
-        if not stages:
-            parser.error(f"{args.start} is for {side} px already, and no stage up to {args.until} has larger pictures")
+        if side > stages[0].side:
+            parser.error(f"{args.start} is for {side} px, and the pictures of {stages[0].name} have {stages[0].side}")
     args.work.mkdir(parents=True, exist_ok=True)
     if args.start:
         tokenizer.write_bytes(pieces)
