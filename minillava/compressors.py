@@ -364,7 +364,105 @@ class TGVKV(PrefixKV):
         return retain(words_first, counts, self.present, self.num_sinks)
 
 
-class Cover(PrefixKV):
+class MixKV(SnapKV):
+    """SnapKV's scores mixed with diversity: how far a key points away from the mean of its head's keys.
+
+    MixKV (arXiv 2510.20707): the more alike the keys of a head are (the mean cosine of two of them), the more its
+    diversity counts. Diversity is scaled to 0 .. 1, and then to the mean of the scores. Heads share their tokens here.
+    """
+
+    def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attended, mask = super().score(layer, query, key, value)[:, None], self.present[:, None]  # [B, 1, N] each
+        number = mask.sum(-1, keepdim=True).float()  # [B, 1, 1]
+        unit = F.normalize(key.float(), dim=-1) * mask[..., None]  # [B, Hkv, N, Dh]
+        mean = unit.sum(2) / number  # [B, Hkv, Dh]
+        pairs = (number**2 * mean.square().sum(-1, keepdim=True) - number) / (number**2 - number).clamp(min=1)
+        alike = pairs.clamp(0, 1)  # [B, Hkv, 1]
+        apart = -(unit @ mean[..., None])[..., 0]  # [B, Hkv, N]
+        low = apart.masked_fill(~mask, torch.inf).amin(-1, keepdim=True)  # [B, Hkv, 1]
+        apart = (apart - low).masked_fill(~mask, 0.0)
+        apart = apart * attended.sum(-1, keepdim=True) / apart.sum(-1, keepdim=True).clamp(min=1e-12)
+        return ((1 - alike) * attended + alike * apart).mean(1)
+
+
+class Weighted(PrefixKV):
+    """A method whose kept tokens stand for others: `log_weights` [L, B, N + 1] are added to the scores of their keys.
+
+    The last column is that of all tokens after the prompt. A token that is dropped takes its weight with it.
+    """
+
+    log_weights: Tensor
+
+    def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
+        super().begin(present, image, layers)
+        self.padding = (~present).sum(-1, keepdim=True)  # [B, 1]: the column of position 0
+
+    def bias(self, layer: int, position: Tensor) -> Tensor | None:
+        """What is added to the scores of keys at `position` [B, S]: log n for a key that counts n times."""
+        weights = self.log_weights[layer]  # [B, N + 1]
+        return weights.gather(1, (position + self.padding).clamp(0, weights.shape[1] - 1))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
+        return self.bias(layer, position)
+
+
+class AttentionMatching(Weighted):
+    """Keeps the keys with the largest root-mean-square attention; fits their weights, then their values.
+
+    Attention Matching (arXiv 2602.16284): a few reference queries shall find, in what is kept, the same mass (weights
+    of the keys by non-negative least squares) and the same output (values by least squares) as in the whole prompt.
+    Here the queries are the prompt's last REFERENCE, and heads share tokens and weights.
+    """
+
+    REFERENCE, ROUNDS, RIDGE = 256, 200, 1e-4
+
+    def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
+        super().begin(present, image, layers)
+        self.queries = question_queries(present, last_n(present, torch.full_like(present.sum(-1), self.REFERENCE)))
+        self.attention: list[Tensor] = []  # of each layer, the reference queries' weights [B, H, W, N]
+        shape = (layers, present.shape[0], present.shape[1] + 1)
+        self.log_weights = torch.zeros(shape, dtype=torch.float32, device=present.device)
+
+    def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.attention.append(question_weights(query, key, *self.queries))
+        return self.attention[-1].square().sum((1, 2))
+
+    def allocate(self, scores: Tensor) -> Tensor:
+        return equally(self, scores)
+
+    def compress(self, waiting: list[Waiting]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for layer, (key, value, keep) in enumerate(super().compress(waiting)):
+            weights, self.attention[layer] = self.attention[layer], keep.new_zeros(0)  # frees each layer's in turn
+            fitted = [self.fit(layer, row, *parts) for row, parts in enumerate(zip(weights, value, keep))]
+            yield key, torch.stack(fitted), keep
+
+    def fit(self, layer: int, row: int, weights: Tensor, value: Tensor, keep: Tensor) -> Tensor:
+        """The values [Hkv, N, Dh] of one text, fitted where keep [N]; notes the weights that make up for the others.
+
+        weights [H, W, N] are the reference queries' attention to the whole prompt, so a query's mass is 1.
+        """
+        asked = weights[0].sum(-1) > 0  # [W]: not padding
+        weights = weights[:, asked].double()  # [H, W', N]
+        kept = weights[..., keep]  # [H, W', F]
+        flat = kept.flatten(0, 1)  # [H * W', F]
+        square, mass = flat.mT @ flat, flat.sum(0)  # [F, F], [F]
+        times = torch.ones_like(mass)  # [F]: how often a key counts
+        for _ in range(self.ROUNDS):  # multiplicative updates (Lee and Seung): they keep the sign
+            times = times * mass / (square @ times).clamp(min=1e-12)
+        times = times.clamp(min=1e-6)
+        self.log_weights[layer, row, :-1][keep] = times.log().float()
+        output = weights.unflatten(0, (len(value), -1)) @ value[:, None].double()  # [Hkv, G, W', Dh]
+        share = (kept * times) / (kept * times).sum(-1, keepdim=True).clamp(min=1e-12)  # [H, W', F]
+        share = share.unflatten(0, (len(value), -1)).flatten(1, 2)  # [Hkv, G * W', F]
+        # Ridge: values that the queries hardly see stay what they were.
+        old, ridge = value[:, keep].double(), self.RIDGE * torch.eye(len(mass), dtype=torch.double, device=keep.device)
+        change = torch.linalg.solve(share.mT @ share + ridge, share.mT @ (output.flatten(1, 2) - share @ old))
+        fitted = value.clone()
+        fitted[:, keep] = (old + change).to(value.dtype)
+        return fitted
+
+
+class Cover(Weighted):
     """Keeps the words, a little of what they attend to, and an even cover of the picture that stands for all of it.
 
     The first and the last token stay anyway. Up to half of a layer's tokens are words of the prompt: the last of them,
@@ -427,17 +525,11 @@ class Cover(PrefixKV):
         spaced = topk_mask(-angle, room, others)
         cluster_size = (others.sum(-1) / room)[..., None]  # [L, B, 1]; not read where there is no room
         log_sizes = torch.where(spaced, cluster_size.log(), 0.0)  # [L, B, N]
-        self.log_sizes = F.pad(log_sizes, (0, 1))  # [L, B, N + 1]: the last one is that of all new tokens
-        self.padding = present.shape[1] - number[:, -1:]  # [B, 1]: the column of position 0
+        self.log_weights = F.pad(log_sizes, (0, 1))  # [L, B, N + 1]
         return kept | spaced
 
     def choose(self, layer: int, scores: Tensor, counts: Tensor) -> Tensor:
         return self.chosen[layer]
-
-    def bias(self, layer: int, position: Tensor) -> Tensor | None:
-        """What is added to the scores of keys at `position` [B, S]: log n for a key that stands for n tokens."""
-        sizes = self.log_sizes[layer]  # [B, T]
-        return sizes.gather(1, (position + self.padding).clamp(0, sizes.shape[1] - 1))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
         bias = self.bias(layer, position)  # [B, S], or None
@@ -455,5 +547,6 @@ class Cover(PrefixKV):
 
 METHODS: dict[str, type[PrefixKV]] = {
     "random": Random, "local": Local, "h2o": H2O, "snapkv": SnapKV, "pyramidkv": PyramidKV, "elastic": Elastic,
-    "vlcache": VLCache, "tgvkv": TGVKV, "cover": Cover, "uniform": Uniform, "prefixkv": PrefixKV,
+    "vlcache": VLCache, "tgvkv": TGVKV, "mixkv": MixKV, "matching": AttentionMatching, "cover": Cover,
+    "uniform": Uniform, "prefixkv": PrefixKV,
 }  # fmt: skip

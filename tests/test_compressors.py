@@ -320,6 +320,49 @@ def test_tgvkv_scores_are_those_of_its_equations(seed, length):
     assert kept[0, 0, ~image].all() or not kept[0, 0, image].any()  # words first
 
 
+@given(seeds, st.integers(8, 60))
+def test_mixkv_counts_diversity_as_much_as_keys_are_alike(seed, length):
+    query, key, present = attention(seed, 1, [length])
+    made, plain = METHODS["mixkv"](0.5), SnapKV(0.5)
+    for method in (made, plain):
+        method.begin(present, picture(present), 1)
+    attended, found = (method.score(0, query[0], key[0], key[0])[0] for method in (plain, made))
+    expected = torch.zeros(length)
+    for head in key[0, 0]:  # [N, Dh]
+        cosine = torch.nn.functional.cosine_similarity(head[:, None], head[None], dim=-1)  # [N, N]
+        alike = float((cosine.sum() - length) / (length * (length - 1)))
+        apart = -cosine.mean(0)  # the cosines with all keys: with their mean, but for its length
+        apart = (apart - apart.min()) / (apart.max() - apart.min())
+        apart = apart * attended.mean() / apart.mean()
+        alike = min(max(alike, 0.0), 1.0)
+        expected += ((1 - alike) * attended + alike * apart) / 2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=20)
+@given(seeds, st.integers(12, 40), st.floats(0.2, 0.9))
+def test_attention_matching_solves_both_least_squares(seed, length, budget):
+    query, key, present = attention(seed, 1, [length])
+    value = torch.randn(key.shape, generator=torch.Generator().manual_seed(seed))
+    made = METHODS["matching"](budget)
+    made.ROUNDS, made.RIDGE = 1000, 1e-9
+    made.begin(present, picture(present), 1)
+    waiting = [(0, key[0], value[0], made.score(0, query[0], key[0], value[0]))]
+    ((_, fitted, keep),) = made.compress(waiting)
+    kept = keep[0]
+    weights = weights_of(query[0], key[0])[0].double()  # [H, N, N]
+    times = made.log_weights[0, 0, :-1][kept].double().exp()
+    flat = weights[..., kept].flatten(0, 1)  # [H * N, F]
+    slope = flat.mT @ (flat @ times - 1)  # of half the squared error of the mass
+    assert (slope > -1e-2).all() and (slope * times).abs().max() < 1e-2  # no weight of 0 or more does better
+    compact = weights[..., kept] * times
+    compact = compact / compact.sum(-1, keepdim=True)
+    full = weights.unflatten(0, (2, 2)) @ value[0, 0][:, None].double()  # [Hkv, G, N, Dh]
+    compact, found = compact.unflatten(0, (2, 2)), fitted[0][:, kept].double()
+    missing = (compact @ found[:, None] - full).flatten(1, 2)  # [Hkv, G * N, Dh]
+    assert (compact.flatten(1, 2).mT @ missing).abs().max() < 1e-3  # nothing that values could add is left
+
+
 @given(seeds, st.lists(st.integers(12, 90), min_size=1, max_size=3), st.floats(0.1, 0.9))
 def test_covers_evenly_spaced_tokens_stand_for_all_that_is_dropped(seed, lengths, budget):
     query, key, present = attention(seed, 2, lengths)
@@ -407,7 +450,7 @@ def test_each_variant_of_cover_lacks_its_part():
     assert whole[0, 0, ~image[0]].sum() > made("cover without words")[2][0, 0, ~image[0]].sum()
     assert torch.equal(made("cover without attention")[2], made("cover without attention", -query)[2])
     assert not torch.equal(whole, choose(Cover(budget), -query, key, present)[1])
-    assert made("cover without spacing")[0].log_sizes.eq(0).all() and not plain.log_sizes.eq(0).all()
+    assert made("cover without spacing")[0].log_weights.eq(0).all() and not plain.log_weights.eq(0).all()
     alike = (tensor[:1].expand(3, -1, -1, -1, -1) for tensor in (query, key))
     sizes, still = choose(VARIANTS["cover without shift"](budget), *alike, present)
     assert sizes[0] == sizes[1] and torch.equal(still[0], still[1]) and not torch.equal(whole[0], whole[1])
@@ -591,7 +634,7 @@ def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(meth
     kept, count = cache.position[0, 0].sort().values.tolist()[-int(cache.kept) :], int(cache.kept)
     scores = compressor.score(0, query[0], key[0], key[0])[0]
     words = set((~picture(present)[0]).nonzero()[:, 0].tolist()) if issubclass(method, Cover) else set()  # go last
-    stands_for = compressor.log_sizes[0][0].exp() if method is Cover else torch.ones(length)
+    stands_for = compressor.log_weights[0][0].exp() if method is Cover else torch.ones(length)
     spared = min(8, count // 4) if issubclass(method, Cover) else count // 2 - 1
     rows = [(j, key[0, 0, :, j], stands_for[j], scores[j].item()) for j in kept]
 
