@@ -42,7 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import demo
-from bench.variants import bits_of, make, parsed
+from bench.variants import KVzip, bits_of, make, parsed, twice
 from minillava import TINY
 from minillava.checks import LlavaError, require
 from minillava.compressors import METHODS as COMPRESSORS
@@ -57,8 +57,10 @@ from train.scenes import (
     NUMBERS,
     SHAPES,
     SIZES,
+    SMALLEST,
     Question,
     Scene,
+    Thing,
     describe,
     draw,
     make_scene,
@@ -106,12 +108,14 @@ class Sample:
         return f"{self.system}USER: {self.question} ASSISTANT:"
 
 
-def scenes(count: int, seed: int, split: str = "quality", short: bool = False) -> list[Sample]:
+def scenes(
+    count: int, seed: int, split: str = "quality", short: bool = False, smallest: float = SIZES["small"][0]
+) -> list[Sample]:
     """Scenes to be described, or asked about; training's seeds begin with a number, so it has seen none of them."""
     samples = []
     for index in range(count):
         rng = random.Random(f"{split} {seed} {index}")
-        scene = make_scene(rng)
+        scene = make_scene(rng, smallest=smallest)
         asked = short_question(rng, scene) if short else Question("description", DESCRIBE[0], describe(scene), ())
         earlier = short_question(rng, scene)
         while earlier.kind == asked.kind:
@@ -277,6 +281,15 @@ def runs_of(methods: Iterable[str], budgets: Iterable[float]) -> list[tuple[str,
             *((name, budget) for name in rest if not name.startswith("full") for budget in budgets)]  # fmt: skip
 
 
+WIDTHS = ("2.0 to 2.4", "2.5 to 2.9", "3.0 to 3.6", "5.5 to 7.0")  # of the objects, in patches of the embedded model
+
+
+def wide(thing: Thing) -> str:
+    """Which of WIDTHS an object has. The corners of some shapes reach a tenth or a fifth further."""
+    patches = 48 * thing.radius  # twice the radius; the picture is 24 patches wide
+    return WIDTHS[sum(patches >= edge for edge in (2.45, 2.97, 4))]
+
+
 def marks(sample: Sample, text: str) -> dict[str, int]:
     """What is right in an answer: of a description the objects, of a short answer all of it."""
     if sample.scene is None:
@@ -284,7 +297,12 @@ def marks(sample: Sample, text: str) -> dict[str, int]:
     if sample.kind != "description":
         return {"right": int(text == sample.answer)}
     true, told = set(named(sample.answer)), named(text)
-    return {"found": len(true & set(told)), "true": len(true), "told": len(told)}
+    found: dict[str, int] = {"found": len(true & set(told)), "true": len(true), "told": len(told)}
+    for thing in sample.scene.things:
+        seen = (thing.size, thing.colour, thing.shape, thing.place) in told
+        for name, count in ((f"found {wide(thing)}", int(seen)), (f"true {wide(thing)}", 1)):
+            found[name] = found.get(name, 0) + count
+    return found
 
 
 @torch.inference_mode()
@@ -305,7 +323,7 @@ def measure(
     long = chosen[0].kind == "description"
     answers = [ids_of(processor, sample.answer) for sample in chosen]
     room = turn.shape[1] + (max(args.max_new_tokens, *map(len, answers)) if long else 24)
-    prompt = Collector()
+    prompt, scores = Collector(), None
     logits = model.read(**inputs, cache=model.new_cache(0, prompt))
     shared = {"protocol": protocol, "kind": "description" if long else "question"}
     for method, budget in runs:
@@ -316,6 +334,9 @@ def measure(
                           make(method, budget, seeds, further, int(prompt.present.sum(-1).min())))  # fmt: skip
         except LlavaError:  # nothing is left for the prompt
             continue
+        if isinstance(compressor, KVzip):
+            scores = twice(model, inputs) if scores is None else scores
+            compressor.scores = scores
         cache = fill(model, prompt, room, compressor, None if method == "plan" else bits_of(method))
         kept = cache.kept.T.tolist()
         after = model.read(turn, cache) if turn.shape[1] else logits
@@ -472,6 +493,21 @@ def blind(samples: list[Sample], measure: str, seed: int) -> dict[str, Tensor]:
     return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in floors.items()}
 
 
+def sizes_table(by_run: dict[tuple[str, str, str, float], list[Record]], order: Callable[[str], Any]) -> list[str]:
+    """Markdown lines: objects named truly by their width, for scenes that have the smaller ones."""
+    runs = sorted((run for run in by_run if run[0] == "description"), key=lambda run: (run[1], run[3], order(run[2])))
+    lines = ["**Objects named truly by their width in patches, in per cent**", "",
+             "| protocol | budget | | " + " | ".join(WIDTHS) + " |", "|---" * (len(WIDTHS) + 3) + "|"]  # fmt: skip
+    for run in runs:
+        true = [sum(row.get(f"true {width}", 0) for row in by_run[run]) for width in WIDTHS]
+        if not true[0]:
+            return []
+        found = [sum(row.get(f"found {width}", 0) for row in by_run[run]) for width in WIDTHS]
+        cells = [f"{100 * right / all_:.0f} ({right} of {all_})" if all_ else "" for right, all_ in zip(found, true)]
+        lines.append(f"| {run[1]} | {run[3]:.0%} | {run[2]} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def tables(records: list[Record], samples: dict[str, list[Sample]], seed: int) -> str:
     """Markdown: a table for each measure and protocol, by method and budget, and one by bytes for each protocol."""
     by_run: dict[tuple[str, str, str, float], list[Record]] = {}
@@ -526,6 +562,7 @@ def tables(records: list[Record], samples: dict[str, list[Sample]], seed: int) -
             mean = f"{100 * sum(share) / len(share):.1f} %" if share else ""
             lines.append(f"| {method} | {budget:.0%} | {mean} | " + " | ".join(cells) + " |")
         lines.append("")
+    lines += sizes_table(by_run, order_of)
     note = (
         "In brackets 95 % by bootstrap over samples; + better, − worse, = neither than random at the budget, in pairs."
     )
@@ -638,6 +675,7 @@ def settle(args: argparse.Namespace) -> None:
         "model",
         "data",
         "images",
+        "smaller",
         "samples",
         "questions",
         "batch_size",
@@ -694,8 +732,9 @@ def evaluate(args: argparse.Namespace) -> int:
     bad: list[str] = []
     samples: dict[str, list[Sample]] = {"question": [], "description": []}
     if args.data == "scenes":
-        samples = {"question": scenes(args.questions, args.seed, "asked", short=True),
-                   "description": scenes(args.samples, args.seed)}  # fmt: skip
+        smallest = SMALLEST if args.smaller else SIZES["small"][0]
+        samples = {"question": scenes(args.questions, args.seed, "asked", True, smallest),
+                   "description": scenes(args.samples, args.seed, smallest=smallest)}  # fmt: skip
     else:
         samples["description"], bad = read_samples(Path(args.data), args.images, args.samples)
     described = samples["description"]
@@ -780,6 +819,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default=str(TINY), help="folder of a checkpoint, or Hub id (default: the embedded)")
     parser.add_argument("--data", default="scenes", help="JSON in a published format (default: scenes made on the fly)")
+    parser.add_argument("--smaller", action="store_true", help="scenes with smaller objects, down to 2 x 2 patches")
     parser.add_argument("--images", type=Path, default=Path("."), help="folder that the JSON's images are named from")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD",
                         help=f"{', '.join(METHODS)} (default); or as bench/variants.py says")  # fmt: skip

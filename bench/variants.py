@@ -6,20 +6,34 @@
     random/keep       nothing is dropped; fewer tokens of the prompt are kept, so that as many are held at the end
     random@4          what is kept is stored in 4 bits; `full@4` keeps all of it
 
-Parts of a name stand in this order, as in `vlcache+words/least@8`. `VARIANTS` are cover without one of its parts.
+Parts of a name stand in this order, as in `vlcache+words/least@8`. `VARIANTS` are cover with one of its parts taken out
+or replaced, `pooled`, which is not cover but the plainest way to cover a picture, and `kvzip`, which reads the picture
+twice.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minillava.checks import LlavaError
-from minillava.compressors import METHODS, Accumulated, Cover, Random, last_n, question_mask, question_queries
+from minillava.compressors import (
+    GOLDEN,
+    METHODS,
+    Accumulated,
+    Cover,
+    Random,
+    Weighted,
+    last_n,
+    question_mask,
+    question_queries,
+)
 from minillava.compressors import question_weights as weights_of_question
+from minillava.model import KeepAll, Llava, Waiting
 from minillava.quantised import BITS
 from prefixkv import PrefixKV, attention_weights, hide
 
@@ -86,6 +100,109 @@ class WithPrefixSizes(Cover):
         return counts
 
 
+class WithRandomPatches(Cover):
+    """What is evenly spaced in cover is drawn at random."""
+
+    def along(self, number: Tensor, layers: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.rand(layers, 4096, generator=generator, dtype=torch.float64).to(number.device)
+        return drawn[:, number % 4096]
+
+
+class WithTwoWays(Cover):
+    """What is evenly spaced in cover is so in rows and in columns: steps of the plastic number's powers (R2)."""
+
+    PLASTIC = 1.32471795724474602596  # x^3 = x + 1
+
+    def along(self, number: Tensor, layers: int) -> Tensor:
+        patches = self.image.cumsum(1) - 1  # [B, N]
+        width = self.image.sum(1, keepdim=True).float().sqrt().round().long().clamp(min=1)  # [B, 1], of a square
+        row, column = patches // width, patches % width
+        place = torch.where(self.image, row / self.PLASTIC + column / self.PLASTIC**2, number.double() * GOLDEN)
+        return (place.double() + torch.arange(layers, device=number.device)[:, None, None] / layers) % 1
+
+
+class Pooled(Weighted):
+    """Every 2 x 2 patches become one: the mean of their keys and values, counted four times. Its budget is not free.
+
+    All words stay, and the means stand in the slots of each square's first patch. An odd last row or column has
+    smaller squares. Pictures are square.
+    """
+
+    def compress(self, waiting: list[Waiting]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        if len(waiting) < self.layers:
+            return
+        patches = self.image.cumsum(1) - 1  # [B, N]
+        width = self.image.sum(1, keepdim=True).float().sqrt().round().long().clamp(min=1)  # [B, 1]
+        row, column = patches // width // 2 * 2, patches % width // 2 * 2
+        first = (self.image.long().argmax(1, keepdim=True) + row * width + column) * self.image  # [B, N]: its square's
+        place = torch.arange(self.present.shape[1], device=first.device)
+        to = torch.where(self.image, first, place)  # [B, N]
+        keep = self.present & (to == place)
+        size = torch.zeros_like(to).scatter_add(1, to, torch.ones_like(to))  # [B, N]
+        weights = F.pad(torch.where(keep & self.image, size, 1).float().log(), (0, 1))  # [B, N + 1]
+        self.log_weights = weights.expand(self.layers, -1, -1)
+        while waiting:
+            _, key, value, _ = waiting.pop(0)
+            index = to[:, None, :, None].expand_as(key)
+            key, value = (
+                torch.zeros_like(x).scatter_reduce(2, index, x, "mean", include_self=False) for x in (key, value)
+            )
+            yield key, value, keep
+
+
+class KVzip(PrefixKV):
+    """Keeps the keys that are looked at most when the picture is read a second time, whatever will be asked.
+
+    KVzip (arXiv 2505.23416): a key's score is the largest attention that it receives from any query of the repetition;
+    one ranking over all layers, so layers have sizes of their own. There heads have, too, and what is repeated is text.
+    `twice` makes the scores. Everything but the two passes is as in PrefixKV.
+    """
+
+    scores: Tensor  # [L, B, N]
+
+    def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.scores[layer]
+
+    def allocate(self, scores: Tensor) -> Tensor:
+        counts = []
+        for padded, tokens in zip(scores.unbind(1), self.present):
+            own = padded[:, tokens].clone()  # [L, n]
+            own[:, : self.num_sinks] = own[:, -1] = torch.inf  # protected
+            total = max(round(self.budget * own.numel()), int(own.isinf().sum()))
+            chosen = own.flatten().topk(total).indices  # of all layers together
+            counts.append(torch.bincount(chosen // own.shape[1], minlength=len(own)))
+        return torch.stack(counts, dim=1)
+
+
+class Twice(KeepAll):
+    """Keeps every token, and notes the largest attention [L, B, N] that each receives from a further block."""
+
+    def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
+        super().begin(present, image, layers)
+        self.scores = torch.zeros(layers, *present.shape, dtype=torch.float32, device=present.device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
+        most = attention_weights(query, key, None if seen is None else hide(seen)).amax((1, 2))  # [B, S]
+        for row, mask in enumerate(self.present):
+            count = int(mask.sum())
+            self.scores[layer, row, mask] = most[row, :count]  # slots of the full cache are in the text's order
+        return None
+
+
+def twice(model: Llava, inputs: dict[str, Tensor]) -> Tensor:
+    """Scores [L, B, N] for KVzip: the prompts are read, then all up to the pictures' ends once more."""
+    note, ids = Twice(), inputs["input_ids"]
+    starts = inputs["attention_mask"].long().argmax(1).tolist()
+    ends = (ids.shape[1] - (ids == model.config.image_token_id).flip(1).long().argmax(1)).tolist()
+    again = torch.stack([row[start:end] for row, start, end in zip(ids, starts, ends)])  # as long in every prompt
+    cache = model.new_cache(again.shape[1], note)
+    model.read(**inputs, cache=cache)
+    pictures = {name: tensor for name, tensor in inputs.items() if name not in ("input_ids", "attention_mask")}
+    model.read(again, cache, **pictures)
+    return note.scores
+
+
 VARIANTS: dict[str, type[PrefixKV]] = {
     "cover without words": WithoutWords,
     "cover without attention": WithoutAttention,
@@ -95,6 +212,10 @@ VARIANTS: dict[str, type[PrefixKV]] = {
     "cover without squares": WithoutSquares,
     "cover without looking": WithoutLooking,
     "cover, PrefixKV's sizes": WithPrefixSizes,
+    "cover, random patches": WithRandomPatches,
+    "cover, even both ways": WithTwoWays,
+    "pooled": Pooled,
+    "kvzip": KVzip,
 }
 
 

@@ -520,13 +520,16 @@ class Cover(Weighted):
         looked_at = (part.masked_fill(self.has_image, self.LOOKED_AT) * room).round()  # [L, B]
         kept = kept | topk_mask(scores, looked_at, present & ~kept)  # [L, B, N]
         others, room = present & ~kept, room - looked_at  # [L, B, N], [L, B]
-        turn = torch.arange(len(scores), device=scores.device).float() * (self.TURNS / len(scores))  # [L]
-        angle = (number.double() * GOLDEN + turn[:, None, None]) % 1  # [L, B, N]: in turns
-        spaced = topk_mask(-angle, room, others)
+        spaced = topk_mask(-self.along(number, len(scores)), room, others)
         cluster_size = (others.sum(-1) / room)[..., None]  # [L, B, 1]; not read where there is no room
         log_sizes = torch.where(spaced, cluster_size.log(), 0.0)  # [L, B, N]
         self.log_weights = F.pad(log_sizes, (0, 1))  # [L, B, N + 1]
         return kept | spaced
+
+    def along(self, number: Tensor, layers: int) -> Tensor:
+        """Where tokens lie around each layer's circle, from 0 to 1: numbers [B, N] in the text -> [L, B, N]."""
+        turn = torch.arange(layers, device=number.device).float() * (self.TURNS / layers)  # [L]
+        return (number.double() * GOLDEN + turn[:, None, None]) % 1
 
     def choose(self, layer: int, scores: Tensor, counts: Tensor) -> Tensor:
         return self.chosen[layer]
