@@ -141,7 +141,7 @@ def test_a_single_linear_projector_loads_and_is_that_one_layer(tmp_path):
 def scenes(count: int) -> list[Image.Image]:
     import random
 
-    from train.scenes import draw, make_scene
+    from minillava.scenes import draw, make_scene
 
     return [draw(make_scene(random.Random(f"parity {index}")))[0] for index in range(count)]
 
