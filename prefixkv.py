@@ -154,15 +154,15 @@ class PrefixKV:
     def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return importance(query, key, self.present)
 
+    def limits(self, layers: int, length: int) -> tuple[int, int]:
+        """For a prompt of `length` tokens: how many to keep over all layers, and how many each layer protects."""
+        protected = min(length, self.num_sinks + 1)
+        return max(round(self.budget * layers * length), layers * protected), protected
+
     def allocate(self, scores: Tensor) -> Tensor:
-        """Sizes: scores [L, B, N] -> [L, B], round(budget * L * n) in all for n tokens, at least the protected."""
-        counts = []
-        for padded, tokens in zip(scores.unbind(1), self.present):
-            own = padded[:, tokens]  # without the padding
-            protected = min(own.shape[1], self.num_sinks + 1)
-            total = max(round(self.budget * len(own) * own.shape[1]), len(own) * protected)
-            counts.append(search(priority(own), total, protected)[1])
-        return torch.stack(counts, dim=1)
+        """Sizes: scores [L, B, N] -> [L, B], for each prompt with the total of `limits`."""
+        prompts = [padded[:, tokens] for padded, tokens in zip(scores.unbind(1), self.present)]  # without the padding
+        return torch.stack([search(priority(own), *self.limits(*own.shape))[1] for own in prompts], dim=1)
 
     def choose(self, layer: int, scores: Tensor, counts: Tensor) -> Tensor:
         """Which tokens of a layer stay: scores [B, N], counts [B] -> bool [B, N]."""

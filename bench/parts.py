@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import demo
 from bench import quality, real
 from bench.quality import Collector, Record, digits, interval, log_perplexity, perplexity
 from bench.variants import WithoutSquares, WithoutWeights
@@ -37,6 +36,7 @@ from minillava import TINY
 from minillava.checks import LlavaError, require
 from minillava.compressors import H2O, TGVKV, PyramidKV, Random, SnapKV, Uniform, VLCache
 from minillava.model import Compressor, CosSin, KeepAll, KVCache, Llava, apply_rope
+from minillava.terminal import parse_budget
 from prefixkv import PrefixKV, importance, retain
 from weights import find, load, write_file
 
@@ -502,7 +502,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--chosen", type=Path, metavar="FOLDER", help="show the ten that are best in the results of this folder")
     for option, levels in (("--scores", SCORES), ("--sizes", SIZES), ("--evictions", EVICTIONS)):
         add(option, nargs="+", default=list(levels), choices=levels, metavar="NAME", help=", ".join(levels))
-    add("--budgets", nargs="+", type=demo.share, default=[0.2], metavar="SHARE")
+    add("--budgets", nargs="+", type=parse_budget, default=[0.2], metavar="SHARE")
     add("--samples", type=int, default=24, metavar="N")
     add("--batch-size", type=int, default=24, metavar="N")
     add("--max-new-tokens", type=int, default=160, metavar="N", help="of the greedy answer")

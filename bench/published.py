@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import demo
 from bench import real
 from bench.quality import (
     Collector,
@@ -53,6 +52,7 @@ from minillava import TINY
 from minillava.compressors import H2O, Cover, Elastic, Local
 from minillava.fast import FastKVCache, FastLlava
 from minillava.model import Compressor, KVCache, Llava
+from minillava.terminal import parse_budget
 from prefixkv import PrefixKV
 from weights import find, load, write_file
 
@@ -339,7 +339,7 @@ def evaluate(args: argparse.Namespace) -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.published", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--budgets", nargs="+", type=demo.share, default=list(BUDGETS), metavar="SHARE")
+    parser.add_argument("--budgets", nargs="+", type=parse_budget, default=list(BUDGETS), metavar="SHARE")
     parser.add_argument("--scenes", type=int, default=24, metavar="N", help="for the embedded checkpoint")
     parser.add_argument("--passages", type=int, default=24, metavar="N", help="of prose, for the pretrained decoder")
     parser.add_argument("--out", type=Path, default=Path("runs/published"), help="folder for the results")

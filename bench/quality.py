@@ -41,7 +41,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import demo
 from bench.variants import KVzip, bits_of, make, parsed, twice
 from minillava import TINY
 from minillava.checks import LlavaError, require
@@ -51,8 +50,7 @@ from minillava.files import write_json
 from minillava.model import KeepAll, KVCache, Llava
 from minillava.processor import Processor, llava_prompt, open_image
 from minillava.quantised import QuantisedKVCache, new_cache
-from prefixkv import Plan, PrefixKV, priority
-from train.scenes import (
+from minillava.scenes import (
     COLOURS,
     DESCRIBE,
     NUMBERS,
@@ -68,6 +66,8 @@ from train.scenes import (
     named,
     short_question,
 )  # fmt: skip
+from minillava.terminal import parse_budget
+from prefixkv import Plan, PrefixKV, priority
 from weights import estimate_plan, find, load, read_plan, write_file, write_plan
 
 METHODS = ("full", *COMPRESSORS, "plan")
@@ -826,7 +826,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         help=f"{', '.join(METHODS)} (default); or as bench/variants.py says")  # fmt: skip
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS, metavar="NAME",
                         help=f"{', '.join(PROTOCOLS)} (default: all)")  # fmt: skip
-    parser.add_argument("--budgets", nargs="+", type=demo.share, default=list(BUDGETS), metavar="SHARE")
+    parser.add_argument("--budgets", nargs="+", type=parse_budget, default=list(BUDGETS), metavar="SHARE")
     parser.add_argument("--samples", type=int, default=100, metavar="N", help="descriptions (default: 100)")
     parser.add_argument("--questions", type=int, default=200, metavar="N", help="short questions (default: 200)")
     parser.add_argument("--batch-size", type=int, default=50, metavar="N")

@@ -101,12 +101,11 @@ def question_weights(query: Tensor, key: Tensor, mask: Tensor, asked: Tensor) ->
 def divide(method: PrefixKV, ratios: Tensor) -> Tensor:
     """Tokens that each layer keeps of each prompt, [L, B], in the proportions of `ratios` [L, B].
 
-    The total of a prompt is PrefixKV's: round(budget * L * n), and never less than the protected tokens.
+    The total of a prompt is that of `PrefixKV.limits`.
     """
     layers, counts = len(ratios), []
     for ratio, length in zip(ratios.double().cpu().unbind(1), method.present.sum(-1).tolist()):
-        protected = min(length, method.num_sinks + 1)
-        total = max(round(method.budget * layers * length), layers * protected)
+        total, protected = method.limits(layers, length)
         counts.append(apportion(total, total * ratio / ratio.sum(), protected, length))
     return torch.stack(counts, dim=1).to(method.present.device)
 

@@ -1,33 +1,42 @@
-"""What PrefixKV keeps of an image and its prompt, to look at: a page (`demo.py --explore`) and a picture (`--plot`).
+"""A page that shows what PrefixKV keeps of an image and its prompt: `python -m minillava.explore page.html`.
 
-The page is one file without network: patches by layer, budget and method, importance and rank of a patch in every
+It is one file without network: patches by layer, budget and method, importance and rank of a patch in every
 layer, the layers' curves with the threshold that cuts them, kept shares, and the answers side by side.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import difflib
 import io
 import itertools
 import json
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from minillava import terminal
 from minillava.checks import LlavaError
 from minillava.compressors import H2O, Cover, Recorder, SnapKV
-from minillava.model import Generation, Llava
+from minillava.model import Llava
 from minillava.processor import IMAGE_TOKEN, Processor
-from prefixkv import PrefixKV, priority, retain, search
+from prefixkv import PrefixKV, priority, search
 
 SHARES = tuple(step / 20 for step in range(1, 21))  # stops of the budget's slider
 POINTS = 101  # of every curve
-OTHERS: dict[str, type[PrefixKV]] = {"cover": Cover, "H2O": H2O, "SnapKV": SnapKV}  # to compare PrefixKV with
+SHOWN: dict[str, type[PrefixKV]] = {"PrefixKV": PrefixKV, "cover": Cover, "H2O": H2O, "SnapKV": SnapKV}
 
 
 class Beside(Recorder):
@@ -43,9 +52,10 @@ class Beside(Recorder):
             other.begin(present, image, layers)
 
     def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        for other, found in zip(self.others, self.found):
-            found.append(other.score(layer, query, key, value))
-        return super().score(layer, query, key, value)
+        own = super().score(layer, query, key, value)
+        for other, found in zip(self.others, self.found):  # the slow score, of every key by every query, is made once
+            found.append(own if type(other).score is PrefixKV.score else other.score(layer, query, key, value))
+        return own
 
     def choices(self) -> list[list[Tensor]]:
         """What each of the others keeps of each layer of the first prompt: bool [N]."""
@@ -113,74 +123,84 @@ def collect(
     processor: Processor,
     prompt: str,
     images: Sequence[Image.Image],
-    budgets: Sequence[float] = (0.5, 0.2),
-    max_new_tokens: int = 128,
+    budgets: Sequence[float],
     name: str = "",
 ) -> dict[str, Any]:
-    """All that page and picture show, in plain Python values; of several images the first is shown.
+    """What page and picture show, without the answers, in plain Python values; of several images the first is shown.
 
     Raises LlavaError for a prompt without an image.
     """
     if not images:
         raise LlavaError("There is nothing to explore without an image; give one, and <image> in the prompt.")
-    device = model.lm_head.weight.device
-    inputs = {key: tensor.to(device) for key, tensor in processor(prompt, images).items()}
+    inputs = encode(model, processor, prompt, images)
     stops = sorted({*SHARES, *budgets})
-    recorder = Beside([method(stop) for method in OTHERS.values() for stop in stops])
-    model.read(**inputs, cache=model.new_cache(1, recorder))
+    recorder = Beside([method(stop) for method in SHOWN.values() for stop in stops])
+    terminal.read(model, inputs, model.new_cache(1, recorder))
     scores = recorder.scores[:, 0].cpu()  # [L, N]
     layers, length = scores.shape
     prefixes = priority(scores)  # [L, N + 1]
-    protected = min(length, PrefixKV().num_sinks + 1)
-    found = [search(prefixes, max(round(s * layers * length), layers * protected), protected) for s in stops]
-    everything = torch.ones(1, length, dtype=torch.bool)
-    own = [[retain(row[None], count[None], everything)[0] for row, count in zip(scores, counts)] for _, counts in found]
-    choices = recorder.choices()
-    methods = [{"name": "PrefixKV", "kept": [[bits(row) for row in rows] for rows in own]}]
-    for number, other in enumerate(OTHERS):
-        theirs = choices[number * len(stops) : (number + 1) * len(stops)]
-        methods.append({"name": other, "kept": [[bits(row) for row in rows] for rows in theirs]})
+    thresholds = [search(prefixes, *PrefixKV(stop).limits(layers, length))[0] for stop in stops]
+    choices = iter(recorder.choices())
+    methods = [
+        {"name": method, "kept": [[bits(row) for row in rows] for rows in itertools.islice(choices, len(stops))]}
+        for method in SHOWN
+    ]
     ids = inputs["input_ids"][0].tolist()
     places = [position for position, id in enumerate(ids) if id == model.config.image_token_id]
     image, columns, cells = drawn(inputs, processor)
-    patches = [None if cell is None else places[cell] for cell in cells]
     text = [(position, piece(processor, id)) for position, id in enumerate(ids) if id != model.config.image_token_id]
     picture = io.BytesIO()
     image.save(picture, "PNG")
-
-    def answer(compressor: PrefixKV | None) -> tuple[str, Generation]:
-        made = model.generate(**inputs, max_new_tokens=max_new_tokens, compressor=compressor)
-        return processor.decode(made.token_ids[0]).strip(), made
-
-    full, made = answer(None)
-    runs = []
-    kinds: list[type[PrefixKV]] = [PrefixKV, *OTHERS.values()]
-    for number, method in enumerate(kinds):
-        for budget in budgets:
-            short, compressed = answer(method(budget))
-            left, right = words(full, short)
-            used = compressed.cache_bytes
-            runs.append({"method": number, "budget": budget, "left": left, "right": right, "bytes": used})
     at = torch.linspace(0, length, POINTS).round().long()
-    curves = prefixes[:, at]
-    return {
+    data: dict[str, Any] = {
         "model": Path(name).name or name,
         "prompt": prompt,
         "image": "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode(),
         "columns": columns,
         "tiled": "image_sizes" in inputs,
-        "patches": patches,
+        "patches": [None if cell is None else places[cell] for cell in cells],
         "words": text,
         "importance": [[round(value, 5) for value in row] for row in scores.tolist()],
-        "curves": [[round(value, 4) for value in row] for row in curves.tolist()],
+        "curves": [[round(value, 4) for value in row] for row in prefixes[:, at].tolist()],
         "budgets": stops,
         "start": stops.index(min(budgets)),
-        "layer": int((found[stops.index(min(budgets))][1] - min(budgets) * length).abs().argmax()),
-        "thresholds": [round(threshold, 5) for threshold, _ in found],
+        "thresholds": [round(threshold, 5) for threshold in thresholds],
         "methods": methods,
-        "full": {"text": full, "bytes": made.cache_bytes},
-        "runs": runs,
     }
+    kept = torch.tensor(counts(data, data["start"]))
+    return data | {"layer": int((kept - min(budgets) * length).abs().argmax())}
+
+
+def answers(
+    model: Llava,
+    processor: Processor,
+    prompt: str,
+    images: Sequence[Image.Image],
+    budgets: Sequence[float],
+    max_new_tokens: int = 128,
+) -> dict[str, Any]:
+    """The rest of what the page shows: the full cache's answer, and beside it that of every method at every budget."""
+    inputs = encode(model, processor, prompt, images)
+    runs = [(number, budget) for number in range(len(SHOWN)) for budget in budgets]
+    compressors = [None, *(list(SHOWN.values())[number](budget) for number, budget in runs)]
+    found = []
+    with terminal.progress_bar("answering", "answer", len(compressors)) as bar:
+        for compressor in compressors:
+            made = model.generate(**inputs, max_new_tokens=max_new_tokens, compressor=compressor)
+            found.append((processor.decode(made.token_ids[0]).strip(), made.cache_bytes))
+            bar.update()
+    (full, used), *others = found
+    shown = []
+    for (number, budget), (text, size) in zip(runs, others):
+        left, right = words(full, text)
+        shown.append({"method": number, "budget": budget, "left": left, "right": right, "bytes": size})
+    return {"full": {"text": full, "bytes": used}, "runs": shown}
+
+
+def encode(model: Llava, processor: Processor, prompt: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+    """The model's inputs, on its device."""
+    device = model.lm_head.weight.device
+    return {name: tensor.to(device) for name, tensor in processor(prompt, images).items()}
 
 
 def piece(processor: Processor, id: int) -> str:
@@ -213,50 +233,32 @@ def counts(data: dict[str, Any], budget: int, method: int = 0) -> list[int]:
     return [sum(kept(data, layer, budget, method)) for layer in range(len(data["importance"]))]
 
 
-def plot(data: dict[str, Any], suffix: str = ".png") -> bytes:
-    """The same as a still picture, a file of the kind of `suffix`: patches, curves, kept shares. Needs matplotlib."""
-    import matplotlib
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes as in `run_command`."""
+    parser = argparse.ArgumentParser(prog="python -m minillava.explore", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("out", type=terminal.output_file, metavar="OUT", help="file for the page (HTML)")
+    terminal.add_picture_options(parser)
+    terminal.add_model_options(parser)
+    parser.add_argument("--budget", action="append", type=terminal.parse_budget, metavar="SHARE",
+                        help="share of the cache for answers, like 20%%; repeatable (default: 50%%, 20%%)")  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=terminal.whole_number(1), default=128, metavar="N",
+                        help="longest answer, in tokens (default: 128)")  # fmt: skip
+    args = parser.parse_args(arguments)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
+    def work() -> None:
+        from weights import write_file  # it stands on minillava, not the other way round
 
-    layers, columns, budget = len(data["importance"]), data["columns"], data["start"]
-    shown = sorted({round(i * (layers - 1) / 3) for i in range(4)})
-    image = Image.open(io.BytesIO(base64.b64decode(data["image"].split(",")[1])))
-    figure = plt.figure(figsize=(10, 6.4), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.15))  # type: ignore[misc]
-    share, rows = data["budgets"][budget], len(data["patches"]) // columns
-    upper.suptitle(f"Patches that PrefixKV keeps at {share:.0%}", fontsize=11)
-    for axis, layer in zip(upper.subplots(1, len(shown), squeeze=False)[0], shown):
-        axis.imshow(image.resize((24 * columns, 24 * rows), Image.Resampling.BICUBIC), extent=(0, columns, rows, 0))
-        here = kept(data, layer, budget)
-        shade = [0.0 if position is None or here[position] else 0.8 for position in data["patches"]]
-        dark = [shade[r * columns : (r + 1) * columns] for r in range(rows)]
-        axis.imshow([[0] * columns] * rows, cmap="gray", vmin=0, vmax=1, alpha=dark, extent=(0, columns, rows, 0),
-                    interpolation="nearest")  # fmt: skip
-        framed = [at for at, position in enumerate(data["patches"]) if position is not None and here[position]]
-        frames = [Rectangle((at % columns, at // columns), 1, 1) for at in framed]
-        axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor="#2f8fff", linewidth=0.5))
-        axis.set_title(f"layer {layer}: {sum(here)} of {len(data['importance'][0])} keys", fontsize=9)
-        axis.set(xticks=[], yticks=[])
-    left, right = lower.subplots(1, 2)
-    colours = plt.get_cmap("viridis")([i / max(1, layers - 1) * 0.9 for i in range(layers)])
-    for layer, (curve, colour) in enumerate(zip(data["curves"], colours)):
-        left.plot([i / (POINTS - 1) for i in range(POINTS)], curve, color=colour, linewidth=1.3, label=f"layer {layer}")
-    left.axhline(data["thresholds"][budget], color="black", linestyle="--", linewidth=1)
-    left.annotate(f"p = {data['thresholds'][budget]:.3f}", (1, data["thresholds"][budget]), ha="right", va="bottom")
-    left.set(
-        xlabel="share of the keys, most important first", ylabel="share of the importance", xlim=(0, 1), ylim=(0, 1)
-    )
-    if layers <= 12:
-        left.legend(fontsize=7, loc="lower right")
-    length = len(data["importance"][0])
-    right.bar(range(layers), [count / length for count in counts(data, budget)], color=colours)
-    right.axhline(share, color="black", linestyle=":", linewidth=1)
-    right.set(xlabel="layer", ylabel="share of the prompt kept")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format=suffix[1:])
-    plt.close(figure)
-    return picture.getvalue()
+        start, budgets = time.perf_counter(), args.budget or [0.5, 0.2]
+        _, images = terminal.pictures(args.image, args.scene)
+        model, processor = terminal.load_shown(args)
+        prompt = terminal.prompt_of(processor, args.prompt, len(images))
+        data = collect(model, processor, prompt, images, budgets, args.model)
+        data |= answers(model, processor, prompt, images, budgets, args.max_new_tokens)
+        write_file(args.out, page(data).encode())
+        print(f"{args.out}, with {len(data['runs']) + 1} answers, in {time.perf_counter() - start:.0f} s.")
+
+    return run_command("minillava.explore", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,7 +12,7 @@ For a module of your own, say where each stage can be seen in it, and leave out 
     for stage in compare(my_module, taps, reference):
         print(stage)
 
-The stages and their shapes are those of `our_taps`.
+The stages and their shapes are those of `stages`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,9 @@ from torch import Tensor, nn
 from minillava import TINY
 from minillava.checks import LlavaError
 from minillava.config import LlavaConfig
-from minillava.model import Llava
+from minillava.model import Attention, Llava
 from minillava.processor import open_image
 from prefixkv import PrefixKV
-from weights import find, find_device, load_model, load_processor, read_config
 
 EXAMPLE = TINY / "examples" / "scene_1.png"
 QUESTION = "Describe the image in detail."
@@ -84,8 +82,19 @@ def entering(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], 
 
 
 def projected(part: int) -> Pick:
-    """Of our attention: query, key or value (0, 1, 2), made once more from what the module was given."""
-    return lambda module, arguments, keywords, made: module.project(*arguments[:2])[part]
+    """Of an attention: query, key or value (0, 1, 2), made once more from what the module was given."""
+
+    def pick(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], made: Any) -> Tensor:
+        if isinstance(module, Attention):
+            return module.project(*arguments[:2])[part]
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+        projections = (module.q_proj, module.k_proj, module.v_proj)
+        heads = [p(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for p in projections]
+        return (*apply_rotary_pos_emb(heads[0], heads[1], *keywords["position_embeddings"]), heads[2])[part]
+
+    return pick
 
 
 @dataclass(frozen=True)
@@ -114,62 +123,30 @@ class Stage:
         return f"{self.name:26} {self.absolute:12.2e} {self.relative:12.2e} {self.cosine:14.9f}  {mark}"
 
 
-def our_taps(config: LlavaConfig) -> dict[str, Tap]:
-    """The stages in the order of the computation, and where `Llava` shows them.
+def stages(model: nn.Module, config: LlavaConfig) -> dict[str, Tap]:
+    """The stages in the order of the computation, and where they can be seen: in `Llava` or in transformers' model.
 
     patch embedding [I, Dv, R / patch, R / patch] · vision layer i [I, P + 1, Dv] · projector [I, P, D] · merged
     embeddings [B, N, D] · of every decoder layer: norm [B, N, D], query [B, H, N, Dh] and key [B, Hkv, N, Dh] after
     RoPE, value [B, Hkv, N, Dh], attention and MLP [B, N, D] before they are added · final norm · logits [B, N, V].
     """
-    layer = config.vision_feature_layer
-    depth = layer if layer >= 0 else config.vision.num_hidden_layers + 1 + layer
-    taps = {"patch embedding": Tap("vision_tower.patch_embedding")}
-    taps |= {f"vision layer {i}": Tap(f"vision_tower.layers.{i}") for i in range(depth)}
-    taps["projector"] = Tap("multi_modal_projector")
-    taps["merged embeddings"] = Tap("language_model.layers.0", entering)
-    for i in range(config.text.num_hidden_layers):
-        path = f"language_model.layers.{i}"
-        taps[f"layer {i} norm"] = Tap(f"{path}.input_layernorm")
-        for part, name in enumerate(("query", "key", "value")):
-            taps[f"layer {i} {name}"] = Tap(f"{path}.self_attn", projected(part))
-        taps[f"layer {i} attention"] = Tap(f"{path}.self_attn.o_proj")
-        taps[f"layer {i} MLP"] = Tap(f"{path}.mlp")
-    return taps | {"final norm": Tap("language_model.norm"), "logits": Tap("lm_head")}
-
-
-def their_taps(model: nn.Module, config: LlavaConfig) -> dict[str, Tap]:
-    """The same stages in `LlavaForConditionalGeneration`, whose submodules moved between its versions."""
     names = [name for name, _ in model.named_modules()]
 
-    def path(*endings: str) -> str:
-        return next(name for ending in endings for name in names if name.endswith(ending) and "vision" in name)
+    def tap(ending: str, pick: Pick = output, vision: bool = False) -> Tap:  # names begin as the version has them
+        return Tap(next(name for name in names if name.endswith(ending) and ("vision" in name) == vision), pick)
 
-    def rotated(part: int) -> Pick:
-        def pick(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], made: Any) -> Tensor:
-            from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-            hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
-            projections = (module.q_proj, module.k_proj, module.v_proj)
-            heads = [p(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for p in projections]
-            return (*apply_rotary_pos_emb(heads[0], heads[1], *keywords["position_embeddings"]), heads[2])[part]
-
-        return pick
-
-    text = next(name for name in names if name.endswith("layers.0.input_layernorm") and "vision" not in name)
-    text = text.removesuffix("layers.0.input_layernorm")
-    taps = {"merged embeddings": Tap(f"{text}layers.0", entering)}
-    taps["patch embedding"] = Tap(path("patch_embedding"))
-    for i in range(config.vision.num_hidden_layers):
-        taps[f"vision layer {i}"] = Tap(path(f"encoder.layers.{i}", f"layers.{i}"))
-    taps["projector"] = Tap(next(name for name in names if name.endswith("multi_modal_projector")))
+    layer = config.vision_feature_layer
+    depth = layer if layer >= 0 else config.vision.num_hidden_layers + 1 + layer
+    taps = {"patch embedding": tap("patch_embedding", vision=True)}
+    taps |= {f"vision layer {i}": tap(f"layers.{i}", vision=True) for i in range(depth)}
+    taps |= {"projector": tap("multi_modal_projector"), "merged embeddings": tap("layers.0", entering)}
     for i in range(config.text.num_hidden_layers):
-        layer = f"{text}layers.{i}"
-        taps[f"layer {i} norm"] = Tap(f"{layer}.input_layernorm")
+        taps[f"layer {i} norm"] = tap(f"layers.{i}.input_layernorm")
         for part, name in enumerate(("query", "key", "value")):
-            taps[f"layer {i} {name}"] = Tap(f"{layer}.self_attn", rotated(part))
-        taps[f"layer {i} attention"] = Tap(f"{layer}.self_attn")
-        taps[f"layer {i} MLP"] = Tap(f"{layer}.mlp")
-    return taps | {"final norm": Tap(f"{text}norm"), "logits": Tap("lm_head")}
+            taps[f"layer {i} {name}"] = tap(f"layers.{i}.self_attn", projected(part))
+        taps[f"layer {i} attention"] = tap(f"layers.{i}.self_attn.o_proj")
+        taps[f"layer {i} MLP"] = tap(f"layers.{i}.mlp")
+    return taps | {"final norm": tap(".norm"), "logits": tap("lm_head")}
 
 
 @torch.no_grad()
@@ -234,6 +211,8 @@ class Reference:
             from transformers import AutoModelForImageTextToText, logging
         except ImportError:
             raise LlavaError("transformers is not installed; verify needs it: pip install transformers.") from None
+        from weights import load_processor, read_config  # it stands on minillava, not the other way round
+
         folder = Path(folder)
         self.config = read_config(folder)
         self.processor = load_processor(folder)
@@ -249,7 +228,7 @@ class Reference:
         model = model.to(device).eval()  # goes when this function ends, before ours is loaded
         pixels = self.inputs["pixel_values"].to(dtype)
         inputs = {**self.inputs, "pixel_values": pixels}
-        record(model, their_taps(model, self.config), lambda: model(**inputs), self.keep)
+        record(model, stages(model, self.config), lambda: model(**inputs), self.keep)
         with torch.no_grad():
             if self.tiled:
                 made = model.model.get_image_features(pixels, self.inputs["image_sizes"], output_hidden_states=True)
@@ -260,7 +239,7 @@ class Reference:
             self.tokens = made[:, inputs["input_ids"].shape[1] :].cpu()
             # Layer 0 on the whole text: where the new tokens' queries must point, whatever a cache has dropped.
             text = {**inputs, "input_ids": made, "attention_mask": torch.ones_like(made)}
-            tap = {"positions after eviction": their_taps(model, self.config)["layer 0 query"]}
+            tap = {"positions after eviction": stages(model, self.config)["layer 0 query"]}
             record(model, tap, lambda: model(**text), lambda name, t: self.keep(name, t[:, :, -new_tokens:-1]))
             past = None
 
@@ -279,29 +258,29 @@ class Reference:
         start = len(encode(""))  # a BOS, if the tokenizer adds one
         return [prompt, *(torch.tensor([encode(text)[start:]], device=prompt.device) for text in FURTHER)]
 
-    def preprocessing(self, folder: Path, prompt: str, picture: Any) -> dict[str, Any]:
+    def preprocessing(self, folder: Path, prompt: str, picture: Any) -> dict[str, Tensor | str]:
         """Pixels and ids of transformers' own processor, or the sentence that it raised."""
         from transformers import AutoImageProcessor, AutoTokenizer
 
-        made: dict[str, Any] = {}
-        try:
-            processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-            pixels = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])
-            made["pixels"] = pixels.flatten(0, -4)  # LLaVA-NeXT: [1, tiles, 3, R, R]
-        except Exception as error:  # whatever transformers raises for a folder it cannot use
-            made["pixels"] = f"not compared ({type(error).__name__})"
-        if not (folder / "tokenizer.json").exists():
-            # transformers would convert tokenizer.model, and version 5 does not follow it in runs of spaces.
-            made["token ids"] = "not compared: no tokenizer.json"
-            return made
-        try:
-            text = prompt.replace(
-                "<image>", "<image>" * int((self.inputs["input_ids"] == self.config.image_token_id).sum())
-            )
-            made["token ids"] = torch.tensor([AutoTokenizer.from_pretrained(folder)(text)["input_ids"]])
-        except Exception as error:
-            made["token ids"] = f"not compared ({type(error).__name__})"
-        return made
+        def attempt(make: Callable[[], Tensor]) -> Tensor | str:
+            try:
+                return make()
+            except Exception as error:  # whatever transformers raises for a folder it cannot use
+                return f"not compared ({type(error).__name__})"
+
+        def pixels() -> Tensor:
+            made = AutoImageProcessor.from_pretrained(folder, backend="pil")(picture, return_tensors="pt")
+            return torch.as_tensor(made["pixel_values"]).flatten(0, -4)  # LLaVA-NeXT: [1, tiles, 3, R, R]
+
+        def ids() -> Tensor:
+            images = int((self.inputs["input_ids"] == self.config.image_token_id).sum())
+            text = prompt.replace("<image>", "<image>" * images)
+            return torch.tensor([AutoTokenizer.from_pretrained(folder)(text)["input_ids"]])
+
+        # Without tokenizer.json transformers would convert tokenizer.model, and its version 5 treats runs of spaces
+        # in another way.
+        usable = (folder / "tokenizer.json").exists()
+        return {"pixels": attempt(pixels), "token ids": attempt(ids) if usable else "not compared: no tokenizer.json"}
 
     def newlines(self) -> list[int]:
         """LLaVA-NeXT: where among the picture's tokens a row ends."""
@@ -354,51 +333,51 @@ def compare(
 
     Raises LlavaError for a stage that the reference does not have, and for a tap on a module that is not there.
     """
-    stages: dict[str, Stage] = {}
+    found: dict[str, Stage] = {}
 
     def keep(name: str, tensor: Tensor) -> None:
         expected = reference.get(name)
         if expected is None:
-            raise LlavaError(f"The reference has no stage {name!r}; the names are those of our_taps.")
-        stages[name] = difference(name, tensor, expected, tolerance)
+            raise LlavaError(f"The reference has no stage {name!r}; the names are those of `stages`.")
+        found[name] = difference(name, tensor, expected, tolerance)
 
     record(module, taps, run or (lambda: module(**reference.inputs)), keep)
-    return [stages[name] for name in taps if name in stages]
+    return [found[name] for name in taps if name in found]
 
 
 @torch.no_grad()
 def verify(model: Llava, reference: Reference, tolerance: float = TOLERANCE["float32"]) -> list[Stage]:
     """All that there is to compare: preprocessing, every stage, greedy tokens, positions after eviction."""
     ids, pixels = reference.inputs["input_ids"], reference.inputs["pixel_values"]
-    stages = []
+    found = []
     for name, ours, allowed in (("pixels", pixels, 1e-5), ("token ids", ids, 0.0)):
         theirs = reference.others[name]
         shown = "tiles" if name == "pixels" and reference.tiled else name
         if isinstance(theirs, str):
-            stages.append(Stage(shown, 0.0, 0.0, 1.0, True, theirs))
+            found.append(Stage(shown, 0.0, 0.0, 1.0, True, theirs))
         else:
-            stages.append(difference(shown, ours, theirs, allowed))
-    stages += compare(model, our_taps(reference.config), reference, tolerance)
+            found.append(difference(shown, ours, theirs, allowed))
+    found += compare(model, stages(model, reference.config), reference, tolerance)
     if reference.tiled:
         packed = model.image_features(pixels.to(model.lm_head.weight.dtype), reference.inputs["image_sizes"])
-        at = next(i for i, stage in enumerate(stages) if stage.name == "merged embeddings")
+        at = next(i for i, stage in enumerate(found) if stage.name == "merged embeddings")
         for name, ours in (("packed features", packed), ("newline", packed[reference.newlines()])):
             expected = reference.get(name)
             assert expected is not None  # kept for every tiled picture
-            stages.insert(at, difference(name, ours, expected, tolerance))
+            found.insert(at, difference(name, ours, expected, tolerance))
     new = reference.tokens.shape[1]
     made = model.generate(**reference.inputs, max_new_tokens=new, eos_token_id=()).token_ids.cpu()
     equal = int((made == reference.tokens).long().cumprod(1).sum())
-    stages.append(Stage("greedy tokens", 0.0, 0.0, 1.0, equal == new, f"{equal} of {new} equal"))
+    found.append(Stage("greedy tokens", 0.0, 0.0, 1.0, equal == new, f"{equal} of {new} equal"))
     turns, said = reference.turns(), reference.get("three turns")
     if said is not None:  # a reference of your own may have none
         cache = model.new_cache(sum(turn.shape[1] for turn in turns[1:]) + len(said))
-        found = converse(
+        logits = converse(
             lambda ids: model.read(**({"input_ids": ids} if cache.key else reference.inputs), cache=cache), turns
         )
-        equal = int((found.argmax(-1).cpu() == said.argmax(-1)).long().cumprod(0).sum())
-        stages.append(difference("three turns", found, said, tolerance))
-        stages.append(Stage("three turns, tokens", 0.0, 0.0, 1.0, equal == len(said), f"{equal} of {len(said)} equal"))
+        equal = int((logits.argmax(-1).cpu() == said.argmax(-1)).long().cumprod(0).sum())
+        found.append(difference("three turns", logits, said, tolerance))
+        found.append(Stage("three turns, tokens", 0.0, 0.0, 1.0, equal == len(said), f"{equal} of {len(said)} equal"))
     recorder = QueryRecorder(0.2)
     cache = model.new_cache(new, recorder)
     model.read(**reference.inputs, cache=cache)
@@ -406,53 +385,27 @@ def verify(model: Llava, reference: Reference, tolerance: float = TOLERANCE["flo
         model.read(token[:, None], cache)
     expected = reference.get("positions after eviction")
     if recorder.queries and expected is not None:
-        found = torch.cat(recorder.queries, dim=2)
-        stages.append(difference("positions after eviction", found, expected, tolerance))
-    return stages
+        queries = torch.cat(recorder.queries, dim=2)
+        found.append(difference("positions after eviction", queries, expected, tolerance))
+    return found
 
 
-def first_difference(stages: Sequence[Stage]) -> tuple[Stage, str] | None:
+def first_difference(found: Sequence[Stage]) -> tuple[Stage, str] | None:
     """The first stage that differs and its likely causes; None if all agree."""
-    for stage in stages:
+    for stage in found:
         if not stage.ok:
             return stage, next((text for end, text in CAUSES.items() if end in stage.name), "the arithmetic before it")
     return None
 
 
-@torch.no_grad()
-def against_ours(model: Llava, inputs: dict[str, Any], budget: float, new_tokens: int) -> list[tuple[float, float]]:
-    """How far PrefixKV moves each layer's output from the full cache's, and the share of the prompt that it keeps.
-
-    Both read the full cache's greedy tokens. [L] of (|difference| / |output|, averaged over new tokens; share).
-    """
-    tokens = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=()).token_ids
-    names = [f"language_model.layers.{i}.input_layernorm" for i in range(1, len(model.language_model.layers))]
-    taps = {f"layer {i}": Tap(name, entering) for i, name in enumerate([*names, "language_model.norm"])}
-
-    def outputs(compressor: PrefixKV | None) -> tuple[Tensor, Tensor]:
-        """Every layer's output for every new token, [T, L, B · D], and the shares kept [L]."""
-        cache = model.new_cache(new_tokens, compressor)
-        model.read(**inputs, cache=cache)
-        seen: list[Tensor] = []
-        for token in tokens.unbind(1)[:-1]:
-            record(model, taps, partial(model.read, token[:, None], cache), lambda _, t: seen.append(t))
-        made = torch.stack(seen).double().flatten(1).unflatten(0, (-1, len(taps)))
-        return made, (cache.kept.double() / cache.prompt_lengths).mean(1)
-
-    full, _ = outputs(None)
-    compressed, shares = outputs(PrefixKV(budget))
-    moved = ((compressed - full).norm(dim=-1) / full.norm(dim=-1)).mean(0)
-    return list(zip(moved.tolist(), shares.tolist()))
-
-
-def lines(stages: Sequence[Stage]) -> Iterator[str]:
+def lines(found: Sequence[Stage]) -> Iterator[str]:
     """The table, and what to look at first."""
     yield f"{'stage':26} {'largest':>12} {'relative':>12} {'cosine':>14}"
-    yield from map(str, stages)
-    first = first_difference(stages)
+    yield from map(str, found)
+    first = first_difference(found)
     yield ""
     if first is None:
-        yield f"All {len(stages)} stages agree with transformers."
+        yield f"All {len(found)} stages agree with transformers."
     else:
         yield f"The first stage that differs is {first[0].name}. Look at {first[1]}."
 
@@ -467,36 +420,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tolerance", type=float, help="largest difference, relative to a stage's largest number")
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--against", default="transformers", choices=["transformers", "ours"],
-                        help="ours: which layer's output PrefixKV moves most, against the full cache")  # fmt: skip
-    parser.add_argument("--budget", type=float, default=0.2, help="of --against ours")
     parser.add_argument("--json", action="store_true", help="print one JSON list in place of the table")
     args = parser.parse_args(arguments)
 
     def work() -> int:
+        from weights import find, find_device, load_model
+
         if args.new_tokens < 2:
             raise LlavaError(f"--new-tokens is {args.new_tokens}; expected 2 or more.")
         find_device(args.device)
         folder, dtype = find(args.model), getattr(torch, args.dtype)
-        if args.against == "ours":
-            model = load_model(folder, args.device, dtype)
-            processor = load_processor(folder)
-            prompt = args.prompt or processor.chat([(QUESTION, None)], 1)
-            inputs = {n: t.to(args.device) for n, t in processor([prompt], [open_image(args.image)]).items()}
-            rows = against_ours(model, inputs, args.budget, args.new_tokens)
-            if args.json:
-                print(json.dumps([{"layer": i, "moved": m, "kept": k} for i, (m, k) in enumerate(rows)]))
-                return 0
-            print(f"{'layer':>5} {'output moved by':>16} {'prompt kept':>12}")
-            for layer, (moved, share) in enumerate(rows):
-                print(f"{layer:5} {moved:16.1%} {share:12.1%}")
-            print(f"\nThe output of layer {max(range(len(rows)), key=lambda i: rows[i][0])} moves most.")
-            return 0
         reference = Reference(folder, args.image, args.prompt, dtype, args.device, args.new_tokens)
         model = load_model(folder, args.device, dtype)
-        stages = verify(model, reference, args.tolerance if args.tolerance is not None else TOLERANCE[args.dtype])
-        print(json.dumps([asdict(stage) for stage in stages]) if args.json else "\n".join(lines(stages)))
-        return 1 if first_difference(stages) else 0
+        found = verify(model, reference, args.tolerance if args.tolerance is not None else TOLERANCE[args.dtype])
+        print(json.dumps([asdict(stage) for stage in found]) if args.json else "\n".join(lines(found)))
+        return 1 if first_difference(found) else 0
 
     return run_command("verify", work)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -11,21 +10,22 @@ import shutil
 import signal
 import sys
 
-import forked
 import pytest
 import torch
 from checkpoints import reference, write
-from conftest import ROOT, TINY
+from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 import demo
 import weights
+from bench import plan
+from minillava import terminal
 from minillava.compressors import METHODS
 from minillava.model import Llava
+from minillava.scenes import describe, draw, make_scene
 from prefixkv import PrefixKV
-from train.scenes import describe, draw, make_scene
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -38,9 +38,10 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-def test_the_demo_without_arguments_gives_four_descriptions_and_a_table_in_80_columns():
-    done = forked.run(["demo.py"], cwd=ROOT, check=True)
-    lines = done.stdout.splitlines()
+def test_the_demo_without_arguments_gives_four_descriptions_and_a_table_in_80_columns(capsys):
+    code, out, err = run(capsys)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
     assert [line for line in lines if not line.startswith(" ") and line][:4] == [
         "full cache",
         "PrefixKV, 50% of the cache",
@@ -48,31 +49,30 @@ def test_the_demo_without_arguments_gives_four_descriptions_and_a_table_in_80_co
         "cover, 20% of the cache",
     ]
     assert max(map(len, lines)) <= 80
-    assert "\x1b" not in done.stdout  # no colour, no cursor movement
+    assert "\x1b" not in out  # no colour, no cursor movement
     table = [line.split() for line in lines[-4:]]
     named = [["full", "cache"], ["prefixkv", "50%"], ["prefixkv", "20%"], ["cover", "20%"]]
     assert [row[:2] for row in table] == named
     assert table[0][-1] == "100%"
-    assert done.stderr == ""
 
 
 def test_weights_that_do_not_fit_into_memory_are_refused_before_they_are_read(capsys, monkeypatch):
-    monkeypatch.setattr(demo, "free_memory", lambda: 10_000)
+    monkeypatch.setattr(terminal, "free_memory", lambda: 10_000)
     code, out, err = run(capsys)
     assert (code, out) == (2, "") and "MB, 10 KB are free; try --dtype auto: " in err
     code, out, err = run(capsys, "--dtype", "auto", "--max-new-tokens", "2")
     assert code == 0 and err == ""
-    monkeypatch.setattr(demo, "free_memory", lambda: None)  # where it cannot be known
+    monkeypatch.setattr(terminal, "free_memory", lambda: None)  # where it cannot be known
     assert run(capsys, "--max-new-tokens", "2")[0] == 0
 
 
 def test_the_free_memory_is_less_than_there_is():
-    free = demo.free_memory()
+    free = terminal.free_memory()
     assert free is None or 0 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_what_is_slow_shows_how_far_it_is_on_a_terminal_alone_and_leaves_nothing(capsys, monkeypatch):
-    monkeypatch.setattr(demo, "SLOW", 0.0)
+    monkeypatch.setattr(terminal, "SLOW", 0.0)
     _, out, err = run(capsys, "--max-new-tokens", "2")
     assert err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -80,17 +80,25 @@ def test_what_is_slow_shows_how_far_it_is_on_a_terminal_alone_and_leaves_nothing
     lines = err.split("\r")
     assert len(again.splitlines()) == len(out.splitlines())
     assert max(map(len, lines)) < 80 and "\n" not in err
-    for title, unit in (("loading", "GB"), ("reading the prompt", "layer")):
-        shown = [line for line in lines if line.startswith(title)]
-        assert shown and all(f" s a {unit}, " in line for line in shown)
-        assert [line.split("%")[0].split("] ")[1].strip() for line in shown][-1] == "100"
+    assert any(line.startswith("loading: ") for line in lines)
+    assert any(line.startswith("reading the prompt: ") and "/8 [" in line for line in lines)
     assert lines[-2].strip() == lines[-1] == ""
 
 
-def test_the_demo_prints_ascii_to_a_terminal_that_knows_nothing_else():
-    ascii_only = {"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin", "PYTHONPATH": str(ROOT)}
-    done = forked.run(["demo.py", "--max-new-tokens", "3"], cwd=ROOT, env=ascii_only, check=True)
-    assert done.stdout.isascii()
+@pytest.mark.parametrize("seconds, shown", [(0.0, True), (3600.0, False)])
+def test_progress_is_shown_only_where_something_is_slow(capsys, monkeypatch, seconds, shown):
+    monkeypatch.setattr(terminal, "SLOW", seconds)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with terminal.progress_bar("reading", "layer", 2) as bar:
+        bar.update(2)
+    assert ("/2 [" in capsys.readouterr().err) == shown
+
+
+def test_the_demo_prints_ascii_to_a_terminal_that_knows_nothing_else(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert demo.main(["--max-new-tokens", "3"]) == 0
+    assert b"99999999" in written.getvalue() and written.getvalue().isascii()
 
 
 def test_a_scene_of_its_own_number_is_drawn_and_described(capsys):
@@ -134,18 +142,6 @@ def test_the_help_is_in_groups_with_examples_and_fits_the_terminal(capsys, monke
     assert max(map(len, out.splitlines())) <= 80
     for line in examples:
         demo.parse(line.split()[2:])
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--scene", "-1"), ("--scene", str(2**63)), ("--scene", "7", "--image", "a.png"),
-        ("--scene", "1", "--scene", "2", "--json"), ("--scene", "1", "--scene", "2", "--chat"),
-    ],
-)  # fmt: skip
-def test_scenes_that_cannot_be_shown_are_refused(arguments, capsys):
-    code, out, err = run(capsys, *arguments)
-    assert (code, out) == (2, "") and "--scene" in err.splitlines()[-1]
 
 
 def test_json_is_one_object_with_every_field(capsys):
@@ -329,15 +325,14 @@ def test_a_conversation_goes_on_until_the_model_has_no_positions_left(talk, smal
 
 
 def test_ctrl_c_ends_an_answer_and_the_next_question_goes_on(talk, monkeypatch):
-    typed, update = [], demo.Typewriter.update
+    shown, wrapped = [], terminal.wrapped
 
-    def interrupted(self, text, final=False):
-        if not typed:
-            signal.raise_signal(signal.SIGINT)
-        typed.append(text)
-        update(self, text, final)
+    def interrupted(text):
+        if not shown:
+            shown.append(signal.raise_signal(signal.SIGINT))
+        return wrapped(text)
 
-    monkeypatch.setattr(demo.Typewriter, "update", interrupted)
+    monkeypatch.setattr(terminal, "wrapped", interrupted)
     before = signal.getsignal(signal.SIGINT)
     lines, err, blocks = talk(["Describe the image in detail.", QUESTIONS[1]])
     assert err == "" and lines[0] == "The" and lines[2] == "yes."
@@ -345,14 +340,14 @@ def test_ctrl_c_ends_an_answer_and_the_next_question_goes_on(talk, monkeypatch):
 
 
 def test_ctrl_c_while_a_question_is_read_drops_it_and_the_chat_goes_on(talk, monkeypatch):
-    pressed, update = [], demo.Progress.update
+    pressed, update = [], terminal.tqdm.update
 
     def interrupted(self, *arguments):
-        if self.title.startswith("reading") and not pressed:
+        if self.total == 8 and not pressed:  # layers
             pressed.append(signal.raise_signal(signal.SIGINT))
         update(self, *arguments)
 
-    monkeypatch.setattr(demo.Progress, "update", interrupted)
+    monkeypatch.setattr(terminal.tqdm, "update", interrupted)
     lines, err, _ = talk(QUESTIONS[:2])
     assert err == "The question is dropped.\n" and lines[0] == "yes."
 
@@ -375,27 +370,42 @@ def test_the_table_fits_80_columns_and_shows_every_layer(layers):
     assert text.count("▂") == 2 * layers
 
 
-def test_text_that_would_move_the_cursor_is_shown_harmlessly(capsys):
-    typewriter = demo.Typewriter()
-    for length in range(1, 30):
-        typewriter.update("red \x1b[2Jcircle \x07 and more words"[:length])
-    typewriter.update("red \x1b[2Jcircle \x07 and more words", final=True)
-    typewriter.end()
-    out = capsys.readouterr().out
-    assert "\x1b" not in out and "\x07" not in out
-    assert out.split() == ["red", "\ufffd[2Jcircle", "\ufffd", "and", "more", "words"]
+class Letters:
+    """A tokenizer whose tokens are the letters of a text."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def decode(self, ids):
+        return "".join(self.text[i] for i in ids)
 
 
-@given(st.text(alphabet="ab \n", max_size=400), st.integers(1, 30))
-def test_text_typed_in_pieces_is_all_there_and_wrapped(text, step):
-    typewriter, stdout = demo.Typewriter(), io.StringIO()
-    with contextlib.redirect_stdout(stdout):
-        for length in range(0, len(text), step):
-            typewriter.update(text[:length])
-        typewriter.update(text, final=True)
-        typewriter.end()
-    assert stdout.getvalue().split() == text.split()
-    assert all(len(line) < 80 or " " not in line.strip() for line in stdout.getvalue().splitlines())
+@given(st.text(alphabet="ab \n\x1b\x07-", max_size=400))
+def test_text_typed_letter_by_letter_is_all_there_wrapped_and_harmless(text):
+    """Text that would move the cursor, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        stdout = io.StringIO()
+        patch.setattr(sys, "stdout", stdout)
+        ids, _ = terminal.write(Letters(text), map(torch.tensor, range(len(text))))
+    out = stdout.getvalue()
+    assert ids == list(range(len(text)))
+    assert out.split() == text.replace("\x1b", "\ufffd").replace("\x07", "\ufffd").split()
+    assert all(len(line) < 80 or " " not in line.strip() for line in out.splitlines())
+    assert out.endswith("\n") == bool(text.strip())
+
+
+def test_an_answer_is_shown_word_by_word(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    seen = []
+
+    def tokens():
+        for index in range(len("one two. three")):
+            seen.append(sys.stdout.getvalue())
+            yield torch.tensor(index)
+
+    terminal.write(Letters("one two. three"), tokens())
+    assert list(dict.fromkeys(seen)) == ["", "  one", "  one two."]
+    assert sys.stdout.getvalue() == "  one two. three\n"
 
 
 PICTURE = str(TINY / "examples" / "scene_1.png")
@@ -414,6 +424,11 @@ PICTURE = str(TINY / "examples" / "scene_1.png")
         (["--temperature", "nan"], "temperature"),
         (["--seed", str(2**70)], "--seed"),
         (["--seed", "-1"], "--seed"),
+        (["--scene", "-1"], "--scene"),
+        (["--scene", str(2**63)], "--scene"),
+        (["--scene", "7", "--image", "a.png"], "--scene"),
+        (["--scene", "1", "--scene", "2", "--json"], "--scene"),
+        (["--scene", "1", "--scene", "2", "--chat"], "--scene"),
         (["--top-p", "0"], "top-p"),
         (["--image", "missing.png"], "no image at missing.png"),
         (["--image", "README.md"], "cannot be read as an image"),
@@ -428,18 +443,13 @@ PICTURE = str(TINY / "examples" / "scene_1.png")
         (["--device", "hpu"], "device"),
         (["--device", "privateuseone"], "device"),
         (["--prompt", "What is \udcff?"], "not UTF-8"),
-        (["--plot", "kept.pgf"], ".png, .pdf, .svg"),
         (["--chat", "--json"], "--json"),
         (["--chat", "--prompt", "Why?"], "--prompt"),
-        (["--chat", "--save-plan", "plan.json"], "--save-plan"),
         (["--chat", "--budget", "0.2", "--budget", "0.5"], "one --budget"),
         (["--chat", "--method", "h2o", "--method", "local"], "one --method"),
         (["--method", "nothing"], "invalid choice"),
         (["--method", "h2o", "--plan", "plan.json"], "--method"),
-        (["--method", "h2o", "--explore", "page.html"], "--method"),
         (["--kv-bits", "5"], "2, 3, 4, 8"),
-        (["--kv-bits", "2", "--explore", "page.html"], "--kv-bits"),
-        (["--kv-bits", "2", "--save-plan", "plan.json"], "--kv-bits"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(capsys, monkeypatch, arguments, word):
@@ -467,16 +477,14 @@ def test_not_a_number_in_the_weights_is_refused_with_the_layer(tmp_path, capsys)
 
 
 def test_a_saved_plan_compresses_alike_layer_by_layer(tmp_path, capsys):
-    path = tmp_path / "plan.json"
-    short = ("--json", "--max-new-tokens", "24")
-    code, out, _ = run(capsys, *short, "--budget", "0.3", "--save-plan", str(path))
-    searched = json.loads(out)["runs"][1]
-    code, out, _ = run(capsys, *short, "--plan", str(path))
-    planned = json.loads(out)["runs"][1]
-    assert code == 0
-    assert planned["kept_per_layer"] == searched["kept_per_layer"]
-    assert planned["token_ids"] == searched["token_ids"]
-    assert planned["budget"] == 0.3
+    path = str(tmp_path / "plan.json")
+    assert plan.main(["--budget", "0.3", "--save", path]) == 0
+    searched, planned = (
+        json.loads(run(capsys, "--json", "--max-new-tokens", "24", *options)[1])["runs"][1]
+        for options in (("--budget", "0.3"), ("--plan", path))
+    )
+    for field in ("kept_per_layer", "token_ids", "budget"):
+        assert planned[field] == searched[field]
 
 
 @pytest.mark.parametrize("content, word", [("[0.5, 0.5]", "2 layers"), ("{}", "no plan"), (None, "no plan")])
@@ -486,9 +494,3 @@ def test_a_plan_that_cannot_be_used_is_refused(tmp_path, capsys, content, word):
     code, _, err = run(capsys, "--plan", str(tmp_path / "plan.json"))
     assert code == 2
     assert word in err
-
-
-def test_a_plan_that_cannot_be_written_is_said(tmp_path, capsys):
-    code, _, err = run(capsys, "--max-new-tokens", "2", "--save-plan", str(tmp_path / "no" / "folder.json"))
-    assert code == 2
-    assert "cannot be written" in err

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import demo
+import weights
+from bench import plan
 from minillava import explore
 from minillava.checks import LlavaError
-from prefixkv import PrefixKV
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
@@ -38,13 +38,19 @@ def image():
 def data(tiny, image):
     model, processor = tiny
     prompt = processor.chat([("Describe the image in detail.", None)], 1)
-    return explore.collect(model, processor, prompt, [image], (0.5, 0.2), 12, "somewhere/tiny")
+    return shown(model, processor, prompt, image, (0.5, 0.2), 12, "somewhere/tiny")
+
+
+def shown(model, processor, prompt, image, budgets, new_tokens, name=""):
+    """All that a page shows."""
+    found = explore.collect(model, processor, prompt, [image], budgets, name)
+    return found | explore.answers(model, processor, prompt, [image], budgets, new_tokens)
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_the_tokens_shown_are_those_that_a_cache_keeps(tiny, image, data, number, sweep):
     model, processor = tiny
-    method = (PrefixKV, *explore.OTHERS.values())[number]
+    method = list(explore.SHOWN.values())[number]
     inputs = processor(data["prompt"], [image])
     budgets = data["budgets"]
     for stop, budget in enumerate(budgets):
@@ -115,7 +121,7 @@ def test_the_page_needs_no_network_and_is_small(data):
 
 def test_text_that_is_html_stays_text(small, image):
     _, _, model, processor = small
-    made = explore.collect(model, processor, f"USER: <image>\n{NASTY} ASSISTANT:", [image], (0.5,), 4, NASTY)
+    made = shown(model, processor, f"USER: <image>\n{NASTY} ASSISTANT:", image, (0.5,), 4, NASTY)
     made["words"].append((0, NASTY))  # as if it were one token
     text = explore.page(made)
     assert "<script>document" not in text and "<img" not in text
@@ -124,61 +130,82 @@ def test_text_that_is_html_stays_text(small, image):
 
 def test_without_an_image_there_is_nothing_to_explore(tiny):
     with pytest.raises(LlavaError, match="without an image"):
-        explore.collect(*tiny, "Hello", [])
+        explore.collect(*tiny, "Hello", [], [0.2])
 
 
-# ---------------------------------------------------------------- the demo's options
+# ---------------------------------------------------------------- the commands
+
+COMMANDS = pytest.mark.parametrize(
+    "command",
+    [lambda path, *more: explore.main([path, *more]), lambda path, *more: plan.main(["--save", path, *more]),
+     lambda path, *more: plan.main(["--plot", path, *more])],
+    ids=["explore", "save", "plot"],
+)  # fmt: skip
 
 
-def test_the_demo_writes_page_and_picture(tmp_path, capsys):
-    page, picture = tmp_path / "a.html", tmp_path / "a.png"
-    assert demo.main(["--max-new-tokens", "4", "--explore", str(page), "--plot", str(picture)]) == 0
-    assert page.stat().st_size > 10_000 and Image.open(picture).width > 1000
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.png"]
+def refused(command, *arguments):
+    """Whether a command ends with 2, before it has done anything or afterwards."""
+    try:
+        return command(*arguments) == 2
+    except SystemExit as stop:
+        return stop.code == 2
 
 
-@pytest.mark.parametrize("option", ["--explore", "--plot", "--save-plan"])
-def test_a_name_too_long_for_a_file_ends_with_2(tmp_path, capsys, small, option):
-    model = ["--model", str(small[0]), "--max-new-tokens", "2"]
-    for length in (252, 5000):  # the second is too long to be asked about, the first for the name it is written under
-        assert demo.main([*model, option, str(tmp_path / ("x" * length + ".png")[-length:])]) == 2
+def test_the_commands_write_page_plan_and_picture(tmp_path, capsys):
+    page, saved, picture = (str(tmp_path / name) for name in ("a.html", "a.json", "a.png"))
+    assert explore.main([page, "--max-new-tokens", "4", "--scene", "7"]) == 0
+    assert re.fullmatch(rf"{page}, with 9 answers, in \d+ s\.\n", capsys.readouterr().out)
+    assert plan.main(["--save", saved, "--plot", picture]) == 0
+    assert os.path.getsize(page) > 10_000 and Image.open(picture).width > 1000
+    found = weights.read_plan(saved)
+    assert found.budget == 0.2 and sum(found.ratios) / 8 == pytest.approx(0.2, abs=1e-3)
+    assert sorted(os.listdir(tmp_path)) == ["a.html", "a.json", "a.png"]
+
+
+def test_a_plan_is_saved_for_every_method(tmp_path, small):
+    path = str(tmp_path / "plan.json")
+    assert plan.main(["--save", path, "--method", "h2o", "--budget", "40%", "--model", str(small[0])]) == 0
+    ratios = weights.read_plan(path).ratios
+    assert len(ratios) == 4 and max(ratios) - min(ratios) < 0.05  # as many in every layer
+
+
+def test_how_far_it_is_shows_on_a_terminal(tmp_path, capsys, small, monkeypatch):
+    monkeypatch.setattr(explore.terminal, "SLOW", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert explore.main([str(tmp_path / "a.html"), "--model", str(small[0]), "--max-new-tokens", "2"]) == 0
+    err = capsys.readouterr().err
+    assert "loading: " in err and "reading the prompt: " in err and "answering: " in err and "/9 [" in err
+
+
+@COMMANDS
+def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path, capsys, small, command):
+    for name in ("no/a.png", ".", "x" * 249 + ".png", "x" * 5000 + ".png"):  # 253: too long for the name it gets first
+        assert refused(command, str(tmp_path / name), "--model", str(small[0]))
         assert "cannot be written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("place", ["no/a.png", "."])
-@pytest.mark.parametrize("option", ["--explore", "--plot", "--save-plan"])
-def test_a_place_that_cannot_be_written_is_refused_before_anything_is_done(tmp_path, capsys, option, place):
-    with pytest.raises(SystemExit) as stop:
-        demo.main([option, str(tmp_path / place)])
-    shown = capsys.readouterr()
-    assert stop.value.code == 2 and "cannot be written" in shown.err and not shown.out
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
-@pytest.mark.parametrize("option", ["--explore", "--plot", "--save-plan"])
-def test_a_write_that_fails_ends_with_2_and_leaves_nothing(tmp_path, capsys, small, option, monkeypatch):
+@COMMANDS
+def test_a_write_that_fails_ends_with_2_and_leaves_nothing(tmp_path, capsys, small, command, monkeypatch):
     monkeypatch.setattr("minillava.files.secrets.token_hex", lambda count: "x")
     (tmp_path / "a.png.x.part").symlink_to("/dev/full")  # no space is left there
-    model = ["--model", str(small[0]), "--max-new-tokens", "2"]
-    assert demo.main([*model, option, str(tmp_path / "a.png")]) == 2
-    shown = capsys.readouterr()
-    assert "cannot be written" in shown.err and "same words" in shown.out
+    assert refused(command, str(tmp_path / "a.png"), "--model", str(small[0]))
+    assert "cannot be written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plot_without_matplotlib_is_refused_before_anything_is_done(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "arguments, word",
+    [([], "nothing to write"), (["--plot", "kept.pgf"], ".png, .pdf, .svg"), (["--plot", "a.png"], "needs matplotlib"),
+     (["--plot", "a.png", "--method", "h2o"], "--method"), (["--save", "a", "--budget", "2"], "is not a budget"),
+     (["--save", "a.json", "--scene", "1", "--image", "b.png"], "--scene")],
+)  # fmt: skip
+def test_bad_options_of_a_plan_are_refused(capsys, monkeypatch, arguments, word):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit) as stop:
-        demo.main(["--plot", str(tmp_path / "a.png")])
+    assert refused(plan.main, arguments)
     shown = capsys.readouterr()
-    assert stop.value.code == 2 and "--plot needs matplotlib" in shown.err and not shown.out
-
-
-def test_exploring_a_plan_is_refused(capsys):
-    with pytest.raises(SystemExit) as stop:
-        demo.main(["--plan", "x", "--explore", "y"])
-    assert stop.value.code == 2
+    assert word in shown.err.splitlines()[-1] and not shown.out
 
 
 # ---------------------------------------------------------------- in a browser
@@ -272,6 +299,6 @@ def test_the_page_works_in_a_browser_without_a_message(tmp_path, data, width):
 @browser
 def test_a_prompt_that_is_html_does_nothing_in_a_browser(tmp_path, small, image):
     _, _, model, processor = small
-    made = explore.collect(model, processor, f"USER: <image>\n{NASTY} ASSISTANT:", [image], (0.5, 0.2), 4, NASTY)
+    made = shown(model, processor, f"USER: <image>\n{NASTY} ASSISTANT:", image, (0.5, 0.2), 4, NASTY)
     seen = visit(explore.page(made), tmp_path, 800)
     assert seen["title"] == "What is kept of a KV cache" and seen["errors"] == []

@@ -672,7 +672,7 @@ def test_plans_eviction_and_the_page_work_on_tiles(family, tmp_path):
     for compressor in (PrefixKV(0.2), PrefixKV(plan=plan)):
         made = model.generate(**inputs, max_new_tokens=40, eos_token_id=(), compressor=compressor)
         assert made.token_ids.shape == (1, 40) and int(made.kept.max()) < inputs["input_ids"].shape[1]
-    data = explore.collect(model, processor, ONE[0][0], [image], (0.2,), 4)
+    data = explore.collect(model, processor, ONE[0][0], [image], (0.2,))
     tiling = model.config.tiling((40, 75))
     cells = [position for position in data["patches"] if position is not None]
     assert len(cells) == tiling.tokens and cells == sorted(cells)  # overview first, then row by row
@@ -683,6 +683,6 @@ def test_plans_eviction_and_the_page_work_on_tiles(family, tmp_path):
     assert ends == [int(positions[token]) for token in tiling.newlines]
     assert "null" in explore.page(data)
     with mock.patch("matplotlib.collections.PatchCollection", wraps=PatchCollection) as framed:
-        assert explore.plot(data)[:4] == b"\x89PNG"
+        assert plan.plot(data)[:4] == b"\x89PNG"
     kept = [sum(explore.kept(data, layer, data["start"])[position] for position in cells) for layer in range(4)]
     assert [len(call.args[0]) for call in framed.call_args_list] == kept  # no cell that is empty

@@ -171,14 +171,6 @@ def test_a_linear_projector_is_one_layer_and_stays_one_when_it_is_converted(tmp_
     assert all(torch.equal(tensor, after.state_dict()[name]) for name, tensor in before.state_dict().items())
 
 
-def test_verify_prepares_an_original_llavas_pictures_as_load_does(tmp_path, theirs, capsys):
-    from minillava import verify
-
-    folder = original(tmp_path / "llava", theirs)
-    assert verify.main(["--model", str(folder), "--against", "ours", "--new-tokens", "3"]) == 0
-    assert "moves most" in capsys.readouterr().out
-
-
 def stopped(*_):
     """Ctrl-C comes."""
     raise KeyboardInterrupt

@@ -126,7 +126,7 @@ def test_every_option_of_the_config_is_honoured(tmp_path, layout, variant, new_t
 def scenes(count: int) -> list[Image.Image]:
     import random
 
-    from train.scenes import draw, make_scene
+    from minillava.scenes import draw, make_scene
 
     return [draw(make_scene(random.Random(f"parity {index}")))[0] for index in range(count)]
 

@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT, TINY
 
 from minillava.model import Llava
+from minillava.scenes import draw, make_scene, short_question
 from train import train_tiny
-from train.scenes import draw, make_scene, short_question
 from train.train_tiny import (
     LABELS,
     PATCH,

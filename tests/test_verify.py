@@ -15,7 +15,7 @@ import minillava.model
 import weights
 from minillava.checks import LlavaError
 from minillava.model import Llava
-from minillava.verify import Reference, Stage, Tap, against_ours, compare, first_difference, main, our_taps, verify
+from minillava.verify import Reference, Stage, Tap, compare, first_difference, main, stages, verify
 
 PROMPT = "USER: <image>\nWhat is in the image? ASSISTANT:"
 
@@ -33,54 +33,45 @@ def model(checkpoint):
     return weights.load_model(checkpoint[0])
 
 
-def first(model, reference):
-    found = first_difference(verify(model, reference))
-    assert found is not None
-    return found[0].name, found[1]
-
-
 def test_a_right_model_agrees_in_every_stage(model, checkpoint):
-    stages = verify(model, checkpoint[1])
-    assert first_difference(stages) is None
-    names = [stage.name for stage in stages]
-    assert names[2:-4] == list(our_taps(model.config))  # every tap was seen
+    found = verify(model, checkpoint[1])
+    assert first_difference(found) is None
+    names = [stage.name for stage in found]
+    assert names[2:-4] == list(stages(model, model.config))  # every tap was seen
     cached = ["greedy tokens", "three turns", "three turns, tokens", "positions after eviction"]
     assert [names[0], *names[-4:]] == ["pixels", *cached]
-    assert not any(stage.note.startswith("not compared") for stage in stages if stage.name == "pixels")
+    assert not any(stage.note.startswith("not compared") for stage in found if stage.name == "pixels")
 
 
-def test_rope_that_turns_neighbours_is_named(model, checkpoint, monkeypatch):
-    def neighbours(x, cos, sin):
+def neighbours(model, patch):
+    def rope(x, cos, sin):
         even, odd = x[..., 0::2], x[..., 1::2]
         half = x.shape[-1] // 2
         cos, sin = cos[..., :half], sin[..., half:]
         return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
-    monkeypatch.setattr(minillava.model, "apply_rope", neighbours)
-    name, cause = first(model, checkpoint[1])
-    assert name == "layer 0 query" and "RoPE" in cause
+    patch.setattr(minillava.model, "apply_rope", rope)
 
 
-def test_features_of_the_wrong_vision_layer_are_named(model, checkpoint):
+def other_features(model, patch):
     model.config = replace(model.config, vision_feature_layer=-1)
-    name, cause = first(model, checkpoint[1])
-    assert name == "projector" and "vision_feature_layer" in cause
 
 
-def test_a_missing_projector_bias_is_named(model, checkpoint):
+def no_bias(model, patch):
     model.multi_modal_projector.linear_2.bias = None
-    name, cause = first(model, checkpoint[1])
-    assert name == "projector" and "bias" in cause
 
 
-def test_a_wrong_eps_is_named(model, checkpoint):
+def other_eps(model, patch):
     for layer in model.language_model.layers:
         layer.input_layernorm.eps = 1e-5  # the checkpoint's is 1e-6
-    name, cause = first(model, checkpoint[1])
-    assert name == "layer 0 norm" and "eps" in cause
 
 
-def test_positions_counted_from_the_shortened_cache_are_named(model, checkpoint):
+def exchanged(model, patch):
+    mlp = model.language_model.layers[2].mlp
+    mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+
+
+def short_positions(model, patch):
     class Unshifted(Llava):
         def read(self, input_ids, cache, *images, **named):
             rope = self.language_model.cos_sin
@@ -93,15 +84,20 @@ def test_positions_counted_from_the_shortened_cache_are_named(model, checkpoint)
                 self.language_model.cos_sin = rope
 
     model.__class__ = Unshifted
-    name, cause = first(model, checkpoint[1])
-    assert name == "positions after eviction" and "shortened cache" in cause
 
 
-def test_a_wrong_layer_in_the_middle_is_named_and_not_those_behind_it(model, checkpoint):
-    mlp = model.language_model.layers[2].mlp
-    mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
-    name, cause = first(model, checkpoint[1])
-    assert name == "layer 2 MLP" and "exchanged" in cause
+@pytest.mark.parametrize(
+    "fault, name, cause",
+    [(neighbours, "layer 0 query", "RoPE"), (other_features, "projector", "vision_feature_layer"),
+     (no_bias, "projector", "bias"), (other_eps, "layer 0 norm", "eps"), (exchanged, "layer 2 MLP", "exchanged"),
+     (short_positions, "positions after eviction", "shortened cache")],
+)  # fmt: skip
+def test_the_first_stage_that_a_fault_changes_is_named_with_its_cause(
+    model, checkpoint, monkeypatch, fault, name, cause
+):
+    fault(model, monkeypatch)
+    found = first_difference(verify(model, checkpoint[1]))
+    assert found is not None and found[0].name == name and cause in found[1]
 
 
 class Student(nn.Module):
@@ -139,17 +135,8 @@ def test_another_shape_is_a_difference_and_says_both(model, checkpoint):
 
 def test_nan_is_a_difference(model, checkpoint):
     model.language_model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
-    stages = compare(model, our_taps(model.config), checkpoint[1])
-    assert next(stage for stage in stages if not stage.ok).name == "layer 1 MLP"
-
-
-def test_compression_moves_nothing_at_a_full_budget_and_something_at_a_small_one(model, checkpoint):
-    inputs = checkpoint[1].inputs
-    assert all(moved == 0 and share == 1 for moved, share in against_ours(model, inputs, 1.0, 5))
-    rows = against_ours(model, inputs, 0.2, 5)
-    assert len(rows) == 4 and all(moved > 0 for moved, _ in rows)
-    length = inputs["input_ids"].shape[1]
-    assert sum(share for _, share in rows) / 4 == pytest.approx(round(0.2 * 4 * length) / (4 * length))
+    found = compare(model, stages(model, model.config), checkpoint[1])
+    assert next(stage for stage in found if not stage.ok).name == "layer 1 MLP"
 
 
 def test_the_command_agrees_with_transformers_on_the_embedded_checkpoint(capsys):
@@ -160,26 +147,19 @@ def test_the_command_agrees_with_transformers_on_the_embedded_checkpoint(capsys)
 
 
 def test_the_command_ends_with_1_and_the_stage_for_a_model_that_differs(capsys, monkeypatch):
-    load = minillava.verify.load_model
+    load = weights.load_model
 
     def broken(*arguments):
         model = load(*arguments)
         model.language_model.norm.weight.data *= 1.01
         return model
 
-    monkeypatch.setattr(minillava.verify, "load_model", broken)
+    monkeypatch.setattr(weights, "load_model", broken)
     assert main(["--new-tokens", "2"]) == 1
     assert "The first stage that differs is final norm." in capsys.readouterr().out
     assert main(["--new-tokens", "2", "--json"]) == 1
-    stages = [Stage(**entry) for entry in json.loads(capsys.readouterr().out)]
-    assert [stage.name for stage in stages if not stage.ok][:1] == ["final norm"]
-
-
-def test_the_command_shows_which_layer_compression_moves_most(capsys):
-    assert main(["--against", "ours", "--new-tokens", "4"]) == 0
-    assert "moves most" in capsys.readouterr().out
-    assert main(["--against", "ours", "--new-tokens", "4", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 8
+    found = [Stage(**entry) for entry in json.loads(capsys.readouterr().out)]
+    assert [stage.name for stage in found if not stage.ok][:1] == ["final norm"]
 
 
 BAD = {
@@ -188,7 +168,6 @@ BAD = {
     "2 or more": ["--new-tokens", "1"],
     "cannot be used": ["--device", "quantum"],
     "<image>": ["--prompt", "no picture"],
-    "budget": ["--against", "ours", "--budget", "0"],
 }
 
 

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from minillava import TINY
 from minillava.model import Llava
 from minillava.processor import Processor
-from train.scenes import DESCRIBE, Scene, draw, make_scene, named, short_question
+from minillava.scenes import DESCRIBE, Scene, draw, make_scene, named, short_question
 from weights import load
 
 BATCH = 20

@@ -53,9 +53,7 @@ from minillava.convert import config_dict, save_weights
 from minillava.files import write_json
 from minillava.model import DecoderLayer, Llava, merge_heads
 from minillava.processor import ImageProcessor
-from prefixkv import PrefixKV, priority
-from train.evaluate import commonest, evaluate
-from train.scenes import (
+from minillava.scenes import (
     BACKGROUNDS,
     COLOURS,
     KINDS,
@@ -72,6 +70,8 @@ from train.scenes import (
     plural,
     short_question,
 )
+from prefixkv import PrefixKV, priority
+from train.evaluate import commonest, evaluate
 from weights import load, load_model
 
 
@@ -591,9 +591,9 @@ Loads with `weights.load` and with `LlavaForConditionalGeneration.from_pretraine
 
     {command}
 
-Scenes and conversations are drawn on the fly (`train/scenes.py`); no data set is needed. In a vision stage the vision
-tower learns to label patches. In a language stage the decoder learns a dozen questions about every scene, with the
-tower frozen. In a joint stage all of it learns together while the learning rate falls. In the last two kinds, one
+Scenes and conversations are drawn on the fly (`minillava/scenes.py`); no data set is needed. In a vision stage the
+vision tower learns to label patches. In a language stage the decoder learns a dozen questions about every scene, with
+the tower frozen. In a joint stage all of it learns together while the learning rate falls. In the last two kinds, one
 attention head of the decoder is shown which patches the answer is about. {sides}
 
 | stage | kind | picture | steps | scenes a step | peak of the rate |

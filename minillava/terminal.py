@@ -1,0 +1,240 @@
+"""What commands that ask a model about a picture share: options, the model while it loads, text while it grows."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from minillava import TINY
+from minillava.checks import LlavaError
+from minillava.model import KVCache, Llava
+from minillava.processor import Processor, open_image
+from minillava.scenes import DESCRIBE, draw, make_scene
+
+WIDTH = 80
+BARS = " ▁▂▃▄▅▆▇█"
+SLOW = 1.0  # seconds after which progress is shown
+
+# ---------------------------------------------------------------- options
+
+
+def parse_budget(text: str) -> float:
+    """A budget as 0.2 or 20%."""
+    with contextlib.suppress(ValueError):
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        if 0 < value <= 1:
+            return value
+    raise argparse.ArgumentTypeError(
+        f"{text!r:.200} is not a budget; expected a number above 0 and at most 1, or 20%"
+    ) from None
+
+
+def whole_number(low: int) -> Callable[[str], int]:
+    """The type of an option that takes a whole number from `low` on."""
+
+    def parse(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if low <= int(text) < 2**63:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r:.200} is not a whole number from {low} to {2**63 - 1}")
+
+    return parse
+
+
+def output_file(text: str) -> str:
+    """The name of a file to write, refused before the model has worked in vain."""
+    if os.path.isdir(text) or not os.path.isdir(os.path.dirname(text) or "."):
+        raise argparse.ArgumentTypeError(
+            f"{text:.200} cannot be written; expected the name of a file in a folder that exists"
+        )
+    return text
+
+
+def add_picture_options(parser: argparse._ActionsContainer, several: bool = False) -> None:
+    """--image, --scene and --prompt. With `several`, --scene may be repeated: each scene is a question of its own."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--image", action="append", metavar="FILE",
+                        help="picture; repeat for several in one question (default: an example scene)")  # fmt: skip
+    either.add_argument("--scene", action="append" if several else "store", type=whole_number(0), metavar="N",
+                        help="draw scene N of coloured shapes"
+                        + ("; repeat for several, one after the other" if several else ""))  # fmt: skip
+    parser.add_argument("--prompt", metavar="TEXT", help="question about the pictures (default: describe in detail)")
+
+
+def add_model_options(parser: argparse._ActionsContainer) -> None:
+    """--model, --device and --dtype."""
+    parser.add_argument(
+        "--model", default=str(TINY), help="folder of a checkpoint, or Hub id (default: the embedded one)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, mps")
+    parser.add_argument("--dtype", default="float32", choices=["auto", "float32", "float16", "bfloat16"],
+                        help="of the weights; auto: as the checkpoint has them (default: float32)")  # fmt: skip
+
+
+def pictures(paths: list[str] | None, scene: int | None) -> tuple[list[str], list[Image.Image]]:
+    """Names and pictures of one question: a scene, or files, by default an example scene."""
+    if scene is not None:
+        return [f"scene {scene}"], [draw(make_scene(random.Random(scene)), oversample=4)[0]]
+    paths = paths or [str(TINY / "examples" / "scene_1.png")]
+    return paths, [open_image(path) for path in paths]
+
+
+def prompt_of(processor: Processor, question: str | None, images: int) -> str:
+    """The prompt for a question in the checkpoint's own form; a text that has <image> is a prompt already."""
+    question = question or DESCRIBE[0]
+    return question if "<image>" in question else processor.chat([(question, None)], images)
+
+
+# ---------------------------------------------------------------- the model
+
+
+def progress_bar(title: str, unit: str, total: int | None = None) -> tqdm:
+    """How far something slow is, on stderr if that is a terminal; it comes after a second, and goes at the end."""
+    columns = min(WIDTH, shutil.get_terminal_size().columns) - 1
+    return tqdm(desc=title, total=total, unit=unit, unit_scale=unit == "B", delay=SLOW, ncols=columns, leave=False,
+                disable=None)  # fmt: skip
+
+
+def human(count: int) -> str:
+    """A number of bytes in a few characters."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"
+
+
+def free_memory() -> int | None:
+    """Bytes that a program may take without the system swapping; None where Linux' /proc is not there."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def load_shown(args: argparse.Namespace) -> tuple[Llava, Processor]:
+    """Loads what `add_model_options` say, with a bar; raises LlavaError if the weights do not fit into memory so."""
+    from weights import find, find_device, load, memory_needed  # it stands on minillava, not the other way round
+
+    device, dtype = find_device(args.device), None if args.dtype == "auto" else getattr(torch, args.dtype)
+    folder, on_cpu = find(args.model), device.type == "cpu"
+    free = free_memory() if on_cpu and dtype is not None else None
+    if free is not None:
+        needed, own = memory_needed(folder, dtype)
+        if needed > free and dtype != own:  # weights in the checkpoint's own dtype need not fit: see `load`
+            raise LlavaError(
+                f"{args.model} in {args.dtype} needs {human(needed)}, {human(free)} are free; try --dtype auto: "
+                f"{human(memory_needed(folder, None)[0])}, of which the system reads what it needs from the file."
+            )
+    with progress_bar("loading", "B") as bar:
+
+        def progress(done: int, size: int) -> None:
+            bar.total = size
+            bar.update(done - bar.n)
+
+        return load(folder, device, dtype, fast=on_cpu, progress=progress)
+
+
+def read(model: Llava, block: dict[str, Tensor], cache: KVCache, stop: Callable[[], bool] = lambda: False) -> Tensor:
+    """`Llava.read` with a bar. Raises KeyboardInterrupt, between two layers, if `stop` says so."""
+    layers = model.language_model.layers
+    with progress_bar("reading the prompt", "layer", len(layers)) as bar:
+
+        def done(*_: object) -> None:
+            bar.update()
+            if stop():
+                raise KeyboardInterrupt
+
+        hooks = [layer.register_forward_hook(done) for layer in layers]
+        try:
+            logits = model.read(**block, cache=cache)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if logits.is_cuda:
+        torch.cuda.synchronize()
+    return logits
+
+
+# ---------------------------------------------------------------- text
+
+
+def wrapped(text: str) -> str:
+    """Text in lines of less than 80 characters. What would move the cursor shows as �.
+
+    The lines of a text's first words are the beginning of those of the whole text.
+    """
+    lines = []
+    for line in text.split("\n"):
+        words = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(line.split()))
+        lines.append(textwrap.fill(words, WIDTH - 1, initial_indent="  ", subsequent_indent="  ",
+                                   break_long_words=False, break_on_hyphens=False))  # fmt: skip
+    return "\n".join(lines)
+
+
+def write(
+    processor: Processor, tokens: Iterable[Tensor], show: bool = True, stop: Callable[[], bool] = lambda: False
+) -> tuple[list[int], float]:
+    """Shows an answer word by word while it is made, until `stop` says so: its ids, and when the last one was there."""
+    ids: list[int] = []
+    shown, ended = "", time.perf_counter()
+    for token in tokens:
+        ids.append(int(token))
+        ended = time.perf_counter()
+        if show:
+            text = processor.decode(ids).lstrip()
+            lines = wrapped(text[: max(text.rfind(" "), text.rfind("\n")) + 1])  # a word waits until it is whole
+            print(lines[len(shown) :], end="", flush=True)
+            shown = max(shown, lines, key=len)
+        if stop():
+            break
+    if show:
+        lines = wrapped(processor.decode(ids).strip())
+        last = max(shown, lines, key=len)[-1:]
+        print(lines[len(shown) :], end="" if last in ("", "\n") else "\n", flush=True)
+    return ids, ended
+
+
+def bars(shares: list[float]) -> str:
+    """Shares from 0 to 1, one character each."""
+    text = "".join(BARS[max(1, round(8 * share))] for share in shares)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:  # a terminal without block characters gets tenths
+        text = "".join(str(min(9, int(10 * share))) for share in shares)
+    return text
+
+
+def dim(line: str) -> str:
+    """A line in a weaker colour, on a terminal."""
+    return f"\x1b[2m{line}\x1b[0m" if sys.stdout.isatty() else line
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noted, not raised: yields a function that says whether it was pressed. A second one is raised."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
