@@ -41,7 +41,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.variants import KVzip, bits_of, make, parsed, twice
+from bench import real
+from bench.variants import KVzip, empty_cache, make, parsed, twice
 from minillava import TINY
 from minillava.checks import LlavaError, require
 from minillava.compressors import METHODS as COMPRESSORS
@@ -49,7 +50,7 @@ from minillava.compressors import Recorder
 from minillava.files import write_json
 from minillava.model import KeepAll, KVCache, Llava
 from minillava.processor import Processor, llava_prompt, open_image
-from minillava.quantised import QuantisedKVCache, new_cache
+from minillava.quantised import QuantisedKVCache
 from minillava.scenes import (
     COLOURS,
     DESCRIBE,
@@ -95,6 +96,13 @@ class Sample:
     kind: str = "description"  # or that of a short question
     earlier: tuple[str, str] | None = None  # another question about the picture, and its answer
     scene: Scene | None = None
+    text: real.Text | None = None  # in place of a picture and prompts: token ids
+
+    def can_be(self, protocol: str) -> bool:
+        """Whether it can be asked in this way."""
+        earlier = self.earlier if self.text is None else self.text.earlier
+        question = self.text is None or self.text.question
+        return bool({"known": True, "second": earlier, "first": question}[protocol])
 
     def prompt(self, processor: Processor) -> str:
         """The published evaluation's: `system`, then the question in LLaVA-1.5's form, `<image>` where it stands.
@@ -107,6 +115,11 @@ class Sample:
         if own != llava_prompt(turns, 1):
             return own
         return f"{self.system}USER: {self.question} ASSISTANT:"
+
+
+def no_picture() -> Image.Image:
+    """For samples of text."""
+    raise LlavaError("There is no picture.")
 
 
 def scenes(
@@ -179,14 +192,11 @@ def read_samples(path: Path, images: Path, count: int) -> tuple[list[Sample], li
 # ---------------------------------------------------------------- measuring
 
 
-def encode(model: Llava, processor: Processor, samples: list[Sample]) -> dict[str, Tensor]:
-    """The model's inputs for a batch of samples."""
-    inputs = processor([sample.prompt(processor) for sample in samples], [sample.image() for sample in samples])
-    return {name: tensor.to(model.lm_head.weight.device) for name, tensor in inputs.items()}
-
-
 def split(processor: Processor, sample: Sample, protocol: str) -> tuple[dict[str, Tensor], list[int], int]:
     """The model's inputs for a whole prompt, its ids, and after how many of them the cache is cut."""
+    if sample.text is not None:
+        ids, cut = sample.text.prompt(protocol)
+        return {"input_ids": torch.tensor([ids])}, ids, cut
     images, question = [sample.image()], sample.question.replace("<image>", "").strip()
     if protocol != "second":
         inputs = processor(sample.prompt(processor), images)
@@ -230,9 +240,17 @@ def batches(
     return made
 
 
-def ids_of(processor: Processor, text: str) -> list[int]:
-    """Token ids of an answer, without the beginning-of-text token."""
-    return processor.tokenizer.encode(text)[len(processor.tokenizer.encode("")) :]
+def ids_of(processor: Processor, sample: Sample) -> list[int]:
+    """Token ids of the true answer, without the beginning-of-text token."""
+    if sample.text is not None:
+        return sample.text.answer
+    return processor.tokenizer.encode(sample.answer)[len(processor.tokenizer.encode("")) :]
+
+
+def together(model: Llava, processor: Processor, samples: list[Sample]) -> dict[str, Tensor]:
+    """The model's inputs for the prompts of a few samples."""
+    ((_, inputs, _),) = batches(processor, samples, "known", len(samples))
+    return {name: tensor.to(model.lm_head.weight.device) for name, tensor in inputs.items()}
 
 
 class Collector(KeepAll):
@@ -249,9 +267,8 @@ class Collector(KeepAll):
 
 
 @torch.inference_mode()
-def fill(model: Llava, prompt: Collector, room: int, compressor: PrefixKV | None, bits: int | None = None) -> KVCache:
-    """The cache that `model.read` would leave, without running the model on the prompt once more."""
-    cache = new_cache(model, room, compressor, bits)
+def fill(prompt: Collector, cache: KVCache) -> KVCache:
+    """The cache as `model.read` would leave it, without running the model on the prompt once more."""
     cache.begin(prompt.present, prompt.image)
     for number, layer in enumerate(prompt.layers):
         cache.update(number, *layer)
@@ -293,6 +310,8 @@ def wide(thing: Thing) -> str:
 
 def marks(sample: Sample, text: str) -> dict[str, int]:
     """What is right in an answer: of a description the objects, of a short answer all of it."""
+    if sample.text is not None and sample.answer:  # the decoder of prose goes on after its answer
+        return {"right": int(text[: len(sample.answer)] == sample.answer)}
     if sample.scene is None:
         return {}
     if sample.kind != "description":
@@ -322,8 +341,9 @@ def measure(
     inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
     turn, chosen = turn.to(args.device), [samples[index] for index in indices]
     long = chosen[0].kind == "description"
-    answers = [ids_of(processor, sample.answer) for sample in chosen]
-    room = turn.shape[1] + (max(args.max_new_tokens, *map(len, answers)) if long else 24)
+    answers = [ids_of(processor, sample) for sample in chosen]
+    most = 24 if not long else args.max_new_tokens if chosen[0].text is None else 1  # prose is not written
+    room = turn.shape[1] + max(most, *map(len, answers))
     prompt, scores = Collector(), None
     logits = model.read(**inputs, cache=model.new_cache(0, prompt))
     shared = {"protocol": protocol, "kind": "description" if long else "question"}
@@ -338,11 +358,11 @@ def measure(
         if isinstance(compressor, KVzip):
             scores = twice(model, inputs) if scores is None else scores
             compressor.scores = scores
-        cache = fill(model, prompt, room, compressor, None if method == "plan" else bits_of(method))
+        cache = fill(prompt, empty_cache(method, model, room, compressor))
         kept = cache.kept.T.tolist()
         after = model.read(turn, cache) if turn.shape[1] else logits
         losses = likelihood(model, after, cache.fork(), answers) if long else [0.0] * len(answers)
-        tokens = list(itertools.islice(model.decode(after, cache), args.max_new_tokens if long else 24))
+        tokens = list(itertools.islice(model.decode(after, cache), most))
         texts = [text.strip() for text in processor.decode(torch.stack(tokens, dim=1))]
         share = bytes_held(cache, model)
         yield [
@@ -390,7 +410,7 @@ def estimate(
     kept: dict[float, list[Tensor]] = {budget: [] for budget in budgets}
     prompts = []
     for start in range(0, len(samples), batch_size):
-        inputs = encode(model, processor, samples[start : start + batch_size])
+        inputs = together(model, processor, samples[start : start + batch_size])
         prompts.append(inputs["attention_mask"].sum(-1).cpu())
         recorder = Recorder()
         model.read(**inputs, cache=model.new_cache(1, recorder))
@@ -477,14 +497,14 @@ def order_of(method: str) -> tuple[int, str]:
 def blind(samples: list[Sample], measure: str, seed: int) -> dict[str, Tensor]:
     """What an answer is worth that was given without a look at the picture, as `values_of`."""
     rng = random.Random(seed)
+    if measure == "perplexity" or any(sample.scene is None for sample in samples):
+        return {}
     if measure == "questions":
         told: dict[str, Counter[str]] = defaultdict(Counter)
         for other in scenes(1600, seed, "blind", short=True):
             told[other.kind][other.answer] += 1
         right = [float(told[s.kind].most_common(1)[0][0] == s.answer) for s in samples]
         return {"*the commonest answer of its kind*": torch.tensor([(r, 1) for r in right], dtype=torch.float64)}
-    if measure == "perplexity":
-        return {}
     floors: dict[str, list[tuple[float, float]]] = {"*another scene's description*": [], "*right places, guessed*": []}
     for sample, other in zip(samples, [*samples[1:], samples[0]]):
         true = set(named(sample.answer))
@@ -670,7 +690,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def settle(args: argparse.Namespace) -> None:
+def settle(args: argparse.Namespace, weights: Path) -> None:
     """Notes what the results in `--out` are of, or refuses to mix two kinds of results."""
     names = (
         "model",
@@ -686,7 +706,7 @@ def settle(args: argparse.Namespace) -> None:
         "seed",
         "plans",
     )
-    settings = {name: str(getattr(args, name)) for name in names} | {"weights": fingerprint(find(args.model))}
+    settings = {name: str(getattr(args, name)) for name in names} | {"weights": fingerprint(weights)}
     keep_apart(args.out, settings)
 
 
@@ -732,27 +752,41 @@ def evaluate(args: argparse.Namespace) -> int:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     bad: list[str] = []
     samples: dict[str, list[Sample]] = {"question": [], "description": []}
-    if args.data == "scenes":
+    processor: Any
+    if args.data in ("prose", "facts"):
+        place = real.find()
+        if place is None:
+            raise LlavaError(f"The pretrained decoder is not installed: {real.INSTALL}")
+        model, tokenizer = real.load(place)
+        model.language_model.to(device), model.lm_head.to(device)
+        processor, weights = real.TextProcessor(tokenizer), place.parent
+        if args.data == "prose":
+            texts = [(text, "") for text in real.passage(tokenizer, args.samples)]
+        else:
+            texts = real.facts(tokenizer, args.questions, args.seed)
+        kind = "description" if args.data == "prose" else "question"
+        samples[kind] = [Sample("", answer, no_picture, kind=kind, text=text) for text, answer in texts]
+    elif args.data == "scenes":
         smallest = SMALLEST if args.smaller else SIZES["small"][0]
         samples = {"question": scenes(args.questions, args.seed, "asked", True, smallest),
                    "description": scenes(args.samples, args.seed, smallest=smallest)}  # fmt: skip
     else:
         samples["description"], bad = read_samples(Path(args.data), args.images, args.samples)
-    described = samples["description"]
+    some = samples["description"] or samples["question"]
     for sentence in bad if rank == 0 else []:
         print(sentence, file=sys.stderr)
-    if not described:
+    if not some:
         raise LlavaError(f"{args.data} has no entry that can be used.")
-    model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype), fast=True)
-    described[0].prompt(processor)  # a template that fails does so before anything is written
+    if some[0].text is None:
+        weights = find(args.model)
+        model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype), fast=True)
+        some[0].prompt(processor)  # a template that fails does so before anything is written
     if args.estimate_plan:
-        plans, shares = estimate(model, processor, described, args.budgets, str(args.model), args.batch_size)
+        plans, shares = estimate(model, processor, some, args.budgets, str(args.model), args.batch_size)
         args.estimate_plan.mkdir(parents=True, exist_ok=True)
         for budget, plan in plans.items():
             write_plan(args.estimate_plan / f"{budget:g}.json", plan)
-        print(
-            f"Plans of {len(described)} samples in {args.estimate_plan}. How far the samples agree, in shares kept:\n"
-        )
+        print(f"Plans of {len(some)} samples in {args.estimate_plan}. How far the samples agree, in shares kept:\n")
         print(agreement(shares))
         return 1 if bad else 0
     plans = {}
@@ -765,10 +799,11 @@ def evaluate(args: argparse.Namespace) -> int:
     for method in methods:
         if method != "plan":
             parsed(method)
-    protocols = [p for p in args.protocols if p != "second" or all(s.earlier for s in described)]
+    protocols = [protocol for protocol in args.protocols if all(sample.can_be(protocol) for sample in some)]
     if not protocols or (protocols != args.protocols and args.protocols != list(PROTOCOLS)):
-        raise LlavaError("The data have no second question; leave out the protocol second.")
-    settle(args)
+        left = [protocol for protocol in args.protocols if protocol not in protocols]
+        raise LlavaError(f"The data have no questions for the protocol {left[0]}; leave it out.")
+    settle(args, weights)
     if "plan" in methods and not plans:
         calibration = scenes(10, args.seed, "calibration")
         plans, _ = estimate(model, processor, calibration, args.budgets, str(args.model), args.batch_size)
@@ -800,7 +835,7 @@ def evaluate(args: argparse.Namespace) -> int:
     records = [r for key, r in sorted(everything.items()) if key[3:] in set(runs) and key[1] in protocols]
     if rank == 0:
         recorder = Recorder()
-        inputs = encode(model, processor, described[: args.batch_size])
+        inputs = together(model, processor, some[: args.batch_size])
         model.read(**inputs, cache=model.new_cache(1, recorder))
         curve = curves(recorder)
         text = tables(records, samples, args.seed) + "\n" + layer_table(curve, records)
@@ -819,7 +854,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m bench.quality", description="What is lost with each method and budget, asked in three ways."
     )
     parser.add_argument("--model", default=str(TINY), help="folder of a checkpoint, or Hub id (default: the embedded)")
-    parser.add_argument("--data", default="scenes", help="JSON in a published format (default: scenes made on the fly)")
+    parser.add_argument("--data", default="scenes",
+                        help="JSON in a published format; `prose` or `facts` for a pretrained decoder of text, "
+                        "bench/real.py (default: scenes made on the fly)")  # fmt: skip
     parser.add_argument("--smaller", action="store_true", help="scenes with smaller objects, down to 2 x 2 patches")
     parser.add_argument("--images", type=Path, default=Path("."), help="folder that the JSON's images are named from")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD",

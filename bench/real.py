@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,59 @@ def passages(tokenizer: Any, count: int, split: str, length: int) -> list[list[i
     )
     random.Random(split).shuffle(found)
     return found[:count]
+
+
+# ---------------------------------------------------------------- what it is asked
+
+PROMPT, ANSWER = 768, 48  # tokens of a passage that are read, and that are asked for
+PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Karl", "Laura")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids of a context, a question about it and its answer; perhaps of another question, and its answer."""
+
+    context: list[int]
+    question: list[int]
+    answer: list[int]
+    earlier: tuple[list[int], list[int]] | None = None
+
+    def prompt(self, protocol: str) -> tuple[list[int], int]:
+        """The ids up to the answer, and after how many of them the cache is cut (protocols as in bench.quality)."""
+        before = self.context + (self.earlier[0] if protocol == "second" and self.earlier else [])
+        said = self.earlier[1] if protocol == "second" and self.earlier else []
+        ids = before + said + self.question
+        return ids, len(ids) if protocol == "known" else len(before)
+
+
+class TextProcessor:
+    """What bench.quality needs of a processor, for a decoder that reads no pictures."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """Texts of token ids [B, N]."""
+        return [self.tokenizer.decode(row) for row in ids.tolist()]
+
+
+def passage(tokenizer: Any, count: int) -> list[Text]:
+    """Passages of prose whose last tokens are asked for. No passage was looked at to choose a method."""
+    return [Text(ids[:-ANSWER], [], ids[-ANSWER:]) for ids in passages(tokenizer, count, "testing", PROMPT + ANSWER)]
+
+
+def facts(tokenizer: Any, count: int, seed: int) -> list[tuple[Text, str]]:
+    """Prose with a number for each of PEOPLE in it, one of which is asked for, after another one; and the number."""
+    made = []
+    for index, ids in enumerate(passages(tokenizer, count, "testing", 32 * len(PEOPLE))):
+        rng = random.Random(f"facts {seed} {index}")
+        numbers = {name: str(rng.randint(100, 999)) for name in rng.sample(PEOPLE, len(PEOPLE))}
+        context: list[int] = []
+        for place, (name, number) in enumerate(numbers.items()):
+            context += tokenizer.encode(f"\n\nThe number of {name} is {number}.\n\n").ids + ids[32 * place :][:32]
+        first, second = rng.sample(PEOPLE, 2)
+        ask = {name: tokenizer.encode(f"\n\nThe number of {name} is").ids for name in (first, second)}
+        tell = {name: tokenizer.encode(f" {numbers[name]}").ids for name in (first, second)}
+        full_stop = tokenizer.encode(".").ids
+        made.append((Text(context, ask[second], tell[second], (ask[first], tell[first] + full_stop)), numbers[second]))
+    return made

@@ -1,14 +1,16 @@
-"""Methods of `bench.quality` beside the plain ones: a method's choice with another's eviction, words kept, few bits.
+"""Methods of `bench.quality` beside the plain ones: one part of a method replaced, and the published code's rules.
 
     random+words      the tokens that are no image's are kept first
+    random~equal      every layer has the same size; `~prefix`: PrefixKV's search finds the sizes, from these scores
     random/queue      while decoding, PrefixKV's queue: the oldest token behind the pinned ones is dropped
     random/least      cover's rule: the token with the least attention from the question and the new words
     random/keep       nothing is dropped; fewer tokens of the prompt are kept, so that as many are held at the end
     random@4          what is kept is stored in 4 bits; `full@4` keeps all of it
+    random!           new tokens stand at the positions that the published code gives them
 
-Parts of a name stand in this order, as in `vlcache+words/least@8`. `VARIANTS` are cover with one of its parts taken out
-or replaced, `pooled`, which is not cover but the plainest way to cover a picture, and `kvzip`, which reads the picture
-twice.
+Parts of a name stand in this order, as in `vlcache+words/least@8`. `VARIANTS` has further methods: cover with one of
+its parts taken out or replaced; other scores; two methods as ElasticCache's code has them; `pooled`, the plainest way
+to cover a picture; and `kvzip`, which reads the picture twice.
 """
 
 from __future__ import annotations
@@ -23,21 +25,32 @@ from torch import Tensor
 from minillava.checks import LlavaError
 from minillava.compressors import (
     GOLDEN,
+    H2O,
     METHODS,
     Accumulated,
     Cover,
+    Elastic,
     Random,
+    Uniform,
     Weighted,
+    equally,
     last_n,
     question_mask,
     question_queries,
 )
 from minillava.compressors import question_weights as weights_of_question
-from minillava.model import KeepAll, Llava, Waiting
-from minillava.quantised import BITS
+from minillava.fast import FastKVCache
+from minillava.model import KeepAll, KVCache, Llava, Waiting
+from minillava.quantised import BITS, new_cache
 from prefixkv import PrefixKV, attention_weights, hide
 
-NAME = re.compile(r"(?P<base>[^+/@]+)(?P<words>\+words)?(/(?P<rule>queue|least|keep))?(@(?P<bits>\d+))?")
+NAME = re.compile(
+    r"(?P<base>[^+~/@!]+)(?P<words>\+words)?(~(?P<sizes>equal|prefix))?(/(?P<rule>queue|least|keep))?(@(?P<bits>\d+))?"
+    r"(?P<short>!)?"
+)
+
+
+# ---------------------------------------------------------------- cover, one part out or replaced
 
 
 class WithoutWords(Cover):
@@ -90,16 +103,6 @@ class WithoutLooking(Cover):
         return PrefixKV.victim(self, position, kept)
 
 
-class WithPrefixSizes(Cover):
-    """Layers have the sizes of PrefixKV's search, made of the words' attention."""
-
-    def allocate(self, scores: Tensor) -> Tensor:
-        super().allocate(scores)
-        counts = PrefixKV.allocate(self, scores)
-        self.chosen = self.cover(scores, counts)
-        return counts
-
-
 class WithRandomPatches(Cover):
     """What is evenly spaced in cover is drawn at random."""
 
@@ -120,6 +123,33 @@ class WithTwoWays(Cover):
         row, column = patches // width, patches % width
         place = torch.where(self.image, row / self.PLASTIC + column / self.PLASTIC**2, number.double() * GOLDEN)
         return (place.double() + torch.arange(layers, device=number.device)[:, None, None] / layers) % 1
+
+
+# ---------------------------------------------------------------- further methods
+
+
+class Mean(Uniform):
+    """The mean attention of the queries that see a key (kvpress, ObservedAttention), in place of the sum."""
+
+    def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        behind = self.present.long().flip(1).cumsum(1).flip(1).clamp(min=1)  # [B, N]: queries that see a key
+        return super().score(layer, query, key, value) / behind
+
+
+class ValueNorm(Uniform):
+    """The sum of attention times the norm of the value (CriticalKV's idea, arXiv 2502.03805, without W_o)."""
+
+    def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return super().score(layer, query, key, value) * value.float().norm(dim=(1, 3))
+
+
+class KeyDiff(Uniform):
+    """How far a key points away from the mean key (KeyDiff, arXiv 2504.15364); no query is looked at."""
+
+    def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        middle = (key.float() * self.present[:, None, :, None]).sum(2, keepdim=True)
+        apart = 1 - torch.cosine_similarity(key.float(), middle, dim=-1)  # [B, Hkv, N]
+        return apart.mean(1).clamp(min=0).masked_fill(~self.present, 0.0)
 
 
 class Pooled(Weighted):
@@ -203,6 +233,77 @@ def twice(model: Llava, inputs: dict[str, Tensor]) -> Tensor:
     return note.scores
 
 
+# ---------------------------------------------------------------- as in the published code
+
+
+def entries_as_ranks(scores: Tensor, counts: Tensor, present: Tensor, num_sinks: int) -> Tensor:
+    """Which tokens a layer keeps: as `prefixkv.retain`, bool [B, N], but with an argsort's entries taken for ranks.
+
+    Between the first `num_sinks` tokens and the last one, which stay, place i is kept if the i-th smallest score stands
+    among the last places, as many as there is room for. That says little about the score of place i. (The published
+    comparison keeps one token fewer still; here methods hold equally many.)
+    """
+    kept = torch.zeros_like(present)
+    for row, count in enumerate(counts.tolist()):
+        own = present[row].nonzero()[:, 0]
+        between = own[num_sinks:-1]
+        order = scores[row, between].argsort(stable=True)
+        kept[row, own[:num_sinks]] = kept[row, own[-1]] = True
+        kept[row, between[order >= len(between) - (count - num_sinks - 1)]] = True
+    return kept
+
+
+class PublishedElastic(Elastic):
+    """Elastic with the selection and the merging of `ElasticCache.__call__` in ElasticCache's kv_cache.py.
+
+    The places of dropped tokens are counted from the first token that is not protected (start_size 1), and then used as
+    if from the first of all. So what is merged is the left neighbour of every dropped token.
+    """
+
+    def choose(self, layer: int, scores: Tensor, counts: Tensor) -> Tensor:
+        return entries_as_ranks(scores, counts, self.present, self.num_sinks)
+
+    def merge(self, key: Tensor, value: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        anchor, nearest = self.anchors(keep)
+        merged = F.pad((self.present & ~keep)[:, self.num_sinks :], (0, self.num_sinks)) & anchor.any(1, keepdim=True)
+        index, merged = torch.where(merged, nearest, 0)[:, None, :, None], merged[:, None, :, None]
+
+        def mean(source: Tensor) -> Tensor:
+            added = source.clone().scatter_add(2, index.expand_as(source), source * merged)
+            count = torch.ones_like(index).scatter_add(2, index, merged.long())  # the anchor itself is one of them
+            return torch.where(anchor[:, None, :, None], added / count, source)
+
+        return mean(key), mean(value)
+
+
+class PublishedH2O(H2O):
+    """H2O with the selection of `H2OCache.__call__` in ElasticCache's kv_cache.py.
+
+    Scores are a mean over all layers, so that all keep the same tokens. Neither the first token nor the recent half is
+    protected when the prompt is cut, only the last token. Eviction of single tokens afterwards is left as it is in H2O.
+    """
+
+    def allocate(self, scores: Tensor) -> Tensor:
+        self.mean = scores.mean(0)  # [B, N]
+        return super().allocate(self.mean.expand_as(scores))
+
+    def choose(self, layer: int, scores: Tensor, counts: Tensor) -> Tensor:
+        return entries_as_ranks(self.mean, counts, self.present, 0)
+
+
+class ShortPositions(FastKVCache):
+    """A new token's position is the number of tokens that the first layer holds, whatever the others hold.
+
+    `LlamaModel.forward` in transformers 4.31.0, where it is called with past_key_values and without position_ids, as by
+    eval_ppl.py of PrefixKV's and ElasticCache's repositories. Keys keep the positions at which they were rotated.
+    """
+
+    def advance(self, count: int) -> Tensor:
+        positions = self.held[0][:, None] + torch.arange(count, device=self.held.device)
+        super().advance(count)
+        return positions
+
+
 VARIANTS: dict[str, type[PrefixKV]] = {
     "cover without words": WithoutWords,
     "cover without attention": WithoutAttention,
@@ -211,11 +312,15 @@ VARIANTS: dict[str, type[PrefixKV]] = {
     "cover without weights": WithoutWeights,
     "cover without squares": WithoutSquares,
     "cover without looking": WithoutLooking,
-    "cover, PrefixKV's sizes": WithPrefixSizes,
     "cover, random patches": WithRandomPatches,
     "cover, even both ways": WithTwoWays,
+    "mean": Mean,
+    "value": ValueNorm,
+    "keydiff": KeyDiff,
     "pooled": Pooled,
     "kvzip": KVzip,
+    "h2o as published": PublishedH2O,
+    "elastic as published": PublishedElastic,
 }
 
 
@@ -229,6 +334,28 @@ class Words(PrefixKV):
         protected = self.present.sum(-1).clamp(max=self.num_sinks + 1)
         words = last_n(self.present & ~self.image, counts - protected)
         return super().choose(layer, scores.masked_fill(words, torch.inf), counts)
+
+
+class Equal(PrefixKV):
+    """Layers of equal sizes."""
+
+    def allocate(self, scores: Tensor) -> Tensor:
+        super().allocate(scores)  # for what the method notes
+        return self.resize(scores, equally(self, scores))
+
+    def resize(self, scores: Tensor, counts: Tensor) -> Tensor:
+        """The sizes themselves; cover, which chooses for all layers at once, chooses again."""
+        if isinstance(self, Cover):
+            self.chosen = self.cover(scores, counts)
+        return counts
+
+
+class Prefix(Equal):
+    """Layers of the sizes that PrefixKV's search finds for a method's scores."""
+
+    def allocate(self, scores: Tensor) -> Tensor:
+        super().allocate(scores)
+        return self.resize(scores, PrefixKV.allocate(self, scores))
 
 
 class Queue(PrefixKV):
@@ -270,6 +397,7 @@ class Least(PrefixKV):
 
 
 RULES: dict[str, type[PrefixKV]] = {"queue": Queue, "least": Least, "keep": PrefixKV}
+SIZES: dict[str, type[PrefixKV]] = {"equal": Equal, "prefix": Prefix}
 
 
 def make(name: str, budget: float, seeds: Sequence[int] = (0,), further: int = 0, prompt: int = 1) -> PrefixKV | None:
@@ -282,8 +410,8 @@ def make(name: str, budget: float, seeds: Sequence[int] = (0,), further: int = 0
     if parts["base"] == "full":
         return None
     base = (METHODS | VARIANTS)[parts["base"]]
-    mixed = [part for part in (parts["words"] and Words, RULES.get(parts["rule"] or "")) if part]
-    bases = tuple(part for part in mixed if part is not PrefixKV)
+    mixed = (Words if parts["words"] else None, SIZES.get(parts["sizes"] or ""), RULES.get(parts["rule"] or ""))
+    bases = tuple(part for part in mixed if part not in (None, PrefixKV))
     cls: type[PrefixKV] = type(name, (*bases, base), {}) if bases else base
     if parts["rule"] == "keep":
         budget = (budget * (prompt + further) - further) / prompt
@@ -302,14 +430,18 @@ def parsed(name: str) -> dict[str, str]:
         raise LlavaError(
             f"There is no method {name!r}; known are full, {', '.join(METHODS)}, and see bench/variants.py."
         )
+    if found["bits"] and found["short"]:
+        raise LlavaError(f"{name!r} asks for few bits and short positions; only one of the two can be had.")
     if found["bits"] and int(found["bits"]) not in BITS:
         raise LlavaError(f"{name!r} asks for {found['bits']} bits; known are {', '.join(map(str, BITS))}.")
-    if found["base"] == "full" and (found["words"] or found["rule"]):
+    if found["base"] == "full" and (found["words"] or found["sizes"] or found["rule"]):
         raise LlavaError(f"{name!r} keeps every token; there is nothing to choose or to drop.")
     return found.groupdict()
 
 
-def bits_of(name: str) -> int | None:
-    """The bits that a name asks for."""
-    bits = parsed(name)["bits"]
-    return int(bits) if bits else None
+def empty_cache(name: str, model: Llava, room: int, compressor: PrefixKV | None) -> KVCache:
+    """The cache that a name asks for, with this compressor."""
+    parts = {} if name == "plan" else parsed(name)
+    if parts.get("short"):
+        return ShortPositions(model.config.text, room, compressor)
+    return new_cache(model, room, compressor, int(parts["bits"]) if parts.get("bits") else None)

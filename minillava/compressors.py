@@ -288,8 +288,8 @@ class Elastic(PrefixKV):
         for key, value, keep in super().compress(waiting):
             yield *self.merge(key, value, keep), keep
 
-    def merge(self, key: Tensor, value: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value [B, Hkv, N, Dh] with every anchor replaced by its bucket's mean; keep [B, N].
+    def anchors(self, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the kept tokens are anchors, bool [B, N], and the place of each token's nearest one, [B, N].
 
         The first tokens and the last one are kept but are no anchors. Of two equally near anchors the earlier one wins.
         """
@@ -299,7 +299,12 @@ class Elastic(PrefixKV):
         place = torch.arange(length, device=keep.device)
         before = torch.where(anchor, place, -length).cummax(-1).values  # [B, N]: the nearest anchor up to here
         after = torch.where(anchor, place, 2 * length).flip(-1).cummin(-1).values.flip(-1)  # [B, N]
-        nearest = torch.where(place - before <= after - place, before, after)  # [B, N]
+        return anchor, torch.where(place - before <= after - place, before, after)
+
+    def merge(self, key: Tensor, value: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value [B, Hkv, N, Dh] with every anchor replaced by its bucket's mean; keep [B, N]."""
+        anchor, nearest = self.anchors(keep)
+        place = torch.arange(keep.shape[1], device=keep.device)
         dropped = self.present & ~keep & anchor.any(-1, keepdim=True)
         index = torch.where(dropped, nearest, place)[:, None, :, None]  # the others are their own bucket
 
