@@ -1,4 +1,4 @@
-"""Checkpoints: find or download, check, stream into the model.
+"""Checkpoints: read the config, check, stream into the model.
 
 model, processor = load("minillava/tiny")
 

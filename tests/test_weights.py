@@ -198,7 +198,7 @@ TILED = {"model_type": "llava_next", "image_grid_pinpoints": [[28, 56]]}
     ({"text_config": {"hidden_size": 2**62}}, "text_config.hidden_size"),
     ({"text_config": {"hidden_size": "big"}}, "hidden_size = 'big'; expected a value of type int"),
     ({"text_config": {"hidden_size": True}}, "hidden_size = True; expected a value of type int"),
-    ({"text_config": {"hidden_size": 66}}, "hidden_size = 66; expected a multiple of its 4 heads"),
+    ({"text_config": {"hidden_size": 66, "head_dim": None}}, "hidden_size = 66; expected a multiple of its 4 heads"),
     ({"text_config": {"num_hidden_layers": 0}}, "num_hidden_layers = 0"),
     ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers = 1000000000; .*up to 1024"),
     ({"vision_config": {"num_hidden_layers": 10**9}}, "vision_config.num_hidden_layers"),
@@ -226,7 +226,8 @@ TILED = {"model_type": "llava_next", "image_grid_pinpoints": [[28, 56]]}
     ({"vision_feature_select_strategy": "some"}, "vision_feature_select_strategy = 'some'"),
     ({"projector_hidden_act": "relu"}, "projector_hidden_act"), ({"image_token_index": 10**6}, "image token 1000000"),
     ({"image_token_index": "x"}, "image_token"), ({"pad_token_id": 10**6}, "pad token 1000000"),
-    ({"eos_token_id": "x"}, "eos_token_id is x"), ({"multimodal_projector_bias": "no"}, "multimodal_projector_bias"),
+    ({"text_config": {"eos_token_id": "x"}}, "eos_token_id is x"),
+    ({"multimodal_projector_bias": "no"}, "multimodal_projector_bias"),
     ({**TILED, "image_grid_pinpoints": [[28]]}, r"\[\[28\]\]; expected pairs"),
     ({**TILED, "image_grid_pinpoints": 5}, "expected pairs"), ({**TILED, "image_grid_pinpoints": []}, "expected pairs"),
     ({**TILED, "image_grid_pinpoints": [[28, 56], [28, 40]]}, r"\[28, 40\]; expected multiples of image_size 28"),
@@ -235,6 +236,7 @@ TILED = {"model_type": "llava_next", "image_grid_pinpoints": [[28, 56]]}
 ])  # fmt: skip
 def test_a_config_that_cannot_be_used_is_refused_by_name(folder, change, sentence):
     edit(folder / "config.json", change)
+    (folder / "generation_config.json").unlink()  # its ids would count
     assert re.search(sentence, refused(folder))
 
 
@@ -392,10 +394,11 @@ def mapped_files(model) -> set[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' /proc")
-def test_weights_are_mapped_where_they_need_no_conversion(small):
+def test_weights_are_mapped_where_they_need_no_conversion_and_copied_by_fast_if_they_are_few(small):
     folder = small[0]
-    for dtype, expected in ((None, str(folder / "model.safetensors")), (torch.float16, "")):
-        assert mapped_files(weights.load_model(folder, dtype=dtype)) == {expected}
+    mapped = str(folder / "model.safetensors")
+    for dtype, fast, expected in ((None, False, mapped), (None, True, ""), (torch.float16, False, "")):
+        assert mapped_files(weights.load_model(folder, dtype=dtype, fast=fast)) == {expected}
 
 
 def test_a_mapped_model_outlives_the_name_of_its_file(small, tmp_path):
