@@ -46,7 +46,7 @@ from bench.variants import KVzip, empty_cache, make, parsed, twice
 from minillava import TINY
 from minillava.checks import LlavaError, require
 from minillava.compressors import METHODS as COMPRESSORS
-from minillava.compressors import Recorder
+from minillava.compressors import Recorder, gini
 from minillava.files import write_json
 from minillava.model import KeepAll, KVCache, Llava
 from minillava.processor import Processor, llava_prompt, open_image
@@ -396,11 +396,6 @@ def curves(recorder: Recorder, points: int = 101) -> Tensor:
         low = where.floor().long().clamp(max=prefix.shape[1] - 2)
         total += prefix[:, low] + (where - low) * (prefix[:, low + 1] - prefix[:, low])
     return total / recorder.scores.shape[1]
-
-
-def gini(curve: Tensor) -> Tensor:
-    """Gini coefficients [L] of Lorenz curves [L, points] of the largest first: 0 for equal, near 1 for one alone."""
-    return 2 * torch.trapezoid(curve, dx=1 / (curve.shape[1] - 1)) - 1
 
 
 def estimate(

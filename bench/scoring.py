@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 import torch
 
-from bench.speed import PRESETS, device_name, make_inputs, synchronize, write_checkpoint
+from bench.speed import PRESETS, check_device, device_name, make_inputs, synchronize, write_checkpoint
 from minillava import TINY
 from minillava.checks import require
 from minillava.compressors import METHODS
@@ -41,8 +41,8 @@ def table(seconds: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one sentence for what cannot be run."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.scoring", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="tiny", choices=PRESETS, help="shapes, as in bench.speed (default: tiny)")
     parser.add_argument("--batch", type=int, help="prompts at once")
@@ -50,42 +50,45 @@ def main(arguments: list[str] | None = None) -> int:
                         help=", ".join(METHODS))  # fmt: skip
     parser.add_argument("--budget", type=float, default=0.2, help="share of the cache to keep (default: 0.2)")
     parser.add_argument("--rounds", type=int, default=100, help="(default: 100)")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Prints the table; raises LlavaError for what cannot be run."""
     preset = PRESETS[args.preset]
     if args.batch is not None:
         preset = replace(preset, batch=args.batch)
-    if preset.device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"bench.scoring: error: the preset {args.preset} needs a GPU; there is none here.", file=sys.stderr)
-        return 2
-    try:
-        require(args.rounds > 0 and preset.batch > 0, "--rounds and --batch are 0 or less; expected 1 or more.")
-        with tempfile.TemporaryDirectory() as scratch:
-            dtype = getattr(torch, preset.dtype)
-            if preset.model is not None:
-                write_checkpoint(preset.model, Path(scratch), dtype)
-            model = load_model(TINY if preset.model is None else Path(scratch), preset.device, dtype, fast=True)
-            inputs = make_inputs(model.config, preset)
-            names = ["full", *dict.fromkeys(args.methods)]
-            seconds: dict[str, list[float]] = {name: [] for name in names}
-            order = random.Random(0)
-            for number in range(args.rounds + 1):
-                # Drawn, since what ran just before leaves its traces in the processor's cache and the heap.
-                for name in order.sample(names, len(names)):
-                    compressor = None if name == "full" else METHODS[name](args.budget)
-                    synchronize(preset.device)
-                    start = time.perf_counter()
-                    model.read(**inputs, cache=model.new_cache(preset.new, compressor))
-                    synchronize(preset.device)
-                    if number > 0:  # the first round warms up
-                        seconds[name].append(time.perf_counter() - start)
-        text = table(seconds)
-    except ValueError as error:
-        print(f"bench.scoring: error: {error}", file=sys.stderr)
-        return 2
+    check_device(preset, args.preset)
+    require(args.rounds > 0 and preset.batch > 0, "--rounds and --batch are 0 or less; expected 1 or more.")
+    with tempfile.TemporaryDirectory() as scratch:
+        dtype = getattr(torch, preset.dtype)
+        if preset.model is not None:
+            write_checkpoint(preset.model, Path(scratch), dtype)
+        model = load_model(TINY if preset.model is None else Path(scratch), preset.device, dtype, fast=True)
+        inputs = make_inputs(model.config, preset)
+        names = ["full", *dict.fromkeys(args.methods)]
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        order = random.Random(0)
+        for number in range(args.rounds + 1):
+            # Drawn, since what ran just before leaves its traces in the processor's cache and the heap.
+            for name in order.sample(names, len(names)):
+                compressor = None if name == "full" else METHODS[name](args.budget)
+                synchronize(preset.device)
+                start = time.perf_counter()
+                model.read(**inputs, cache=model.new_cache(preset.new, compressor))
+                synchronize(preset.device)
+                if number > 0:  # the first round warms up
+                    seconds[name].append(time.perf_counter() - start)
+    text = table(seconds)
     print(f"Batch {preset.batch}, {preset.prompt} prompt tokens, {preset.dtype} on {device_name(preset.device)}, "
           f"budget {args.budget:.0%}, {args.rounds} rounds.\n\n{text}")  # fmt: skip
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes as in `run_command`."""
+    args = parse(arguments)
+    return run_command("bench.scoring", lambda: measure(args))
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("bench.scoring", main))
+    sys.exit(main())

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minillava import TINY
-from minillava.checks import LlavaError
+from minillava.checks import LlavaError, require
 from minillava.compressors import METHODS
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.convert import config_dict, hub_name
@@ -426,8 +426,14 @@ def growth(args: argparse.Namespace, folder: str) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one sentence for what cannot be run."""
+def check_device(preset: Preset, name: str) -> None:
+    """Raises LlavaError for a preset that needs a GPU where there is none."""
+    needs = preset.device.startswith("cuda") and not torch.cuda.is_available()
+    require(not needs, f"The preset {name} needs a GPU; there is none here.")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="cpu", choices=PRESETS, help="shapes and lengths (default: cpu)")
     parser.add_argument("--model", help="folder of a checkpoint (default: random weights of the preset's shapes)")
@@ -445,48 +451,50 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--growth", action="store_true", help="measure growth with length and batch instead")
     parser.add_argument("--out", type=Path, help="folder for speed.md and speed.json")
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Prints what was asked for; raises LlavaError for what cannot be run."""
     if args.work:
-        print(json.dumps(work(args.work)))
-        return 0
+        return print(json.dumps(work(args.work)))
     changes = {name: getattr(args, name) for name in ("batch", "prompt", "new", "device", "dtype")
                if getattr(args, name) is not None}  # fmt: skip
     preset = replace(PRESETS[args.preset], **changes)
-    if preset.device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"bench.speed: error: the preset {args.preset} needs a GPU; there is none here.", file=sys.stderr)
-        return 2
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = args.model or str(TINY)
-            if not args.model and preset.model is not None:
-                folder = scratch
-                write_checkpoint(preset.model, Path(scratch), getattr(torch, preset.dtype))
-            if args.growth:
-                text, found = growth(args, folder), {}
-            else:
-                rounds: dict[str, list[Result]] = {name: [] for name in args.contenders}
-                speeds = []
-                for number in range(args.rounds):
-                    speeds.append(in_a_process({"contender": "bandwidth", "device": preset.device})["bandwidth"])
-                    for name in args.contenders:
-                        task = {"contender": name, "preset": args.preset, "folder": folder, "changes": changes}
-                        rounds[name].append(Result(**in_a_process(task)))
-                        done = rounds[name][-1]
-                        print(f"round {number + 1}: {name}: prefill {done.prefill_seconds:.2f} s, "
-                              f"{done.step_milliseconds:.2f} ms a step", file=sys.stderr, flush=True)  # fmt: skip
-                results = [median(rounds[name]) for name in args.contenders]
-                text = table(results, statistics.median(speeds), preset)
-                found = {name: [asdict(result) for result in each] for name, each in rounds.items()}
-    except ValueError as error:
-        print(f"bench.speed: error: {error}", file=sys.stderr)
-        return 2
+    check_device(preset, args.preset)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.model or str(TINY)
+        if not args.model and preset.model is not None:
+            folder = scratch
+            write_checkpoint(preset.model, Path(scratch), getattr(torch, preset.dtype))
+        if args.growth:
+            text, found = growth(args, folder), {}
+        else:
+            rounds: dict[str, list[Result]] = {name: [] for name in args.contenders}
+            speeds = []
+            for number in range(args.rounds):
+                speeds.append(in_a_process({"contender": "bandwidth", "device": preset.device})["bandwidth"])
+                for name in args.contenders:
+                    task = {"contender": name, "preset": args.preset, "folder": folder, "changes": changes}
+                    rounds[name].append(Result(**in_a_process(task)))
+                    done = rounds[name][-1]
+                    print(f"round {number + 1}: {name}: prefill {done.prefill_seconds:.2f} s, "
+                          f"{done.step_milliseconds:.2f} ms a step", file=sys.stderr, flush=True)  # fmt: skip
+            results = [median(rounds[name]) for name in args.contenders]
+            text = table(results, statistics.median(speeds), preset)
+            found = {name: [asdict(result) for result in each] for name, each in rounds.items()}
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "speed.md").write_text(text + "\n", encoding="utf-8")
         write_json(args.out / "speed.json", {"preset": args.preset, "changes": changes, "rounds": found})
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes as in `run_command`."""
+    args = parse(arguments)
+    return run_command("bench.speed", lambda: measure_all(args))
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("bench.speed", main))
+    sys.exit(main())

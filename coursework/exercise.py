@@ -149,7 +149,7 @@ def remove(name: str, root: Path = ROOT) -> None:
     source = path.read_text(encoding="utf-8")
     start, end = body(source, exercise.function)
     if saved.exists() or source[start:end] == exercise.hole:
-        raise SystemExit(f"The body of {exercise.function} is away already.")
+        raise ValueError(f"The body of {exercise.function} is away already.")
     saved.parent.mkdir(exist_ok=True)
     saved.write_text(swap(path, exercise.function, exercise.hole), encoding="utf-8")
 
@@ -158,14 +158,14 @@ def restore(name: str, root: Path = ROOT) -> None:
     """Puts the body back; what stood in its place goes to `.exercises/NAME.solution` if it was a solution."""
     exercise, saved = EXERCISES[name], root / ".exercises" / name
     if not saved.exists():
-        raise SystemExit(f"The body of {exercise.function} is not away.")
+        raise ValueError(f"The body of {exercise.function} is not away.")
     path = root / exercise.file
     source = path.read_text(encoding="utf-8")
     try:
         start, end = body(source, exercise.function)
     except (SyntaxError, StopIteration) as error:
         reason = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else "there is none"
-        raise SystemExit(
+        raise ValueError(
             f"{exercise.function} cannot be found in {exercise.file} ({reason}). Mend that, then restore again. "
             f"The original body is in {saved.relative_to(root)}."
         ) from None
@@ -187,7 +187,7 @@ def files(root: Path) -> list[Path]:
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if listed.returncode or not (root / ".git").exists():
-        raise SystemExit(f"{root} is no clone of the repository; handout and grade need one, and git.")
+        raise ValueError(f"{root} is no clone of the repository; handout and grade need one, and git.")
     return [Path(name) for name in listed.stdout.split("\0") if name and (root / name).is_file()]
 
 
@@ -204,14 +204,14 @@ def complete(root: Path) -> None:
         source = (root / exercise.file).read_text(encoding="utf-8")
         start, end = body(source, exercise.function)
         if (root / ".exercises" / name).exists() or source[start:end] == exercise.hole:
-            raise SystemExit(f"The body of {exercise.function} is away; restore it first: restore {name}.")
+            raise ValueError(f"The body of {exercise.function} is away; restore it first: restore {name}.")
 
 
 def new_folder(path: str) -> Path:
     """A folder that is not there yet, so that nothing is written over."""
     out = Path(path)
     if out.exists() or not out.resolve().parent.is_dir():
-        raise SystemExit(f"{path} cannot be made; expected a new folder in one that exists.")
+        raise ValueError(f"{path} cannot be made; expected a new folder in one that exists.")
     return out
 
 
@@ -289,7 +289,7 @@ def gradescope(grades: list[Grade]) -> str:
 def grade(submission: Path, as_json: bool, root: Path = ROOT) -> int:
     """Prints points; exit code 0, whatever they are."""
     if not submission.is_dir():
-        raise SystemExit(f"{submission} is no folder; expected what the student handed in.")
+        raise ValueError(f"{submission} is no folder; expected what the student handed in.")
     complete(root)
     grades = []
     for name in EXERCISES:
@@ -328,10 +328,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(run_command("coursework.exercise", lambda: main(sys.argv[1:])))
-    except SystemExit as stop:
-        if not isinstance(stop.code, str):
-            raise
-        print(stop.code, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command("coursework.exercise", lambda: main(sys.argv[1:])))

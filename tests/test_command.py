@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -76,16 +77,29 @@ def test_a_reader_that_leaves_ends_the_command_quietly():
 
 @pytest.mark.parametrize(
     "body, code",
-    [("end_quietly(); say(); time.sleep(60)", -signal.SIGINT),
-     ("sys.exit(run_command('it', lambda: (say(), time.sleep(60))))", 130),
-     ("end_quietly(); sys.exit(run_command('it', lambda: (say(), time.sleep(60))))", 130)],
+    [("end_quietly(); say(); sys.stdin.read()", -signal.SIGINT),
+     ("sys.exit(run_command('it', lambda: (say(), sys.stdin.read())))", 130),
+     ("end_quietly(); sys.exit(run_command('it', lambda: (say(), sys.stdin.read())))", 130)],
 )  # fmt: skip
 def test_ctrl_c_ends_a_command_without_a_traceback(body, code):
-    head = "import sys, time; from minillava.command import *; say = lambda: print('begun', flush=True); "
+    head = "import sys; from minillava.command import *; say = lambda: print('begun', flush=True); "
     process = subprocess.Popen(
-        [sys.executable, "-c", head + body], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", head + body], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
     )  # fmt: skip
     assert process.stdout.readline() == b"begun\n"
     process.send_signal(signal.SIGINT)
     assert (process.wait(), process.stderr.read()) == (code, b"")
+
+
+PROGRAMS = [path for folder in ("", "minillava", "bench", "train", "coursework")
+            for path in sorted((ROOT / folder).glob("*.py"))
+            if '__name__ == "__main__"' in path.read_text() and path.name != "template.py"]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_every_command_ends_as_run_command_says(path):
+    source = path.read_text()
+    assert len(PROGRAMS) > 15 and source.count("run_command(") == 1
+    assert not re.search(r"raise SystemExit|os\._exit|error: .*file=sys\.stderr", source)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
-import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
-import forked
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coursework import exercise
@@ -36,19 +39,45 @@ def contents(tree):
     return {path: path.read_bytes() for path in tree.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
 
 
+@contextlib.contextmanager
+def taken_from(tree, name):
+    """Inside, an exercise's function has the code that it has in a copy of the project."""
+    one = EXERCISES[name]
+    module = importlib.import_module(one.file.removesuffix(".py").replace("/", "."))
+    scope = dict(vars(module))
+    exec(compile((tree / one.file).read_text(), str(tree / one.file), "exec"), scope)
+    live, copied = module, SimpleNamespace(**scope)
+    for part in one.function.split("."):
+        live, copied = getattr(live, part), getattr(copied, part)
+    before, live.__code__ = live.__code__, copied.__code__
+    try:
+        yield
+    finally:
+        live.__code__ = before
+
+
+def run_tests(*tests):
+    """pytest within pytest, for tests that pass or fail after few examples: exit code and what it prints."""
+    before = settings.default
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = pytest.main(["--tb=line", "-p", "no:cacheprovider", "--hypothesis-profile", "quick", *tests])
+    finally:
+        settings.register_profile("project", before)
+        settings.load_profile("project")
+    return SimpleNamespace(returncode=int(code), stdout=out.getvalue(), stderr="")
+
+
 @pytest.mark.parametrize("name", EXERCISES)
-def test_without_its_body_the_named_tests_fail_and_restored_it_is_what_it_was(tree, name):
+def test_without_its_body_the_named_tests_fail_and_restored_it_is_what_it_was(tree, name, monkeypatch):
+    monkeypatch.chdir(ROOT)
     before = contents(tree)
     remove(name, tree)
-    done = forked.run(
-        ["-m", "pytest", "--tb=line", "-p", "no:cacheprovider", "--hypothesis-profile", "quick",
-         *EXERCISES[name].tests],
-        cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)},
-    )  # fmt: skip
+    with taken_from(tree, name):
+        done = run_tests(*EXERCISES[name].tests)
     closing = done.stdout.splitlines()[-1]
     assert done.returncode == 1 and " failed" in closing and "passed" not in closing, done.stdout[-2000:]
     assert f"exercise: {name}" in done.stdout or EXERCISES[name].given
-    shutil.rmtree(tree / ".hypothesis", ignore_errors=True)
     restore(name, tree)
     assert contents(tree) == before
 
@@ -82,7 +111,7 @@ def test_a_solution_that_cannot_be_read_is_told_and_the_original_named(tree, bro
     path = tree / "prefixkv.py"
     hollow = path.read_text()
     path.write_text(broken)
-    with pytest.raises(SystemExit, match=rf"search cannot be found in prefixkv.py \({reason}.*.exercises.search"):
+    with pytest.raises(ValueError, match=rf"search cannot be found in prefixkv.py \({reason}.*.exercises.search"):
         restore("search", tree)
     path.write_text(hollow)
     restore("search", tree)
@@ -90,10 +119,10 @@ def test_a_solution_that_cannot_be_read_is_told_and_the_original_named(tree, bro
 
 
 def test_what_is_away_is_not_taken_again_nor_what_is_there_put_back(tree):
-    with pytest.raises(SystemExit, match="not away"):
+    with pytest.raises(ValueError, match="not away"):
         restore("rope", tree)
     remove("rope", tree)
-    with pytest.raises(SystemExit, match="away already"):
+    with pytest.raises(ValueError, match="away already"):
         remove("rope", tree)
 
 
@@ -167,7 +196,7 @@ def test_a_handout_has_no_body_and_nowhere_to_look_it_up(handed_out):
         lines = (root / one.file).read_text().splitlines()
         first = next(line for line in lines if f"def {one.function.split('.')[-1]}(" in line)
         assert first in source  # signature and docstring stay
-        with pytest.raises(SystemExit, match="away already"):
+        with pytest.raises(ValueError, match="away already"):
             remove(name, out)
 
 
@@ -180,18 +209,28 @@ def test_solutions_are_the_functions_with_their_bodies(handed_out, tmp_path):
         assert text.startswith(f"def {one.function.split('.')[-1]}(") and "NotImplementedError" not in text
 
 
-def forked_run(command, timeout, **options):
-    """In place of `subprocess.run`, for tests that pass or fail after few examples."""
-    assert timeout == exercise.PATIENCE and options.pop("capture_output") and options.pop("text")
-    assert command[0] == sys.executable
-    return forked.run([*command[1:], "--hypothesis-profile=quick"], **options)
+def in_this_process(command, cwd, timeout, **options):
+    """In place of `subprocess.run`: the same tests of the same body."""
+    assert command[:3] == [sys.executable, "-m", "pytest"] and timeout == exercise.PATIENCE
+    name = next(name for name, one in EXERCISES.items() if command[-1] in one.tests)
+    with taken_from(Path(cwd), name):
+        return run_tests(command[-1])
+
+
+def test_a_body_is_graded_in_a_process_of_its_own(handed_out, tmp_path):
+    root, out = handed_out
+    submission = shutil.copytree(out, tmp_path / "submission")
+    swap(submission / "coursework" / "published.py", "compress", "    raise ValueError('not yet')\n")
+    found = grade_one("published", submission, root)
+    assert found.points == 0 and found.said.count("failed") >= 2 and "not yet" in found.said
 
 
 def test_a_right_body_gets_all_points_and_a_wrong_one_those_of_the_tests_it_passes(handed_out, tmp_path, monkeypatch):
     root, out = handed_out
     listed = exercise.files(root)
     monkeypatch.setattr(exercise, "files", lambda root: listed)
-    monkeypatch.setattr(exercise.subprocess, "run", forked_run)
+    monkeypatch.setattr(exercise.subprocess, "run", in_this_process)
+    monkeypatch.chdir(ROOT)
     submission = shutil.copytree(out, tmp_path / "submission")
     original = (root / "prefixkv.py").read_text()
     start, end = body(original, "PrefixKV.victim")
@@ -226,10 +265,10 @@ def test_nothing_is_written_over_and_a_repository_with_a_hole_is_refused(handed_
     _, out = handed_out
     (tmp_path / "old").mkdir()
     for action in ("handout", "solutions"):
-        with pytest.raises(SystemExit, match="expected a new folder"):
+        with pytest.raises(ValueError, match="expected a new folder"):
             main([action, str(tmp_path / "old")])
-    with pytest.raises(SystemExit, match="no folder"):
+    with pytest.raises(ValueError, match="no folder"):
         main(["grade", str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match="is away; restore it first"):
+    with pytest.raises(ValueError, match="is away; restore it first"):
         handout(tmp_path / "new", out)
     assert not (tmp_path / "new").exists()

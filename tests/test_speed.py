@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import sys
+from types import SimpleNamespace
 
-import forked
 import pytest
 import torch
 
@@ -19,9 +22,13 @@ def result(contender, step, kv, weights=1_000_000, prefill=1.0):
 
 
 def test_a_small_run_of_every_kind_of_contender(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        speed.subprocess, "run", lambda command, capture_output, text, cwd: forked.run(command[1:], cwd=cwd)
-    )
+    def in_this_process(command, **options):
+        assert command[:3] == [sys.executable, "-m", "bench.speed"]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = main(command[3:])
+        return SimpleNamespace(returncode=code, stdout=out.getvalue())
+
+    monkeypatch.setattr(speed.subprocess, "run", in_this_process)
     names = ["transformers DynamicCache", "transformers StaticCache", "full", "PrefixKV 20%", "plan 20%"]
     assert (
         main(["--preset", "tiny", "--new", "4", "--rounds", "1", "--contenders", *names, "--out", str(tmp_path)]) == 0

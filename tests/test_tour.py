@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+import types
 
-import forked
 import pytest
+import torch
 from conftest import ROOT
 
 TOUR = (ROOT / "tour.py").read_text(encoding="utf-8")
@@ -29,18 +31,22 @@ def cells(text: str) -> list[tuple[str, str]]:
 CODE = [source for kind, source in cells(TOUR) if kind == "code"]
 
 
-def run(folder, text):
-    """Runs a copy of the tour that finds the code and the checkpoint where they are."""
-    path = folder / "tour.py"
-    path.write_text(text.replace("Path(__file__).resolve().parent", f"Path({str(ROOT)!r})"), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return forked.run([path], cwd=folder, env=environment)
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Runs a copy of the tour that finds the checkpoint where it is; returns what it prints."""
+
+    def tour(text):
+        path = tmp_path / "tour.py"
+        path.write_text(text.replace("Path(__file__).resolve().parent", f"Path({str(ROOT)!r})"), encoding="utf-8")
+        with torch.enable_grad():  # which the tour switches off, and this puts back
+            runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
+
+    return tour
 
 
-def test_the_tour_runs_to_its_end(tmp_path):
-    done = run(tmp_path, TOUR)
-    assert done.returncode == 0, done.stderr
-    assert "full cache, " in done.stdout
+def test_the_tour_runs_to_its_end(run):
+    assert "full cache, " in run(TOUR)
 
 
 @pytest.mark.parametrize("cell", CODE, ids=range(len(CODE)))
@@ -55,22 +61,21 @@ def test_the_notebook_has_the_tours_cells():
     assert found == cells(TOUR)
 
 
-def test_the_notebook_runs_with_its_pictures_and_prints_what_it_shows(tmp_path):
+def test_the_notebook_runs_with_its_pictures_and_prints_what_it_shows(run, monkeypatch):
     notebook = json.loads((ROOT / "tour.ipynb").read_text(encoding="utf-8"))
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     outputs = [output for cell in code for output in cell["outputs"]]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 8
     assert all(output["output_type"] in ("stream", "display_data") for output in outputs)
     printed = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
-    prelude = "import sys, types, matplotlib\nmatplotlib.use('Agg')\n"
-    prelude += "sys.modules['ipykernel'] = types.ModuleType('ipykernel')\n"
-    done = run(tmp_path, prelude + "\n".join("".join(cell["source"]) for cell in code))
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    shown = run("\n".join("".join(cell["source"]) for cell in code))
 
     def shape(text: str) -> str:  # another processor may round otherwise
         return re.sub(r"[\d.]+|#+", "0", text)
 
-    assert shape(done.stdout) == shape(printed)
+    assert shape(shown) == shape(printed)
 
 
 WRONG = {
@@ -85,10 +90,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("right, wrong", WRONG.items(), ids=range(len(WRONG)))
-def test_a_wrong_formula_makes_the_tour_fail(tmp_path, right, wrong):
+def test_a_wrong_formula_makes_the_tour_fail(run, right, wrong):
     assert TOUR.count(right) == 1
-    done = run(tmp_path, TOUR.replace(right, wrong))
-    assert "AssertionError" in done.stderr
+    with pytest.raises(AssertionError):
+        run(TOUR.replace(right, wrong))
 
 
 @pytest.mark.parametrize("command", ["tour.py", "demo.py --max-new-tokens 1", "-m weights inspect minillava/tiny"])

@@ -47,7 +47,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minillava.checks import LlavaError
-from minillava.compressors import Recorder
+from minillava.compressors import Recorder, gini
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.convert import config_dict, save_weights
 from minillava.files import write_json
@@ -371,10 +371,9 @@ def heterogeneity(model: Llava, images: Tensor, ids: Tensor) -> str:
     method.begin(recorder.present, recorder.present, len(recorder.scores))
     counts = method.allocate(recorder.scores).float().mean(1) / prompt.shape[1]
     curves = torch.stack([priority(scores) for scores in recorder.scores.unbind(1)]).mean(0)  # [L, N + 1]
-    gini = 2 * curves.mean(-1) - 1
     return (
         f"kept {' '.join(f'{share:.2f}' for share in counts.tolist())} | "
-        f"gini {' '.join(f'{value:.2f}' for value in gini.tolist())}"
+        f"gini {' '.join(f'{value:.2f}' for value in gini(curves).tolist())}"
     )
 
 
