@@ -376,10 +376,9 @@ def measure(
 def bytes_held(cache: KVCache, model: Llava) -> float:
     """What the cache takes at the end, as a share of all tokens in 16 bits. A number in full counts as 16 bits."""
     config, full = model.config.text, model.lm_head.weight.element_size() / 2
-    held = cache.held_bytes / full
-    if isinstance(cache, QuantisedKVCache):
-        newest = cache.newest_bytes
-        held = cache.held_bytes - newest + newest / full
+    notes = getattr(cache.compressor, "notes_bytes", 0)
+    in_full = cache.newest_bytes if isinstance(cache, QuantisedKVCache) else cache.held_bytes - notes
+    held = cache.held_bytes - in_full + in_full / full
     return held / (int(cache.lengths.sum()) * config.num_hidden_layers * config.kv_heads * config.head_size * 4)
 
 

@@ -383,6 +383,11 @@ class Least(PrefixKV):
         self.least = Accumulated(torch.where(go_last, received + 1e6, received), self.present)
         return counts
 
+    @property
+    def notes_bytes(self) -> int:
+        """Bytes of what is noted of each token: the attention received, and what the method itself notes."""
+        return self.least.total.nbytes + int(getattr(super(), "notes_bytes", 0))
+
     def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
         bias = super().attend(layer, query, key, seen, position)
         mask = None if seen is None else hide(seen)

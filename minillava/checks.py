@@ -70,7 +70,10 @@ def check_read(
 ) -> Tensor:
     """Raises LlavaError for a block that this cache cannot take; returns which tokens are not padding, bool [B, N]."""
     present = check_prompt(config, input_ids, attention_mask)
-    require(cache.config == config, "The cache was made for a model of other sizes; call this model's new_cache.")
+    require(
+        cache.config is config or cache.config == config,
+        "The cache was made for a model of other sizes; call this model's new_cache.",
+    )
     batch, count = input_ids.shape
     if not cache.key:
         require_left_padding(present)

@@ -136,8 +136,9 @@ class Accumulated:
         The first `num_sinks` tokens of the text and its newest num_recent [L, B] are spared.
         """
         total = self.total.gather(2, position.clamp(0, self.total.shape[2] - 1))
-        rank = position.argsort(-1, descending=True).argsort(-1)
-        spared = (position < num_sinks) | (rank < num_recent[..., None])
+        newest = position.sort(-1, descending=True).values  # [L, B, S]
+        recent = position >= newest.gather(2, (num_recent - 1).clamp(min=0)[..., None])  # [L, B, S]
+        spared = (position < num_sinks) | (recent & (num_recent > 0)[..., None])
         return total.masked_fill(spared, torch.inf).argmin(-1)
 
 
@@ -215,6 +216,11 @@ class H2O(PrefixKV):
     def allocate(self, scores: Tensor) -> Tensor:
         self.accumulated = Accumulated(scores, self.present)
         return equally(self, scores)
+
+    @property
+    def notes_bytes(self) -> int:
+        """Bytes of what is noted of each token of the text, those that were dropped included."""
+        return self.accumulated.total.nbytes
 
     def choose(self, layer: int, scores: Tensor, counts: Tensor) -> Tensor:
         recent = last_n(self.present, (counts // 2).minimum(counts - self.num_sinks))
@@ -406,6 +412,11 @@ class Weighted(PrefixKV):
         super().begin(present, image, layers)
         self.padding = (~present).sum(-1, keepdim=True)  # [B, 1]: the column of position 0
 
+    @property
+    def notes_bytes(self) -> int:
+        """Bytes of the weights."""
+        return self.log_weights.nbytes
+
     def bias(self, layer: int, position: Tensor) -> Tensor | None:
         """What is added to the scores of keys at `position` [B, S]: log n for a key that counts n times."""
         weights = self.log_weights[layer]  # [B, N + 1]
@@ -495,6 +506,11 @@ class Cover(Weighted):
 
     LOOKED_AT = 0.2
     TURNS = 1.0  # how far the arc would have moved after the last layer
+
+    @property
+    def notes_bytes(self) -> int:
+        """Bytes of the weights, and of the attention that each token has received."""
+        return super().notes_bytes + self.accumulated.total.nbytes
 
     def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
         super().begin(present, image, layers)

@@ -10,8 +10,8 @@ them. A comment such as `# [B, N, D]` at the end of a line gives the shape of it
 
 A block is what the decoder reads at once: a prompt, a further turn, or one new token. Every prompt of a batch is padded
 on the left to the same N; `attention_mask` is 0 on the padding. A position counts the tokens before it in the text,
-without padding; padding and free slots have position -1. Numbers agree with `transformers`
-(LlavaForConditionalGeneration). Where implementations differ, a comment names the class that this one follows.
+without padding; padding and free slots have position -1. Numbers agree with `transformers`; where implementations
+differ, a comment names the class that this one follows.
 """
 
 from __future__ import annotations
@@ -460,8 +460,9 @@ class KVCache:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the keys and values held now; free slots are not counted."""
-        return int(self.held.sum()) * sum(t[0][0, :, 0].nbytes for t in (self.key, self.value)) if self.key else 0
+        """Bytes of the keys and values held now, without free slots, and of what a method notes of each token."""
+        numbers = int(self.held.sum()) * sum(t[0][0, :, 0].nbytes for t in (self.key, self.value)) if self.key else 0
+        return numbers + getattr(self.compressor, "notes_bytes", 0)
 
     @property
     def allocated_bytes(self) -> int:

@@ -162,7 +162,7 @@ class QuantisedKVCache(KVCache):
 
         The newest count twice, since room for their codes is taken already.
         """
-        total = self.newest_bytes
+        total = self.newest_bytes + getattr(self.compressor, "notes_bytes", 0)
         for tensors in (self.key, self.value):
             for held, part in zip(self.held.tolist(), cast(list[Packed], tensors)):
                 heads, size = part.shape[1], part.shape[3]

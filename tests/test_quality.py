@@ -23,13 +23,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import weights
-from bench import parts, quality
-from bench import published as bench_published
+from bench import quality
 from bench.quality import PROTOCOLS, curves, interval, likelihood, main, read_results
-from bench.variants import bits_of, make
+from bench.variants import empty_cache, make
 from minillava.checks import LlavaError
 from minillava.compressors import METHODS, Recorder, gini
-from minillava.quantised import new_cache
 from prefixkv import PrefixKV
 from weights import read_plan
 
@@ -66,7 +64,7 @@ def test_likelihood_of_the_full_cache_is_that_of_one_forward_pass(tiny):
     samples = quality.scenes(3, seed=1)
     answers = [processor.tokenizer.model.encode(sample.answer) for sample in samples]
     cache = model.new_cache()
-    logits = model.read(**quality.encode(model, processor, samples), cache=cache)
+    logits = model.read(**quality.together(model, processor, samples), cache=cache)
     found, kept = likelihood(model, logits, cache, answers), cache.kept.T.tolist()
     for sample, answer, loss in zip(samples, answers, found):
         inputs = processor(sample.prompt(processor), [sample.image()])
@@ -89,7 +87,7 @@ def test_a_cache_filled_from_notes_is_that_of_a_prefill(small, method):
     cache = model.new_cache(9, method and METHODS[method](0.4))
     expected = model.read(**inputs, cache=cache)
     assert torch.equal(logits, expected)
-    found = quality.fill(model, prompt, 9, method and METHODS[method](0.4))
+    found = quality.fill(prompt, model.new_cache(9, method and METHODS[method](0.4)))
     for _ in range(9):
         assert torch.equal(found.position, cache.position)
         token = expected.argmax(-1, keepdim=True)
@@ -254,7 +252,7 @@ def test_answers_are_those_of_reading_cutting_and_asking_one_by_one(tiny, tmp_pa
     ):
         for index, sample in enumerate(samples):
             inputs, ids, cut = quality.split(processor, sample, protocol)
-            cache = new_cache(model, 200, make(method, 0.3), bits_of(method))
+            cache = empty_cache(method, model, 200, make(method, 0.3))
             logits = model.read(torch.tensor([ids[:cut]]), cache, inputs["pixel_values"])
             if ids[cut:]:
                 logits = model.read(torch.tensor([ids[cut:]]), cache)
@@ -284,69 +282,6 @@ def test_measures_are_shares_of_all_and_perplexity_is_that_of_all_tokens(pairs):
     ratio = sum(top for top, _ in pairs) / sum(bottom for _, bottom in pairs)
     assert float(quality.statistic("objects", values)) == pytest.approx(100 * ratio)
     assert float(quality.statistic("perplexity", values)) == pytest.approx(math.exp(ratio))
-
-
-# ---------------------------------------------------------------- methods that are combined
-
-
-@given(st.integers(0, 2**31), st.lists(st.integers(30, 60), min_size=1, max_size=3), st.floats(0.3, 0.9),
-       st.sampled_from(["random", "h2o", "vlcache", "cover", "prefixkv", "local"]), st.sampled_from(["", "+words"]),
-       st.sampled_from(["", "/queue", "/least"]))  # fmt: skip
-def test_a_combined_method_keeps_its_budget_and_the_words(small, seed, lengths, budget, base, words, rule):
-    model = small[2]
-    generator, longest = torch.Generator().manual_seed(seed), max(lengths)
-    ids = torch.randint(3, 300, (len(lengths), longest), generator=generator)
-    present = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-    compressor, cache = make(base + words + rule, budget, range(len(lengths))), None
-    plain = make(base, budget, range(len(lengths)))
-    caches = []
-    for method in (compressor, plain):
-        cache = model.new_cache(9, method)
-        model.read(ids, cache, attention_mask=present.long())
-        caches.append(cache)
-        for token in torch.randint(3, 300, (9, len(lengths), 1), generator=torch.Generator().manual_seed(1)):
-            model.read(token, cache)
-    assert torch.equal(caches[0].held, caches[1].held)
-    if rule == "/least" and base == "cover":  # whose rule it is
-        assert torch.equal(caches[0].position, caches[1].position)
-
-
-def test_words_come_first_and_the_queue_is_prefixkvs(tiny):
-    model, processor = tiny
-    (sample,) = quality.scenes(1, 0)
-    inputs = processor([sample.prompt(processor)], [sample.image()])
-    words = (inputs["input_ids"][0] != model.config.image_token_id).nonzero()[:, 0]
-    for name in ("random+words", "prefixkv+words", "snapkv+words/queue"):
-        cache = model.new_cache(1, make(name, 0.2))
-        model.read(**inputs, cache=cache)
-        assert all(set(words.tolist()) <= set(row.tolist()) for row in cache.position[:, 0])
-    position, kept = torch.arange(60).expand(2, 1, 60), torch.tensor([[40], [50]])
-    assert torch.equal(make("cover/queue", 0.2).victim(position, kept), PrefixKV(0.2).victim(position, kept))
-
-
-def test_without_eviction_as_many_tokens_are_held_at_the_end(tiny):
-    model, processor = tiny
-    (sample,) = quality.scenes(1, 0)
-    inputs = processor([sample.prompt(processor)], [sample.image()])
-    length, held = inputs["input_ids"].shape[1], []
-    for name in ("random", "random/keep"):
-        cache = model.new_cache(50, make(name, 0.2, further=50, prompt=length))
-        logits = model.read(**inputs, cache=cache)
-        for _ in range(50):
-            logits = model.read(logits.argmax(-1)[:, None], cache)
-        held.append(int(cache.held.sum()))
-    assert abs(held[0] - held[1]) <= 8  # a token a layer, for rounding
-
-
-@pytest.mark.parametrize("name", ["best", "cover@5", "full/queue", "full+words", "cover+words+words", "cover/most", ""])
-def test_a_method_that_is_none_is_refused(name, tmp_path, capsys):
-    assert main(["--methods", "full", name, "--out", str(tmp_path / "out")]) == 2
-    assert repr(name) in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_a_budget_that_the_answer_alone_exceeds_leaves_nothing_to_keep():
-    with pytest.raises(LlavaError, match="nothing is left to keep"):
-        make("cover/keep", 0.05, further=100, prompt=600)
 
 
 PUBLISHED = "Be polite. USER: What is it?\n<image> ASSISTANT:"
@@ -403,10 +338,9 @@ def test_plans_that_were_asked_for_and_are_not_there_are_missed(tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("program", [quality, parts, bench_published])
-def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(program, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert program.main(["--out", str(tmp_path / "file" / "out")]) == 2
+    assert main(["--out", str(tmp_path / "file" / "out")]) == 2
     assert capsys.readouterr().err.count("error: ") == 1
 
 
@@ -428,18 +362,12 @@ def test_a_plan_of_one_sample_is_what_that_sample_keeps(tiny):
     model, processor = tiny
     samples = quality.scenes(1, seed=3)
     plans, _ = quality.estimate(model, processor, samples, [0.3], "", 1)
-    inputs = quality.encode(model, processor, samples)
+    inputs = quality.together(model, processor, samples)
     online, offline = model.new_cache(1, PrefixKV(0.3)), model.new_cache(1, PrefixKV(plan=plans[0.3]))
     for cache in (online, offline):
         model.read(**inputs, cache=cache)
     assert torch.equal(online.kept, offline.kept)
     assert torch.equal(online.position, offline.position)
-
-
-def test_rouge_of_equal_and_of_empty_texts():
-    assert parts.rouge_l("a red ring.", "a red ring.") == pytest.approx(1, abs=1e-6)
-    assert parts.rouge_l("", "a red ring.") == parts.rouge_l("...", "a red ring.") == 0
-    assert parts.rouge_l("red", "a red ring") == pytest.approx(0.5, abs=1e-6)  # precision 1, recall 1/3
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(3, 60))

@@ -1,0 +1,266 @@
+"""`bench.variants`: parts of methods combined, further methods, and the rules of the published code."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench import quality
+from bench.variants import (
+    PublishedElastic,
+    PublishedH2O,
+    ShortPositions,
+    entries_as_ranks,
+    make,
+    twice,
+)
+from minillava.checks import LlavaError
+from minillava.compressors import Local
+from prefixkv import PrefixKV, attention_weights, hide, retain
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def scored(seed: int, lengths: list[int], share: float):
+    """Random scores [B, N] of prompts padded on the left, which tokens are present, and how many to keep [B]."""
+    longest = max(lengths)
+    scores = torch.rand(len(lengths), longest, generator=torch.Generator().manual_seed(seed))
+    present = torch.arange(longest) >= torch.tensor([[longest - length] for length in lengths])
+    return scores, present, torch.tensor([max(2, math.ceil(share * length)) for length in lengths])
+
+
+# ---------------------------------------------------------------- selection
+
+
+@given(seeds, st.lists(st.integers(2, 60), min_size=1, max_size=3), st.floats(0.01, 1), st.integers(0, 1))
+def test_the_selection_as_published_takes_entries_of_an_argsort_for_ranks(seed, lengths, share, start):
+    scores, present, counts = scored(seed, lengths, share)
+    kept = entries_as_ranks(scores, counts, present, start)
+    assert torch.equal(kept.sum(-1), counts)
+    for row, length, count in zip(range(len(lengths)), lengths, counts.tolist()):
+        own, found = scores[row, -length:].tolist(), kept[row, -length:].tolist()
+        between = own[start : length - 1]
+        order = sorted(range(len(between)), key=lambda place: between[place])
+        forget = len(between) - (count - start - 1) - 1  # entries above this number are kept
+        assert found == [True] * start + [entry > forget for entry in order] + [True]
+        assert not kept[row, :-length].any()
+
+
+@given(seeds, st.integers(2, 60), st.floats(0.01, 1))
+def test_only_scores_that_rise_along_the_prompt_are_selected_correctly_for_sure(seed, length, share):
+    scores, present, counts = scored(seed, [length], share)
+    rising = scores.sort().values
+    assert torch.equal(entries_as_ranks(rising, counts, present, 1), retain(rising, counts, present, 1))
+
+
+def test_elastic_as_published_on_six_tokens():
+    """Between the first and the last, argsort is 0, 2, 3, 1: places 1 and 2 hold entries of 2 or more."""
+    scores = torch.tensor([[0.9, 0.1, 0.4, 0.2, 0.3, 0.9]])
+    present, counts = torch.ones(1, 6, dtype=torch.bool), torch.tensor([4])
+    compressor = PublishedElastic(0.5)
+    compressor.begin(present, present, 1)
+    assert compressor.choose(0, scores, counts)[0].nonzero()[:, 0].tolist() == [0, 2, 3, 5]
+    assert retain(scores, counts, present)[0].nonzero()[:, 0].tolist() == [0, 2, 4, 5]
+
+
+def test_elastic_as_published_merges_the_left_neighbours_of_what_it_drops():
+    """Of eight tokens 0, 3, 5 and 7 stay: 3 and 5 are anchors. 1, 2, 4 and 6 go, so 0, 1, 3 and 5 are merged."""
+    compressor = PublishedElastic(0.5)
+    compressor.begin(torch.ones(1, 8, dtype=torch.bool), torch.zeros(1, 8, dtype=torch.bool), 1)
+    keep = torch.tensor([[True, False, False, True, False, True, False, True]])
+    numbers = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]).view(1, 1, 8, 1)
+    key, value = compressor.merge(numbers, -numbers, keep)
+    expected = [1.0, 2.0, 4.0, (8 + 1 + 2 + 8) / 4, 16.0, (32 + 32) / 2, 64.0, 128.0]
+    assert key.flatten().tolist() == expected and torch.equal(value, -key)
+
+
+def test_h2o_as_published_on_five_tokens_of_two_layers():
+    """The mean over layers is .8, .1, .4, .2 and the last token; argsort is 1, 3, 2, 0: place 1 has the entry 3."""
+    scores = torch.tensor([[[0.9, 0.1, 0.6, 0.0, 5.0]], [[0.7, 0.1, 0.2, 0.4, 5.0]]])
+    present = torch.ones(1, 5, dtype=torch.bool)
+    compressor = PublishedH2O(0.4)
+    compressor.begin(present, present, 2)
+    counts = compressor.allocate(scores)
+    assert counts.tolist() == [[2], [2]]
+    for layer in range(2):
+        kept = compressor.choose(layer, scores[layer], counts[layer])
+        assert kept[0].nonzero()[:, 0].tolist() == [1, 4]  # without the first token, which has the largest score
+
+
+# ---------------------------------------------------------------- positions
+
+
+def read_on(model, ids, steps, compressor):
+    """The positions of new tokens, the logits of each step, and the cache."""
+    found, plain = [], model.language_model.cos_sin
+    cache = ShortPositions(model.config.text, steps, compressor)
+    model.read(ids, cache)
+    model.language_model.cos_sin = lambda positions: found.append(positions[:, 0].tolist()) or plain(positions)
+    try:
+        return found, [model.read(ids[:, [step]], cache) for step in range(steps)], cache
+    finally:
+        del model.language_model.cos_sin
+
+
+def test_positions_as_published_are_what_the_first_layer_holds(small):
+    """Of 10 tokens it keeps 5, then half of the text, rounded up. True positions are 10, 11, 12, 13, 14."""
+    ids = torch.arange(10)[None] + 20
+    found, _, cache = read_on(small[2], ids, 5, Local(0.5, num_sinks=1))
+    assert found == [[5], [6], [6], [7], [7]]
+    assert sorted(cache.position[0, 0].tolist()) == [0, 8, 9, 10, 11, 12, 13, 14]  # the cache keeps true ones
+
+
+@settings(max_examples=15)
+@given(seeds, st.integers(10, 60), st.floats(0.1, 1))
+def test_positions_as_published_follow_the_first_layer_of_each_sample(small, seed, length, budget):
+    ids = torch.randint(3, 300, (2, length), generator=torch.Generator().manual_seed(seed))
+    found, _, cache = read_on(small[2], ids, 6, PrefixKV(budget))
+    shares = [kept / length for kept in cache.kept[0].tolist()]
+    for step, positions in enumerate(found):
+        for position, share, kept in zip(positions, shares, cache.kept[0].tolist()):
+            assert position - math.ceil((length + step) * share - 1e-9) in (0, 1)  # 1: the published rounding
+            assert position == kept or step > 0
+
+
+@settings(max_examples=10)
+@given(seeds, st.integers(2, 40))
+def test_with_a_full_cache_both_rules_of_positions_are_the_same(small, seed, length):
+    model = small[2]
+    ids = torch.randint(3, 300, (2, length), generator=torch.Generator().manual_seed(seed))
+    _, logits, _ = read_on(model, ids, 2, None)
+    cache = model.new_cache(2)
+    model.read(ids, cache)
+    assert all(torch.equal(one, model.read(ids[:, [step]], cache)) for step, one in enumerate(logits))
+
+
+# ---------------------------------------------------------------- methods that are combined
+
+
+@given(st.integers(0, 2**31), st.lists(st.integers(30, 60), min_size=1, max_size=3), st.floats(0.3, 0.9),
+       st.sampled_from(["random", "h2o", "vlcache", "cover", "prefixkv", "local"]), st.sampled_from(["", "+words"]),
+       st.sampled_from(["", "/queue", "/least"]))  # fmt: skip
+def test_a_combined_method_keeps_its_budget_and_the_words(small, seed, lengths, budget, base, words, rule):
+    model = small[2]
+    generator, longest = torch.Generator().manual_seed(seed), max(lengths)
+    ids = torch.randint(3, 300, (len(lengths), longest), generator=generator)
+    present = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    compressor, cache = make(base + words + rule, budget, range(len(lengths))), None
+    plain = make(base, budget, range(len(lengths)))
+    caches = []
+    for method in (compressor, plain):
+        cache = model.new_cache(9, method)
+        model.read(ids, cache, attention_mask=present.long())
+        caches.append(cache)
+        for token in torch.randint(3, 300, (9, len(lengths), 1), generator=torch.Generator().manual_seed(1)):
+            model.read(token, cache)
+    assert torch.equal(caches[0].held, caches[1].held)
+    if rule == "/least" and base == "cover":  # whose rule it is
+        assert torch.equal(caches[0].position, caches[1].position)
+
+
+def test_words_come_first_and_the_queue_is_prefixkvs(tiny):
+    model, processor = tiny
+    (sample,) = quality.scenes(1, 0)
+    inputs = processor([sample.prompt(processor)], [sample.image()])
+    words = (inputs["input_ids"][0] != model.config.image_token_id).nonzero()[:, 0]
+    for name in ("random+words", "prefixkv+words", "snapkv+words/queue"):
+        cache = model.new_cache(1, make(name, 0.2))
+        model.read(**inputs, cache=cache)
+        assert all(set(words.tolist()) <= set(row.tolist()) for row in cache.position[:, 0])
+    position, kept = torch.arange(60).expand(2, 1, 60), torch.tensor([[40], [50]])
+    assert torch.equal(make("cover/queue", 0.2).victim(position, kept), PrefixKV(0.2).victim(position, kept))
+
+
+def test_without_eviction_as_many_tokens_are_held_at_the_end(tiny):
+    model, processor = tiny
+    (sample,) = quality.scenes(1, 0)
+    inputs = processor([sample.prompt(processor)], [sample.image()])
+    length, held = inputs["input_ids"].shape[1], []
+    for name in ("random", "random/keep"):
+        cache = model.new_cache(50, make(name, 0.2, further=50, prompt=length))
+        logits = model.read(**inputs, cache=cache)
+        for _ in range(50):
+            logits = model.read(logits.argmax(-1)[:, None], cache)
+        held.append(int(cache.held.sum()))
+    assert abs(held[0] - held[1]) <= 8  # a token a layer, for rounding
+
+
+@pytest.mark.parametrize("name", ["best", "cover@5", "full/queue", "full+words", "cover+words+words", "cover/most", ""])
+def test_a_method_that_is_none_is_refused(name, tmp_path, capsys):
+    assert quality.main(["--methods", "full", name, "--out", str(tmp_path / "out")]) == 2
+    assert repr(name) in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_the_answer_alone_exceeds_leaves_nothing_to_keep():
+    with pytest.raises(LlavaError, match="nothing is left to keep"):
+        make("cover/keep", 0.05, further=100, prompt=600)
+
+
+@settings(max_examples=20)
+@given(seeds, st.integers(20, 60), st.floats(0.1, 0.9), st.sampled_from(["random", "snapkv", "cover"]))
+def test_sizes_are_equal_or_those_that_the_search_finds(seed, length, budget, base):
+    generator = torch.Generator().manual_seed(seed)
+    query, key = (
+        torch.randn(3, 1, 4, length, 8, generator=generator),
+        torch.randn(3, 1, 2, length, 8, generator=generator),
+    )
+    present = torch.ones(1, length, dtype=torch.bool)
+    found = {}
+    for sizes in ("", "~equal", "~prefix"):
+        method = make(base + sizes, budget)
+        method.begin(present, torch.zeros_like(present), 3)
+        scores = torch.stack([method.score(layer, *pair, pair[1]) for layer, pair in enumerate(zip(query, key))])
+        counts = method.allocate(scores)
+        kept = torch.stack([method.choose(layer, scores[layer], counts[layer]) for layer in range(3)])
+        assert torch.equal(kept.sum(-1), counts)
+        found[sizes] = counts[:, 0].tolist()
+    assert found["~equal"] == found[""] and max(found[""]) - min(found[""]) <= 1
+    plain = PrefixKV(budget)
+    plain.begin(present, present, 3)
+    assert found["~prefix"] == plain.allocate(scores)[:, 0].tolist()
+
+
+# ---------------------------------------------------------------- further methods
+
+
+def test_pooled_patches_are_means_of_squares_that_count_four_times():
+    method = make("pooled", 0.5)
+    image = torch.zeros(1, 20, dtype=torch.bool)
+    image[0, 2:18] = True  # 4 x 4 patches
+    method.begin(torch.ones(1, 20, dtype=torch.bool), image, 1)
+    key = torch.arange(20.0).view(1, 1, 20, 1)
+    ((keys, values, keep),) = method.compress([(0, key, -key, torch.zeros(1, 20))])
+    first = [2, 4, 10, 12]  # of each square; its others are 1, 4 and 5 further
+    assert keep[0].nonzero()[:, 0].tolist() == [0, 1, *first, 18, 19]
+    assert keys[0, 0, first, 0].tolist() == [place + 2.5 for place in first] and torch.equal(values, -keys)
+    assert method.log_weights[0, 0, first].exp().tolist() == pytest.approx([4] * 4)
+    assert not method.log_weights[0, 0, [0, 1, 18, 19, 20]].any()
+
+
+def test_kvzip_scores_are_the_largest_attention_from_a_second_reading(tiny):
+    model, processor = tiny
+    samples = quality.scenes(2, 0)
+    inputs = processor(["USER: <image>\nWhat? ASSISTANT:", "USER: <image>\nDescribe it. ASSISTANT:"],
+                       [sample.image() for sample in samples])  # fmt: skip
+    scores = twice(model, inputs)
+    length = inputs["input_ids"].shape[1]
+    end = length - int((inputs["input_ids"][1] == model.config.image_token_id).flip(0).long().argmax())
+    again = torch.cat([inputs["input_ids"][1], inputs["input_ids"][1, :end]])[None]  # the longer prompt has no padding
+    prompt = quality.Collector()
+    model.read(again, model.new_cache(0, prompt), inputs["pixel_values"][[1, 1]])
+    for layer, (query, key, _) in enumerate(prompt.layers):
+        seen = torch.ones(again.shape[1], again.shape[1], dtype=torch.bool).tril()[length:]
+        weights = attention_weights(query[:, :, length:], key, hide(seen[None, None]))
+        torch.testing.assert_close(scores[layer, 1], weights[0, :, :, :length].amax((0, 1)), atol=1e-4, rtol=1e-3)
+
+
+def test_kvzip_keeps_the_best_of_all_layers_together():
+    method = make("kvzip", 0.5)
+    present = torch.ones(1, 5, dtype=torch.bool)
+    method.begin(present, present, 2)
+    scores = torch.tensor([[[0.0, 0.9, 0.8, 0.7, 0.0]], [[0.0, 0.1, 0.2, 0.3, 0.0]]])
+    assert method.allocate(scores)[:, 0].tolist() == [3, 2]  # of ten tokens five, four of them protected
