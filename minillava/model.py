@@ -345,8 +345,7 @@ class KVCache:
 
     def __init__(self, config: TextConfig, room: int, compressor: Compressor | None = None):
         check_cache(config, 0, room, compressor)
-        self.config, self.room = config, room  # room: how many tokens can still be read after the prompt
-        self.compressor = compressor or KeepAll()
+        self.config, self.compressor, self.room = config, compressor or KeepAll(), room  # tokens that may still come
         self.key: list[Tensor] = []  # of each stored layer, [B, Hkv, S, Dh]; after RoPE, so slots need no order
         self.value: list[Tensor] = []
         self.waiting: list[Waiting] = []  # layers of the prompt that are not stored yet
