@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 import demo
 import weights
+from bench import plan as bench_plan
 from bench.parity import FAMILY, GRIDS, IMAGE_ID, random_model
 from minillava import anyres, explore, verify
 from minillava.checks import LlavaError
@@ -683,6 +684,6 @@ def test_plans_eviction_and_the_page_work_on_tiles(family, tmp_path):
     assert ends == [int(positions[token]) for token in tiling.newlines]
     assert "null" in explore.page(data)
     with mock.patch("matplotlib.collections.PatchCollection", wraps=PatchCollection) as framed:
-        assert plan.plot(data)[:4] == b"\x89PNG"
+        assert bench_plan.plot(data)[:4] == b"\x89PNG"
     kept = [sum(explore.kept(data, layer, data["start"])[position] for position in cells) for layer in range(4)]
     assert [len(call.args[0]) for call in framed.call_args_list] == kept  # no cell that is empty

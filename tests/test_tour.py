@@ -12,7 +12,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, ends_with_this_process
 
 TOUR = (ROOT / "tour.py").read_text(encoding="utf-8")
 
@@ -100,5 +100,6 @@ def test_a_wrong_formula_makes_the_tour_fail(run, right, wrong):
 def test_without_numpy_nothing_is_said_about_it(tmp_path, command):
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('No module named numpy')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=environment, cwd=ROOT,
+                          preexec_fn=ends_with_this_process)  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
