@@ -38,7 +38,7 @@ from minillava.checks import LlavaError, require
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.fast import optimize
 from minillava.model import ACTIVATIONS, Llava
-from minillava.processor import IMAGE_TOKEN, ImageProcessor, Processor, Tokenizer, read_json
+from minillava.processor import IMAGE_TOKEN, ImageProcessor, Processor, read_json
 from prefixkv import Plan
 
 # ---------------------------------------------------------------- config.json
@@ -805,7 +805,7 @@ def convert(folder: Path, out: Path) -> None:
         write_json(temporary / "config.json", config_dict(model.config, str(dtype).removeprefix("torch.")))
         save_weights(model, temporary / "model.safetensors", dtype)
         tokenizer = read_json(folder / "tokenizer_config.json")
-        plain = isinstance(processor.tokenizer, Tokenizer)  # else tokenizer.json has them all but for <image>
+        plain = (folder / "tokenizer.model").is_file()  # else tokenizer.json has them all but for <image>
         added = {
             str(token.id): {"content": token.content, "lstrip": token.lstrip, "rstrip": token.rstrip,
                             "special": token.special, "normalized": False, "single_word": False}
