@@ -22,7 +22,7 @@ from minillava.command import printable
 from minillava.config import LlavaConfig, TextConfig, wrong_value
 from minillava.files import HUB_ID, find, replacing, write_file, write_json
 from minillava.model import Llava
-from minillava.processor import IMAGE_TOKEN, Processor, Tokenizer, read_json
+from minillava.processor import IMAGE_TOKEN, Processor, read_json
 
 # ---------------------------------------------------------------- names of weights
 
@@ -213,7 +213,7 @@ def convert(model: Llava, processor: Processor, folder: Path, out: Path) -> None
                         "special": token.special, "normalized": False, "single_word": False}
         for token in processor.tokenizer.added.values()
     }  # fmt: skip
-    if not isinstance(processor.tokenizer, Tokenizer):  # tokenizer.json has them all but for <image>
+    if not (folder / "tokenizer.model").is_file():  # tokenizer.json has them all but for <image>
         added = {id: token for id, token in added.items() if token["content"] == IMAGE_TOKEN}
         added |= tokenizer.get("added_tokens_decoder") or {}
     images: dict[str, object] = asdict(processor.image_processor)
