@@ -12,7 +12,7 @@ and values. `weights.load(..., fast=True)` calls it. `compile_steps(model)` also
 8 layers of width 512, 8 prompts of 1,024 tokens, full cache, two threads of a busy machine, medians of two rounds:
 49.9 ms a step with all of them, 57.3 with none. Without FastLinear 51.0. Without FastAttention 65.3, and without
 FastLlava, so without its cache, 74.6: these two pay only together. FastTopLayer saves 126 MB of a prompt's peak (664
-to 538); its gain in time was lost in the noise. The table is in bench/results/speed-parts.md.
+to 538); its gain in time was lost in the noise. The table is in bench/results/speed.md.
 """
 
 from __future__ import annotations
