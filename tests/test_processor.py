@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -192,6 +192,7 @@ def test_decoding_gives_the_text_back(large, words):
 
 
 @settings(max_examples=300)
+@example([35, 400])  # the byte of a space
 @given(st.lists(st.one_of(st.integers(0, 300), st.integers(0, 32001), st.integers(31990, 32010)), max_size=8))
 def test_the_text_of_any_ids_is_that_of_a_llava_tokenizer_json(large, ids):
     ours, fast = large
