@@ -44,6 +44,7 @@ import weights
 from bench import quality
 from minillava.checks import LlavaError
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
+from minillava.convert import config_dict, hub_name, save_weights
 from minillava.model import Llava
 from minillava.processor import open_image
 from prefixkv import Plan, PrefixKV
@@ -73,7 +74,7 @@ def make_checkpoint(folder: Path) -> None:
                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128),
         image_token_id=310,
     )  # fmt: skip
-    weights.save_weights(Llava(config), folder / "model.safetensors", torch.float32)
+    save_weights(Llava(config), folder / "model.safetensors", torch.float32)
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(state)
@@ -82,7 +83,7 @@ def make_checkpoint(folder: Path) -> None:
         save_file({name: state[name] for name in held}, folder / file)
     index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(weights.config_dict(config, "float32")))
+    (folder / "config.json").write_text(json.dumps(config_dict(config, "float32")))
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     tokenizer = {"added_tokens_decoder": {"310": {"content": "<image>"}},
                  "chat_template": [{"name": "default", "template": TEMPLATE}]}  # fmt: skip
@@ -124,8 +125,8 @@ def make_tiled(folder: Path) -> None:
         vision_feature_layer=-1, image_grid_pinpoints=((8, 16), (16, 8), (16, 16)),
     )  # fmt: skip
     torch.manual_seed(0)
-    weights.save_weights(Llava(config), folder / "model.safetensors", torch.float32)
-    (folder / "config.json").write_text(json.dumps(weights.config_dict(config, "float32")))
+    save_weights(Llava(config), folder / "model.safetensors", torch.float32)
+    (folder / "config.json").write_text(json.dumps(config_dict(config, "float32")))
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "<|end|>"}}')
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}, "image_grid_pinpoints":
@@ -139,13 +140,13 @@ def make_original(folder: Path, checkpoint: Path) -> None:
     model, parts = weights.load_model(checkpoint), {"clip": {}, "": {}}  # type: ignore[var-annotated]
     for name, tensor in model.state_dict().items():
         part = "clip" if name.startswith("vision_tower.") else ""
-        name = weights.hub_name(name).removeprefix("vision_tower.").removeprefix("language_model.")
+        name = hub_name(name).removeprefix("vision_tower.").removeprefix("language_model.")
         for layer, place in (("linear_1", "0"), ("linear_2", "2")):
             name = name.replace(f"multi_modal_projector.{layer}", f"model.mm_projector.{place}")
         parts[part][name] = tensor[:310] if len(tensor) == 320 else tensor
     for part, state in parts.items():
         torch.save(state, folder / part / "pytorch_model.bin")
-    config = weights.config_dict(model.config, "float32")
+    config = config_dict(model.config, "float32")
     text = {**config["text_config"], "vocab_size": 310, "model_type": "llava"}  # type: ignore[dict-item]
     settings = {"mm_vision_tower": "clip", "mm_hidden_size": 16, "mm_projector_type": "mlp2x_gelu",
                 "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad",

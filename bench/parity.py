@@ -71,32 +71,38 @@ GRIDS = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 28], [28, 140]]  # of tile
 PICTURES = ((40, 75), (28, 200), (90, 31), (3, 120))  # heights and widths
 
 
-def random_model(kind: str, kv_heads: int, seed: int = 0, **top: Any) -> Any:
-    """A random model of transformers: `CLIP, Llama` or one of FAMILY, with weights large enough to matter."""
+def random_model(kind: str, kv_heads: int = 4, seed: int = 0, tied: bool = False, text: Mapping[str, Any] | None = None,
+                 vision: Mapping[str, Any] | None = None, **top: Any) -> Any:  # fmt: skip
+    """A random model of transformers: `CLIP, Llama` or one of FAMILY, with weights large enough to matter.
+
+    text, vision and top: settings of the decoder, of the tower and of the whole.
+    """
     import transformers
 
     t: Any = transformers  # whose classes say too exactly what they take
     torch.manual_seed(seed)
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
-             "image_size": 28, "patch_size": 7}  # fmt: skip
+             "image_size": 30 if kind == "SigLIP, Qwen2" else 28, "patch_size": 7, **(vision or {})}  # fmt: skip
     words = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-             "num_attention_heads": 4, "num_key_value_heads": kv_heads, "max_position_embeddings": 1024}  # fmt: skip
-    settings: dict[str, Any] = {"image_token_index": IMAGE_ID, "pad_token_id": 0, "image_seq_length": PATCHES, **top}
-    vision: Any = t.CLIPVisionConfig(**sizes)
-    text: Any = t.LlamaConfig(**words)
+             "num_attention_heads": 4, "num_key_value_heads": kv_heads, "max_position_embeddings": 1024,
+             "tie_word_embeddings": tied, **(text or {})}  # fmt: skip
+    settings: dict[str, Any] = {"image_token_index": IMAGE_ID, "pad_token_id": 0, "image_seq_length": PATCHES,
+                                "tie_word_embeddings": tied, **top}  # fmt: skip
+    tower: Any = t.CLIPVisionConfig(**sizes)
+    decoder: Any = t.LlamaConfig(**words)
     if kind == "CLIP, Llama 3":
-        text = t.LlamaConfig(
+        decoder = t.LlamaConfig(
             **words, rms_norm_eps=1e-5, rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
         )
     if kind == "SigLIP, Qwen2":  # a border of two pixels is cut off, as in the real one's 384 / 14
-        vision, text = t.SiglipVisionConfig(**{**sizes, "image_size": 30}), t.Qwen2Config(**words)
+        tower, decoder = t.SiglipVisionConfig(**sizes), t.Qwen2Config(**words)
         settings |= {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
     if kind == "LLaVA-NeXT, Mistral":
-        text = t.MistralConfig(**words, sliding_window=None)
+        decoder = t.MistralConfig(**words, sliding_window=None)
     tiled = kind.startswith("LLaVA-NeXT")
     if tiled:
         settings |= {"image_grid_pinpoints": GRIDS}
-    config = (t.LlavaNextConfig if tiled else t.LlavaConfig)(vision_config=vision, text_config=text, **settings)
+    config = (t.LlavaNextConfig if tiled else t.LlavaConfig)(vision_config=tower, text_config=decoder, **settings)
     model: Any = (t.LlavaNextForConditionalGeneration if tiled else t.LlavaForConditionalGeneration)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -47,6 +47,7 @@ from minillava import TINY
 from minillava.checks import LlavaError, require
 from minillava.compressors import METHODS as COMPRESSORS
 from minillava.compressors import Recorder
+from minillava.files import write_json
 from minillava.model import KeepAll, KVCache, Llava
 from minillava.processor import Processor, llava_prompt, open_image
 from minillava.quantised import QuantisedKVCache, new_cache
@@ -65,7 +66,7 @@ from train.scenes import (
     named,
     short_question,
 )  # fmt: skip
-from weights import estimate_plan, find, load, read_plan, write_file, write_json, write_plan
+from weights import estimate_plan, find, load, read_plan, write_file, write_plan
 
 METHODS = ("full", *COMPRESSORS, "plan")
 PROTOCOLS = ("known", "second", "first")

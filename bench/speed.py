@@ -34,10 +34,12 @@ from minillava import TINY
 from minillava.checks import LlavaError
 from minillava.compressors import METHODS
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
+from minillava.convert import config_dict, hub_name
 from minillava.fast import compile_steps
+from minillava.files import write_json
 from minillava.model import Llava
 from prefixkv import Plan, PrefixKV
-from weights import config_dict, empty_model, hub_name, load_model, read_config, write_json
+from weights import empty_model, load_model, read_config
 
 BUDGETS = (0.2, 0.4, 0.6, 0.8)
 CONTENDERS = (

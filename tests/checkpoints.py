@@ -7,37 +7,14 @@ import json
 import re
 from pathlib import Path
 
-import torch
+from bench.parity import IMAGE_ID, random_model
 
-LAYOUTS = ("hub", "memory", "disk5")  # as on the Hub, in transformers' memory, as transformers 5 saves; see weights.py
-IMAGE_ID = 310
+LAYOUTS = ("hub", "memory", "disk5")  # as on the Hub, in transformers' memory, as transformers 5 saves; see convert.py
 
 
-def reference(seed=0, *, kv_heads=4, tied=False, text=None, vision=None, **top):
-    """A randomly initialised `LlavaForConditionalGeneration` in float32, with weights large enough to matter."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    torch.manual_seed(seed)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            **{"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
-               "image_size": 28, "patch_size": 7, **(vision or {})}
-        ),
-        text_config=LlamaConfig(
-            **{"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-               "num_attention_heads": 4, "num_key_value_heads": kv_heads, "max_position_embeddings": 256,
-               "tie_word_embeddings": tied, **(text or {})}
-        ),
-        **{"image_token_index": IMAGE_ID, "tie_word_embeddings": tied, "pad_token_id": 0, **top},
-    )  # fmt: skip
-    model = LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=1.2 * parameter[0].numel() ** -0.5)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+def reference(seed=0, **settings):
+    """A random LLaVA of CLIP and Llama; settings as in `random_model`."""
+    return random_model("CLIP, Llama", seed=seed, **settings)
 
 
 def write(model, folder: Path, layout: str, tokenizer: bool = True) -> Path:

@@ -158,7 +158,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_done(tmp_p
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 @pytest.mark.parametrize("option", ["--explore", "--plot", "--save-plan"])
 def test_a_write_that_fails_ends_with_2_and_leaves_nothing(tmp_path, capsys, small, option, monkeypatch):
-    monkeypatch.setattr("weights.secrets.token_hex", lambda count: "x")
+    monkeypatch.setattr("minillava.files.secrets.token_hex", lambda count: "x")
     (tmp_path / "a.png.x.part").symlink_to("/dev/full")  # no space is left there
     model = ["--model", str(small[0]), "--max-new-tokens", "2"]
     assert demo.main([*model, option, str(tmp_path / "a.png")]) == 2

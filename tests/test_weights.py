@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import weights
 from minillava.checks import LlavaError
+from minillava.convert import hub_name, our_name
+from minillava.files import write_file
 
 
 @pytest.fixture
@@ -25,10 +28,12 @@ def folder(small, tmp_path) -> Path:
     return Path(shutil.copytree(small[0], tmp_path / "checkpoint"))
 
 
-def edit(path: Path, change) -> None:
-    """Changes a JSON file in place."""
+def edit(path: Path, change: dict) -> None:
+    """Changes values in a JSON file, and those within its objects."""
     value = json.loads(path.read_text())
-    change(value)
+    for name, new in change.items():
+        inside = isinstance(new, dict) and isinstance(value.get(name), dict)
+        value[name] = {**value[name], **new} if inside else new
     path.write_text(json.dumps(value))
 
 
@@ -54,17 +59,22 @@ def test_a_sharded_checkpoint_is_the_same_model(small, tmp_path):
     assert same(weights.load(tmp_path)[0], ours)
 
 
-def test_dtype_none_keeps_the_checkpoints_own(folder):
-    state = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(state, folder / "model.safetensors")
-    assert weights.load(folder, dtype=None)[0].lm_head.weight.dtype == torch.float16
-    assert weights.load(folder)[0].lm_head.weight.dtype == torch.float32
-    assert weights.load(folder, dtype=torch.bfloat16)[0].lm_head.weight.dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype, expected", [
+    (None, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float16),
+])  # fmt: skip
+def test_weights_of_several_dtypes_come_in_one_which_is_the_embeddings_if_none_is_asked_for(folder, dtype, expected):
+    state = load_file(folder / "model.safetensors")
+    halved = {name: tensor.bfloat16() if "embed_tokens" in name else tensor for name, tensor in state.items()}
+    save_file(halved, folder / "model.safetensors")
+    model = weights.load_model(folder, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert weights.memory_needed(folder, dtype) == (numbers * expected.itemsize, torch.bfloat16)
 
 
 def test_names_survive_the_way_to_the_hub_layout_and_back(small):
     for name, _ in small[2].named_parameters():
-        assert weights.our_name(weights.hub_name(name)) == name
+        assert our_name(hub_name(name)) == name
 
 
 def test_every_problem_of_the_weights_is_named_at_once(folder):
@@ -87,23 +97,24 @@ def test_the_same_parameter_under_two_names_is_refused(folder):
 
 
 def test_an_untied_output_layer_is_used_even_if_the_config_says_tied(small, folder):
-    edit(folder / "config.json", lambda c: c["text_config"].update(tie_word_embeddings=True))
+    edit(folder / "config.json", {"text_config": {"tie_word_embeddings": True}})
     assert same(weights.load(folder)[0], small[2])
 
 
 @pytest.mark.parametrize("name", ["language_model.model.norm.weight", "language_model.model.embed_tokens.weight"])
 @pytest.mark.parametrize("change, word", [
-    (lambda tensor: tensor.int(), "int32"), (lambda tensor: tensor.to("meta"), "no numbers"),
-    (lambda tensor: tensor.to_sparse(), "sparse"),
+    (lambda tensor: tensor.int(), "is torch.int32"), (lambda tensor: tensor.to("meta"), "is no numbers"),
+    (lambda tensor: tensor.to_sparse(), "is torch.float32, torch.sparse_coo"),
 ])  # fmt: skip
 def test_weights_that_are_not_dense_floating_point_numbers_are_refused(folder, tmp_path, name, change, word, capsys):
     state = load_file(folder / "model.safetensors")
     state[name] = change(state[name])
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
-    assert word in refused(folder)
+    assert f"{name} {word}" in refused(folder)
     assert weights.main(["convert", str(folder), str(tmp_path / "out")]) == 2 and not (tmp_path / "out").exists()
-    assert name in capsys.readouterr().err
+    assert weights.main(["inspect", str(folder)]) == 1
+    assert f"{name} {word}" in capsys.readouterr().out
 
 
 def test_weights_in_8_bits_are_widened_and_nothing_is_computed_in_8_bits(folder):
@@ -113,6 +124,7 @@ def test_weights_in_8_bits_are_widened_and_nothing_is_computed_in_8_bits(folder)
     model = weights.load_model(folder, progress=lambda done, size: told.append((done, size)))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert told[-1] == (sum(t.nbytes for t in state.values()),) * 2
+    assert weights.memory_needed(folder, torch.float32)[0] == 4 * told[-1][0]
     with pytest.raises(LlavaError, match="float8_e4m3fn, in which nothing can be computed"):
         weights.load(folder, dtype=None)
 
@@ -169,42 +181,99 @@ def test_an_index_must_stay_in_its_folder_and_its_shards_must_be_there(folder):
         refused(folder)
 
 
-@pytest.mark.parametrize(
-    "change, word",
-    [
-        (lambda c: c.update(model_type="paligemma"), "paligemma"),
-        (lambda c: c.pop("model_type"), "model_type"),
-        (lambda c: c["text_config"].update(model_type="qwen3"), "qwen3"),
-        (lambda c: c["vision_config"].update(model_type="dinov2"), "dinov2"),
-        (lambda c: c.update(text_config=[]), "text_config"),
-        (lambda c: c.update(text_config="llama"), "text_config"),
-        (lambda c: c["text_config"].update(hidden_size=-4), "hidden_size"),
-        (lambda c: c["text_config"].update(hidden_size="big"), "hidden_size"),
-        (lambda c: c["text_config"].update(num_hidden_layers=0), "num_hidden_layers"),
-        (lambda c: c["text_config"].update(num_key_value_heads=3), "3 key-value heads"),
-        (lambda c: c["text_config"].update(head_dim=15), "odd"),
-        (lambda c: c["text_config"].update(model_type="mistral", sliding_window="64"), "sliding_window = '64'"),
-        (lambda c: c["text_config"].update(model_type="mistral", sliding_window=64.0), "sliding_window = 64.0"),
-        (lambda c: c["text_config"].update(model_type="mistral", sliding_window=True), "sliding_window = True"),
-        (lambda c: c["text_config"].update(hidden_act="relu6"), "relu6"),
-        (lambda c: c["text_config"].update(rms_norm_eps="small"), "rms_norm_eps"),
-        (lambda c: c["text_config"].update(rope_parameters={"rope_type": "yarn", "factor": 2}), "yarn"),
-        (lambda c: c["text_config"].update(rope_parameters={"rope_type": "linear"}), "factor"),
-        (lambda c: c["text_config"].update(rope_parameters={"rope_type": "llama3", "factor": 2}), "low_freq_factor"),
-        (lambda c: c["vision_config"].update(patch_size=99), "patch_size"),
-        (lambda c: c["vision_config"].update(num_attention_heads=5), "heads"),
-        (lambda c: c.update(vision_feature_layer=-9), "vision_feature_layer"),
-        (lambda c: c.update(vision_feature_layer=[-2, -3]), "vision_feature_layer"),
-        (lambda c: c.update(vision_feature_select_strategy="some"), "vision_feature_select_strategy"),
-        (lambda c: c.update(projector_hidden_act="relu"), "projector_hidden_act"),
-        (lambda c: c.update(image_token_index=10**6), "image token"),
-        (lambda c: c.update(image_token_index="x"), "image_token"),
-        (lambda c: c.update(multimodal_projector_bias="no"), "multimodal_projector_bias"),
-    ],
-)  # fmt: skip
-def test_a_config_that_cannot_be_used_is_refused_by_name(folder, change, word):
+LLAMA3 = {"rope_type": "llama3", "factor": 2, "low_freq_factor": 3, "high_freq_factor": 3,
+          "original_max_position_embeddings": 9}  # fmt: skip
+TILED = {"model_type": "llava_next", "image_grid_pinpoints": [[28, 56]]}
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"model_type": "paligemma"}, "model_type = 'paligemma'"), ({"model_type": None}, "model_type = None"),
+    ({"model_type": []}, r"model_type = \[\]"), ({"model_type": "llava_onevision"}, "llava_onevision.*anyres_max_9"),
+    ({"model_type": "llava_next_video"}, "frames"), ({"model_type": "video_llava"}, "two vision towers"),
+    ({"model_type": "vipllava"}, "several vision layers"),
+    ({"text_config": []}, r"text_config = \[\]; expected an object"), ({"text_config": "llama"}, "text_config"),
+    ({"text_config": {"model_type": "qwen3"}}, "model_type = 'qwen3'; expected one of llama, mistral, qwen2"),
+    ({"vision_config": {"model_type": "dinov2"}}, "vision_config.model_type = 'dinov2'"),
+    ({"text_config": {"hidden_size": -4}}, "text_config.hidden_size = -4"),
+    ({"text_config": {"hidden_size": 2**62}}, "text_config.hidden_size"),
+    ({"text_config": {"hidden_size": "big"}}, "hidden_size = 'big'; expected a value of type int"),
+    ({"text_config": {"hidden_size": True}}, "hidden_size = True; expected a value of type int"),
+    ({"text_config": {"hidden_size": 66, "head_dim": None}}, "hidden_size = 66; expected a multiple of its 4 heads"),
+    ({"text_config": {"num_hidden_layers": 0}}, "num_hidden_layers = 0"),
+    ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers = 1000000000; .*up to 1024"),
+    ({"vision_config": {"num_hidden_layers": 10**9}}, "vision_config.num_hidden_layers"),
+    ({"text_config": {"vocab_size": -5}}, "vocab_size"), ({"vision_config": {"image_size": 10**12}}, "image_size"),
+    ({"text_config": {"num_key_value_heads": 3}}, "3 key-value heads"),
+    ({"text_config": {"head_dim": 15}}, "odd"), ({"text_config": {"head_dim": 0}}, "head_dim = 0"),
+    ({"text_config": {"model_type": "mistral", "sliding_window": "64"}}, "sliding_window = '64'"),
+    ({"text_config": {"model_type": "mistral", "sliding_window": 64.0}}, "sliding_window = 64.0"),
+    ({"text_config": {"model_type": "mistral", "sliding_window": True}}, "sliding_window = True"),
+    ({"text_config": {"hidden_act": "relu6"}}, "hidden_act = 'relu6'; expected one of .*silu"),
+    ({"text_config": {"rms_norm_eps": "small"}}, "rms_norm_eps"),
+    ({"text_config": {"rms_norm_eps": float("inf")}}, "rms_norm_eps"),
+    ({"text_config": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+    ({"text_config": {"rope_parameters": [1]}}, r"rope_parameters = \[1\]; expected an object"),
+    ({"text_config": {"rope_parameters": {"rope_type": "yarn", "factor": 2}}}, "rope_type = 'yarn'"),
+    ({"text_config": {"rope_parameters": None, "rope_scaling": {"rope_type": [1]}}}, r"rope_type = \[1\]"),
+    ({"text_config": {"rope_parameters": {"rope_type": "linear"}}}, "factor"),
+    ({"text_config": {"rope_parameters": {**LLAMA3, "low_freq_factor": None}}}, "low_freq_factor"),
+    ({"text_config": {"rope_parameters": LLAMA3}}, "the lower one first"),
+    ({"vision_config": {"patch_size": 99}}, "patch_size = 99; expected at most image_size, 28"),
+    ({"vision_config": {"num_attention_heads": 5}}, "hidden_size = 48; expected a multiple of its 5 heads"),
+    ({"vision_config": {"patch_size": 28, "model_type": "siglip_vision_model"}}, "the only patch is dropped"),
+    ({"vision_feature_layer": -9}, "vision_feature_layer = -9"),
+    ({"vision_feature_layer": [-2, -3]}, "vision_feature_layer"),
+    ({"vision_feature_select_strategy": "some"}, "vision_feature_select_strategy = 'some'"),
+    ({"projector_hidden_act": "relu"}, "projector_hidden_act"), ({"image_token_index": 10**6}, "image token 1000000"),
+    ({"image_token_index": "x"}, "image_token"), ({"pad_token_id": 10**6}, "pad token 1000000"),
+    ({"text_config": {"eos_token_id": "x"}}, "eos_token_id is x"),
+    ({"multimodal_projector_bias": "no"}, "multimodal_projector_bias"),
+    ({**TILED, "image_grid_pinpoints": [[28]]}, r"\[\[28\]\]; expected pairs"),
+    ({**TILED, "image_grid_pinpoints": 5}, "expected pairs"), ({**TILED, "image_grid_pinpoints": []}, "expected pairs"),
+    ({**TILED, "image_grid_pinpoints": [[28, 56], [28, 40]]}, r"\[28, 40\]; expected multiples of image_size 28"),
+    ({**TILED, "image_grid_pinpoints": [[28, 2828]]}, "at most 100 tiles"),
+    ({**TILED, "vision_feature_select_strategy": "full"}, "'full'; expected default, since tiles"),
+])  # fmt: skip
+def test_a_config_that_cannot_be_used_is_refused_by_name(folder, change, sentence):
     edit(folder / "config.json", change)
-    assert word in refused(folder)
+    (folder / "generation_config.json").unlink()  # its ids would count
+    assert re.search(sentence, refused(folder))
+
+
+@pytest.mark.parametrize(
+    "top, text, generation, pad, eos",
+    [({}, {}, {}, 0, ()), ({"pad_token_id": None}, {"pad_token_id": 7}, {}, 7, ()),
+     ({}, {}, {"pad_token_id": 9}, 9, ()),
+     ({"pad_token_id": -1}, {}, {"eos_token_id": [5, 6]}, 5, (5, 6)), ({}, {"eos_token_id": 4}, {}, 4, (4,))],
+)  # fmt: skip
+def test_pad_and_end_of_qwen2_are_none_unless_a_file_names_them(small, top, text, generation, pad, eos):
+    raw = json.loads((small[0] / "config.json").read_text())
+    for place in (raw, raw["text_config"]):
+        place.pop("pad_token_id", None), place.pop("eos_token_id", None)
+    raw["text_config"] |= {"model_type": "qwen2", **text}
+    config = weights.parse_config({**raw, **top}, generation)
+    assert (config.pad_token_id, config.eos_token_id) == (pad, eos)
+
+
+@pytest.mark.parametrize("kind, heads", [("qwen2", 32), ("mistral", 8), ("llama", 64)])
+def test_key_value_heads_that_a_file_does_not_name_are_those_of_its_kind(small, kind, heads):
+    raw = json.loads((small[0] / "config.json").read_text())
+    del raw["text_config"]["num_key_value_heads"]
+    raw["text_config"] |= {"model_type": kind, "num_attention_heads": 64, "hidden_size": 128, "head_dim": None}
+    assert weights.parse_config(raw, {}).text.kv_heads == heads
+    raw["text_config"]["num_key_value_heads"] = None
+    assert weights.parse_config(raw, {}).text.kv_heads == 64
+
+
+@pytest.mark.parametrize("text, positions", [
+    ({"model_type": "mistral", "sliding_window": 24}, 24), ({"model_type": "mistral", "sliding_window": 4096}, 1024),
+    ({"model_type": "mistral", "sliding_window": None}, 1024), ({"model_type": "llama", "sliding_window": 24}, 1024),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 24}, 24),
+    ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 24}, 1024),
+])  # fmt: skip
+def test_a_text_is_refused_beyond_the_sliding_window(folder, text, positions):
+    edit(folder / "config.json", {"text_config": text})
+    assert weights.read_config(folder).text.max_position_embeddings == positions
 
 
 @pytest.mark.parametrize(
@@ -229,13 +298,13 @@ def test_a_folder_that_lacks_a_file_is_refused_by_its_name(folder, name):
 
 
 def test_parts_of_different_checkpoints_are_refused(folder):
-    edit(folder / "preprocessor_config.json", lambda c: c.update(crop_size=20))
+    edit(folder / "preprocessor_config.json", {"crop_size": 20})
     _, processor = weights.load(folder)
     from PIL import Image
 
     with pytest.raises(LlavaError, match="20 x 20"):
         processor("<image>", [Image.new("RGB", (9, 9))])
-    edit(folder / "tokenizer_config.json", lambda c: c.update(added_tokens_decoder={"7": {"content": "<image>"}}))
+    (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"7": {"content": "<image>"}}}')
     assert "different checkpoints" in refused(folder)
 
 
@@ -325,38 +394,27 @@ def mapped_files(model) -> set[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' /proc")
-def test_weights_are_mapped_where_they_need_no_conversion(small):
+def test_weights_are_mapped_where_they_need_no_conversion_and_copied_by_fast_if_they_are_few(small):
     folder = small[0]
-    for dtype, expected in ((None, str(folder / "model.safetensors")), (torch.float16, "")):
-        assert mapped_files(weights.load_model(folder, dtype=dtype)) == {expected}
+    mapped = str(folder / "model.safetensors")
+    for dtype, fast, expected in ((None, False, mapped), (None, True, ""), (torch.float16, False, "")):
+        assert mapped_files(weights.load_model(folder, dtype=dtype, fast=fast)) == {expected}
 
 
 def test_a_mapped_model_outlives_the_name_of_its_file(small, tmp_path):
     folder = shutil.copytree(small[0], tmp_path / "copy")
     model = weights.load_model(folder, dtype=None)
     before = model.lm_head.weight.clone()
-    weights.write_file(folder / "model.safetensors", b"another file")  # replaced as a download is, not written into
+    write_file(folder / "model.safetensors", b"another file")  # replaced as a download is, not written into
     assert torch.equal(model.lm_head.weight, before)
 
 
-def test_progress_and_the_memory_needed_count_the_bytes_of_the_weights(small):
+def test_progress_counts_the_bytes_of_the_weights(small):
     folder, told = small[0], []
     model = weights.load_model(folder, dtype=None, progress=lambda done, size: told.append((done, size)))
     numbers = sum(parameter.numel() for parameter in model.parameters())
     assert [done for done, _ in told] == sorted({done for done, _ in told}) and told[-1][0] == 4 * numbers
     assert {size for _, size in told} == {4 * numbers}
-    for dtype, each in ((None, 4), (torch.float32, 4), (torch.float16, 2)):
-        assert weights.memory_needed(folder, dtype) == (each * numbers, torch.float32)
-
-
-def test_dtype_none_is_the_embeddings_dtype_for_all_weights(folder):
-    state = load_file(folder / "model.safetensors")
-    halved = {name: tensor.bfloat16() if "embed_tokens" in name else tensor for name, tensor in state.items()}
-    save_file(halved, folder / "model.safetensors")
-    model, processor = weights.load(folder, dtype=None)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    model.generate(**processor(["a cat"]), max_new_tokens=2)
-    assert weights.memory_needed(folder, None)[1] == torch.bfloat16
 
 
 def test_the_main_job_never_imports_transformers():

@@ -49,6 +49,8 @@ from torch import Tensor, nn
 from minillava.checks import LlavaError
 from minillava.compressors import Recorder
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
+from minillava.convert import config_dict, save_weights
+from minillava.files import write_json
 from minillava.model import DecoderLayer, Llava, merge_heads
 from minillava.processor import ImageProcessor
 from prefixkv import PrefixKV, priority
@@ -70,7 +72,7 @@ from train.scenes import (
     plural,
     short_question,
 )
-from weights import config_dict, load, load_model, save_weights, write_json
+from weights import load, load_model
 
 
 @dataclass(frozen=True)
