@@ -37,10 +37,21 @@ from minillava.processor import Processor, open_image
 from minillava.quantised import BITS, new_cache
 from prefixkv import PrefixKV
 from train.scenes import draw, make_scene
-from weights import estimate_plan, find, find_device, load, memory_needed, read_plan, write_file, write_plan
+from weights import (
+    choose_dtype,
+    estimate_plan,
+    find,
+    find_device,
+    load,
+    memory_needed,
+    read_plan,
+    write_file,
+    write_plan,
+)
 
 WIDTH = 80
 PLOTS = (".png", ".pdf", ".svg")
+ROOM = 10**9  # bytes of memory beside the weights: for the prompt, the cache and the program
 SLOW = 1.0  # seconds after which progress is shown
 BARS = " ▁▂▃▄▅▆▇█"
 EXAMPLES = """examples:
@@ -413,8 +424,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--model", default=str(TINY), help="folder of a checkpoint, or Hub id (default: the embedded one)"
     )
     model.add_argument("--device", default="cpu", help="cpu (default), cuda, mps")
-    model.add_argument("--dtype", default="float32", choices=["auto", "float32", "float16", "bfloat16"],
-                       help="of the weights; auto: as the checkpoint has them (default: float32)")  # fmt: skip
+    model.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16", "int8"],
+                       help="of the weights; auto: as the checkpoint has them, and on a CPU 16 or 8 bits if memory is "
+                       "short (default: float32, and for a checkpoint in 8 bits int8)")  # fmt: skip
     cache = parser.add_argument_group("cache")
     cache.add_argument("--budget", action="append", type=share, metavar="SHARE",
                        help="share of the cache to keep, like 20%%; repeatable (default: 50%%, 20%%)")  # fmt: skip
@@ -484,16 +496,40 @@ def free_memory() -> int | None:
         return None
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As `--dtype` has it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def fitting_dtype(folder: Path, free: int) -> tuple[str, str]:
+    """The first of the checkpoint's own dtype, 16 bits and 8 that leaves room in the free memory; and why, in a line.
+
+    If none does, it is the checkpoint's own: those weights are mapped, and need not fit (see `weights.load`).
+    """
+    own = dtype_name(memory_needed(folder, None)[1])
+    names = [own] if own == "int8" else dict.fromkeys([own, "bfloat16", "int8"])
+    needed = {name: memory_needed(folder, name)[0] for name in names}
+    fitting = next((name for name, size in needed.items() if size + ROOM <= free), None)
+    sizes = ", ".join(f"{name} takes {human(size)}" for name, size in needed.items())
+    line = f"Weights in {fitting or own}: {sizes}; {human(free)} are free, {human(ROOM)} of them for the rest."
+    return fitting or own, line if fitting else f"{line} They are read from the file as they are used."
+
+
 def load_shown(args: argparse.Namespace, device: torch.device) -> tuple[Llava, Processor]:
     """Loads, with a line of progress; raises LlavaError if the weights do not fit into memory in this dtype."""
-    folder, dtype = find(args.model), None if args.dtype == "auto" else getattr(torch, args.dtype)
-    free = free_memory() if device.type == "cpu" and dtype is not None else None
-    if free is not None:
+    folder, dtype = find(args.model), None if args.dtype == "auto" else args.dtype or "default"
+    free = free_memory() if device.type == "cpu" else None
+    if free is not None and dtype is None:
+        dtype, line = fitting_dtype(folder, free)
+        print(line, file=sys.stderr)
+    elif free is not None:
         needed, own = memory_needed(folder, dtype)
-        if needed > free and dtype != own:  # weights in the checkpoint's own dtype need not fit: see `load`
+        chosen = choose_dtype(dtype, own)
+        if needed > free and chosen != own:  # weights in the checkpoint's own dtype need not fit: see `load`
             raise LlavaError(
-                f"{args.model} in {args.dtype} needs {human(needed)}, {human(free)} are free; try --dtype auto: "
-                f"{human(memory_needed(folder, None)[0])}, of which the system reads what it needs from the file."
+                f"{args.model} in {dtype_name(chosen)} needs {human(needed)}, {human(free)} are free; try "
+                f"--dtype auto, which takes what fits, or {human(memory_needed(folder, None)[0])}, of which the system "
+                "reads what it needs from the file."
             )
     progress = Progress("loading")
     try:

@@ -38,9 +38,10 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     codes = weight.new_empty(weight.shape, dtype=torch.int8)
     scale = weight.new_empty(len(weight), dtype=torch.bfloat16)
     rows = max(1, PART // weight.shape[1])
-    for part, code, step in zip(weight.split(rows), codes.split(rows), scale.split(rows)):
+    parts = zip(weight.split(rows), codes.split(rows), scale.split(rows))
+    for part, code, step in () if weight.is_meta else parts:  # there, arithmetic would take 70 MB for imports
         step.copy_((part.float().abs().amax(1) / 127).clamp(min=torch.finfo(step.dtype).tiny))  # to divide by
-        code.copy_((part.float() / step.float()[:, None]).round())
+        code.copy_((part.float() / step.float()[:, None]).round_())
     return codes, scale
 
 

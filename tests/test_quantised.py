@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoints import write
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from bench.parity import random_model
 from bench.quality import scenes
 from minillava import fast, quantised
 from minillava.checks import LlavaError
@@ -33,7 +37,7 @@ from minillava.quantised import (
 from prefixkv import PrefixKV
 from train.evaluate import answers, held_out
 from train.scenes import short_question
-from weights import load_model
+from weights import load, load_model, main, memory_needed
 
 seeds = st.integers(0, 2**32)
 bits_ = st.sampled_from(BITS)
@@ -294,3 +298,90 @@ def test_training_in_8_bits_is_refused_and_reading_is_not(int8_models):
             with pytest.raises(LlavaError, match="8 bits cannot be trained"):
                 model(ids)
             model.generate(ids, max_new_tokens=2)
+
+
+# ---------------------------------------------------------------- checkpoints in 8 bits
+
+
+def equal(one, other) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and x.dtype == y.dtype and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+@pytest.mark.parametrize("kind, tied, dtype", [
+    ("CLIP, Llama", False, torch.float32), ("CLIP, Llama", True, torch.float16),
+    ("SigLIP, Qwen2", True, torch.bfloat16),
+])  # fmt: skip
+def test_a_converted_checkpoint_is_the_freshly_rounded_one_to_the_bit(tmp_path, kind, tied, dtype, capsys):
+    """It is 8 bits without being asked for, takes what is said, and is read by `inspect` and `convert`, too."""
+    folder, out = write(random_model(kind, 2, tied=tied).to(dtype), tmp_path / "16", "disk5"), tmp_path / "8"
+    assert main(["convert", str(folder), str(out), "--dtype", "int8"]) == 0
+    fresh, converted = load_model(folder, dtype="int8"), load_model(out)
+    assert equal(fresh, converted) and equal(fresh, to_int8(load_model(folder, dtype=None)))
+    assert equal(converted, load_model(out, dtype=None)) and equal(converted, load_model(out, dtype=torch.int8))
+    matrices = {name for name, parameter in converted.named_parameters() if parameter.dtype == torch.int8}
+    assert matrices == {name.replace(".scale", ".weight") for name in converted.state_dict() if "scale" in name}
+    assert len(matrices) == 4 * 7 + 1 and not any("vision" in name for name in matrices)
+    assert converted.language_model.embed_tokens.weight.dtype == torch.bfloat16
+    size = sum(parameter.nbytes for parameter in converted.parameters())
+    assert memory_needed(folder, "int8") == (size, dtype) and memory_needed(out, None) == (size, torch.int8)
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "are in 8 bits, with a scale for each row" in shown and f"{size:,} bytes" in shown
+    assert main(["convert", str(out), str(tmp_path / "again")]) == 0
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def folder8(small, tmp_path_factory):
+    """The small checkpoint in 8 bits."""
+    out = tmp_path_factory.mktemp("8") / "out"
+    assert main(["convert", str(small[0]), str(out), "--dtype", "int8"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "float16"])
+def test_a_checkpoint_in_8_bits_is_loaded_in_no_other_dtype(folder8, dtype):
+    with pytest.raises(LlavaError, match=r"has weights in 8 bits, and torch.\w+ was asked for"):
+        load(folder8, dtype=dtype)
+
+
+SCALE = "language_model.model.layers.1.mlp.up_proj.scale"
+
+
+def put(value):
+    return lambda state: state[SCALE].__setitem__(3, value)
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (lambda state: state.pop(SCALE), f"missing {SCALE}"),
+    (lambda state: state.update({SCALE: state[SCALE][:-1].clone()}), f"{SCALE} has shape"),
+    (lambda state: state.update({SCALE: state[SCALE].float()}), f"{SCALE} is torch.float32, .* dense torch.bfloat16"),
+    (lambda state: state.update({SCALE[:-5] + "weight": state[SCALE[:-5] + "weight"].half()}), "dense torch.int8"),
+    *((put(value), f"{SCALE} is not finite and above 0") for value in (0, -1e-3, float("nan"), float("inf"))),
+])  # fmt: skip
+def test_wrong_scales_are_refused(folder8, tmp_path, change, sentence):
+    folder = shutil.copytree(folder8, tmp_path / "copy")
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(LlavaError, match=sentence):
+        load(folder)
+
+
+def test_a_scale_may_be_0_where_the_row_is(folder8, small, tmp_path):
+    folder = shutil.copytree(folder8, tmp_path / "copy")
+    state = load_file(folder / "model.safetensors")
+    state[SCALE][3] = state[SCALE[:-5] + "weight"][3] = 0
+    save_file(state, folder / "model.safetensors")
+    for model in (load_model(folder), load_model(folder, fast=True)):
+        model.generate(**small[-1](["a cat"]), max_new_tokens=2)  # raises if a logit is not finite
+
+
+def test_weights_that_are_not_finite_are_not_rounded(small, tmp_path, capsys):
+    folder = shutil.copytree(small[0], tmp_path / "copy")
+    state = load_file(folder / "model.safetensors")
+    next(tensor for name, tensor in state.items() if name.endswith("up_proj.weight"))[2, 5] = float("nan")
+    save_file(state, folder / "model.safetensors")
+    assert main(["convert", str(folder), str(tmp_path / "8"), "--dtype", "int8"]) == 2
+    assert "up_proj.scale is not finite" in capsys.readouterr().err and not (tmp_path / "8").exists()
