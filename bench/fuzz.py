@@ -20,7 +20,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,12 @@ WHOLE = (  # in place of a file; the last two claim to be pictures of 400,000 x 
     b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\x06\x1a\x80\0\x03\xd0\x90\x08\x02\0\0\0\xc9\xa2\xc9\x0e\0\0\0\0IDAT",
     b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\x7f\xff\xff\xff\x7f\xff\xff\xff\x08\x02\0\0\0\x9b\xab\x9c1\0\0\0\0IDAT",
 )  # fmt: skip
-VALUES = (  # in place of a value in JSON
+VALUES: tuple[Any, ...] = (  # in place of a value in JSON
     None, True, False, 0, -1, 1, 2, 3, 1.5, -0.0, 10**6, 2**31, 2**63, 10**18, 10**400, 1e308, float("nan"),
     float("inf"), "", "x", "\0", "../../../etc/passwd", "/dev/zero", "ß" * 3, [], [[]], {}, {"a": 1}, [1, 2, 3], "NaN",
     "llava", [-1],
 )  # fmt: skip
-TENSORS = (  # in place of a tensor
+TENSORS: tuple[Callable[[Any], Any], ...] = (  # in place of a tensor
     lambda t: t.to(torch.float8_e4m3fn), lambda t: t[..., :1].clone(), lambda t: t.to("meta"), lambda t: t.to_sparse(),
     lambda t: t.long(), lambda t: t.to(torch.complex64), lambda t: t.double(), lambda t: t[:0], lambda t: {},
 )  # fmt: skip

@@ -56,6 +56,7 @@ CONTENDERS = (
     "PrefixKV 20% compiled",
 )
 OTHERS = tuple(f"{name} 20%" for name in METHODS if name != "prefixkv")
+INT8 = ("full int8", "PrefixKV 20% int8")  # weights in 8 bits, beside those in the preset's dtype
 PARTS = tuple(f"full without {name}" for name in ("FastLinear", "FastAttention", "FastTopLayer", "FastLlava", "all"))
 
 
@@ -72,6 +73,11 @@ class Preset:
     image: bool = True
     cut: int = 0  # transformers makes only so many new tokens (0: all)
     picture: tuple[int, int] = (0, 0)  # LLaVA-NeXT: height and width
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype of the checkpoint's weights, and of transformers: what is rounded to 8 bits has 16."""
+        return torch.bfloat16 if self.dtype == "int8" else getattr(torch, self.dtype)
 
 
 def llava(
@@ -170,7 +176,7 @@ def make_inputs(config: LlavaConfig, preset: Preset) -> dict[str, Tensor]:
             inputs["image_sizes"] = torch.tensor([preset.picture] * preset.batch, device=preset.device)
         inputs["input_ids"][:, 1 : 1 + tokens] = config.image_token_id
         pixels = torch.randn(preset.batch * tiles, 3, side, side, generator=generator)
-        inputs["pixel_values"] = pixels.to(preset.device, getattr(torch, preset.dtype))
+        inputs["pixel_values"] = pixels.to(preset.device, preset.stored)
     return inputs
 
 
@@ -253,7 +259,7 @@ def without(model: Llava, contender: str) -> Llava:
 @torch.no_grad()
 def measure(contender: str, folder: str, preset: Preset) -> Result:
     """One prefill and all decode steps, after a few to warm up."""
-    device, dtype = preset.device, getattr(torch, preset.dtype)
+    device, dtype = preset.device, torch.int8 if contender in INT8 else getattr(torch, preset.dtype)
     if preset.cut and contender.startswith("transformers"):
         preset = replace(preset, new=min(preset.new, preset.cut))
     config = read_config(Path(folder))
@@ -262,7 +268,7 @@ def measure(contender: str, folder: str, preset: Preset) -> Result:
     if contender.startswith("transformers"):
         from transformers import AutoModelForImageTextToText
 
-        reference: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        reference: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=preset.stored)
         model, begin = reference.to(device).eval(), theirs
     else:
         model, begin = without(load_model(Path(folder), device, dtype, fast=True), contender), ours
@@ -485,8 +491,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", default="cpu", choices=PRESETS, help="shapes and lengths (default: cpu)")
     parser.add_argument("--model", help="folder of a checkpoint (default: random weights of the preset's shapes)")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), metavar="NAME",
-                        choices=CONTENDERS + OTHERS + PARTS,
-                        help=", ".join(CONTENDERS + OTHERS + PARTS).replace("%", "%%"))  # fmt: skip
+                        choices=CONTENDERS + OTHERS + INT8 + PARTS,
+                        help=", ".join(CONTENDERS + OTHERS + INT8 + PARTS).replace("%", "%%"))  # fmt: skip
     parser.add_argument("--parts", action="store_const", dest="contenders", const=["full", *PARTS],
                         help="measure what each class of minillava.fast gains, one left out at a time")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="times that each contender runs (default: 3)")
@@ -494,7 +500,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, help="prompt tokens, image included")
     parser.add_argument("--new", type=int, help="new tokens")
     parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8"])
     parser.add_argument("--growth", action="store_true", help="measure growth with length and batch instead")
     parser.add_argument("--scoring", nargs="+", choices=METHODS, metavar="NAME",
                         help="measure the prefill with these methods at 20%%, beside the full cache's, instead: "
@@ -521,7 +527,7 @@ def measure_all(args: argparse.Namespace) -> None:
         if not args.model and preset.model is not None:
             folder = args.loading or scratch
             if not Path(folder, "config.json").exists():
-                write_checkpoint(preset.model, Path(folder), getattr(torch, preset.dtype))
+                write_checkpoint(preset.model, Path(folder), preset.stored)
         if args.loading:
             text = loading(folder)
         elif args.scoring:

@@ -40,10 +40,10 @@ def generate(model, processor, prompts, max_new_tokens=48, **options):
     return model.generate(**processor(prompts), max_new_tokens=max_new_tokens, eos_token_id=(), **options)
 
 
-def shallow(folder, layers):
+def shallow(folder, layers, dtype="default"):
     """A random checkpoint of few layers, since each one is traced again for every graph: (folder, model, processor)."""
     write(reference(1, kv_heads=2, text={"num_hidden_layers": layers}), folder, "disk5")
-    return folder, *load(folder, fast=True)
+    return folder, *load(folder, fast=True, dtype=dtype)
 
 
 def without_float32_products(model):
@@ -162,7 +162,7 @@ def test_all_slots_under_a_mask_give_the_same_tokens_as_those_that_are_filled(ti
             assert torch.equal(generate(model, processor, PROMPTS[1], compressor=compressor).token_ids, expected)
 
 
-def compiled_model(folder, monkeypatch=None):
+def compiled_model(folder, monkeypatch=None, dtype="default"):
     """A model with compiled steps, and torch's counters. With monkeypatch, steps are traced but not compiled."""
     if monkeypatch:
         trace = partial(torch.compile, backend="eager")
@@ -171,7 +171,7 @@ def compiled_model(folder, monkeypatch=None):
             return trace(step, dynamic=dynamic, options={key: options[key] for key in options if "guard" in key})
 
         monkeypatch.setattr(fast.torch, "compile", only_trace)
-    model = load_model(folder, fast=True)
+    model = load_model(folder, fast=True, dtype=dtype)
     compile_steps(model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -214,6 +214,13 @@ def test_compiled_steps_give_the_same_tokens_from_a_graph_for_each_size_and_meth
     one, two = PROMPTS[0], FIRST_WIDEST
     cases = [(two, PrefixKV(0.5)), (LAST_WIDEST, PrefixKV(0.5)), (one, None), (one, PrefixKV(0.5)), (two, None)]
     assert widest_layers(model, compiled, processor, cases)[:2] == [0, 1]
+    assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
+
+
+def test_steps_in_8_bits_compile(tmp_path, monkeypatch):
+    folder, model, processor = shallow(tmp_path, 1, "int8")
+    traced, counters = compiled_model(folder, monkeypatch, "int8")
+    compare(model, traced, processor, [1, 8])  # with the kernel, and with more tokens than it is for
     assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
 
 
