@@ -557,7 +557,7 @@ def read_plan(path: str | Path) -> Plan:
         budget = float(known.get("budget", sum(ratios) / len(ratios)))
         return Plan(budget, [float(r) for r in ratios], str(known.get("model", "")), int(known.get("samples", 0)))
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise LlavaError(f"{path} holds no plan ({error}); expected what --save-plan writes.") from None
+        raise LlavaError(f"{path} holds no plan ({error}); expected what python -m bench.plan writes.") from None
 
 
 # ---------------------------------------------------------------- commands

@@ -518,7 +518,7 @@ def test_ratios_out_of_range_are_refused_in_a_sentence(tmp_path):
         read_plan(tmp_path / "plan.json")
     assert str(error.value) == (
         f"{tmp_path / 'plan.json'} holds no plan (ratios between 0 and 1, one per layer, are missing); "
-        "expected what --save-plan writes."
+        "expected what python -m bench.plan writes."
     )
 
 

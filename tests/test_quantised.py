@@ -13,7 +13,6 @@ from checkpoints import write
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from train.scenes import short_question
 
 from bench.parity import random_model
 from bench.quality import scenes
@@ -35,6 +34,7 @@ from minillava.quantised import (
     to_int8,
     unpack_bits,
 )
+from minillava.scenes import short_question
 from prefixkv import PrefixKV
 from train.evaluate import answers, held_out
 from weights import load, load_model, main, memory_needed

@@ -108,12 +108,19 @@ def test_the_rate_rises_and_falls_to_nothing():
 
 
 @pytest.mark.parametrize(
-    "start, message", [(TINY, "no stage up to joint has larger pictures"), (ROOT / "nothing", "--start: ")]
+    "start, options, message",
+    [
+        (TINY, "--first joint", "is for 192 px, and the pictures of joint have 96"),
+        (TINY, "--until joint", "go together"),
+        (TINY, "--first joint-small --until joint", "names no stage before"),
+        (ROOT / "nothing", "--first joint", "--start: "),
+    ],
 )
-def test_a_start_that_leads_nowhere_is_told_before_anything_is_written(start, message, tmp_path, monkeypatch, capsys):
+def test_a_start_that_leads_nowhere_is_told_before_anything_is_written(
+    start, options, message, tmp_path, monkeypatch, capsys
+):
     work = tmp_path / "work"
-    arguments = ["train_tiny", "--start", str(start), "--until", "joint", "--work", str(work)]
-    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr("sys.argv", ["train_tiny", "--start", str(start), *options.split(), "--work", str(work)])
     with pytest.raises(SystemExit) as stop:
         train_tiny.main()
     assert stop.value.code == 2 and message in capsys.readouterr().err
