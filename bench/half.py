@@ -3,7 +3,7 @@
 All three read the same 16-bit weights and the same prompt; the exact logits are those of our model in float32. Weights
 are random, in the shapes of a preset of `bench.speed`.
 
-    python -m bench.half --prose    # ours in 16 and in 8 bits with the weights of SmolLM2-135M, on plain English
+    python -m bench.half --prose    # ours in bfloat16 and in 8 bits, with the weights of SmolLM2-135M, on plain English
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def prose(count: int) -> list[str]:
     batches = passages.split(BATCH)
     right = [step_logits(exact, ids) for ids in batches]
     rows = []
-    for name, change in (("float32", None), ("float16", Llava.half), ("bfloat16", Llava.bfloat16), ("int8", to_int8)):
+    for name, change in (("float32", None), ("bfloat16", Llava.bfloat16), ("int8", to_int8)):
         model = real.load(path, fast=False)[0]
         model = optimize(change(model) if change else model)
         logits = [step_logits(model, ids) for ids in batches]

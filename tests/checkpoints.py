@@ -12,9 +12,9 @@ from bench.parity import IMAGE_ID, random_model
 LAYOUTS = ("hub", "memory", "disk5")  # as on the Hub, in transformers' memory, as transformers 5 saves; see convert.py
 
 
-def reference(seed=0, **settings):
-    """A random LLaVA of CLIP and Llama; settings as in `random_model`."""
-    return random_model("CLIP, Llama", seed=seed, **settings)
+def reference(seed=0, text=None, **settings):
+    """A random LLaVA of CLIP and Llama with 256 positions; settings as in `random_model`."""
+    return random_model("CLIP, Llama", seed=seed, text={"max_position_embeddings": 256, **(text or {})}, **settings)
 
 
 def write(model, folder: Path, layout: str, tokenizer: bool = True) -> Path:

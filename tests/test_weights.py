@@ -274,10 +274,10 @@ def test_key_value_heads_that_a_file_does_not_name_are_those_of_its_kind(small, 
 
 
 @pytest.mark.parametrize("text, positions", [
-    ({"model_type": "mistral", "sliding_window": 24}, 24), ({"model_type": "mistral", "sliding_window": 4096}, 1024),
-    ({"model_type": "mistral", "sliding_window": None}, 1024), ({"model_type": "llama", "sliding_window": 24}, 1024),
+    ({"model_type": "mistral", "sliding_window": 24}, 24), ({"model_type": "mistral", "sliding_window": 4096}, 256),
+    ({"model_type": "mistral", "sliding_window": None}, 256), ({"model_type": "llama", "sliding_window": 24}, 256),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 24}, 24),
-    ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 24}, 1024),
+    ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 24}, 256),
 ])  # fmt: skip
 def test_a_text_is_refused_beyond_the_sliding_window(folder, text, positions):
     edit(folder / "config.json", {"text_config": text})
