@@ -3,7 +3,8 @@
 model, processor = load("minillava/tiny")
 
 python -m weights inspect FOLDER_OR_ID     what is in a checkpoint, and what would be missing
-python -m weights convert FOLDER_OR_ID OUT the same checkpoint in the Hub layout, which everything reads
+python -m weights convert FOLDER_OR_ID OUT the same checkpoint in the Hub layout, which everything reads; with
+                                           --dtype int8 in 8 bits, which is read here only
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from minillava.checks import LlavaError
 from minillava.config import LlavaConfig, TextConfig, VisionConfig, wrong_value
 from minillava.convert import (
+    INT8,
     UNUSED,
     clip_folder,
     convert,
@@ -47,6 +49,7 @@ from minillava.fast import optimize
 from minillava.files import find, write_file
 from minillava.model import ACTIVATIONS, Llava
 from minillava.processor import ImageProcessor, Processor, read_json
+from minillava.quantised import quantise_rows, to_int8
 from prefixkv import Plan
 
 # ---------------------------------------------------------------- config.json
@@ -321,7 +324,9 @@ class Match:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of a checkpoint: that of its embedding. Others may differ, such as those of a CLIP folder."""
+        """The dtype of a checkpoint: int8, or its embedding's. Others may differ, such as those of a CLIP folder."""
+        if "lm_head.scale" in self.state:
+            return torch.int8
         embedding = self.state.get("language_model.embed_tokens.weight")
         return torch.float32 if embedding is None else embedding.dtype
 
@@ -345,9 +350,12 @@ def match(model: Llava, folder: Path) -> Match:
             problems.append(f"{name} and another tensor are the same parameter, {hub_name(ours)}")
         if shape != list(wanted[ours].shape) and not grows(ours, shape, model.config):
             problems.append(f"{name} has shape {shape}, expected {list(wanted[ours].shape)}")
-        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+        rounded = wanted[ours].dtype == torch.int8 or ours.endswith(".scale")  # these need their dtype, others any
+        fits = tensor.dtype == wanted[ours].dtype if rounded else tensor.is_floating_point()
+        if not fits or tensor.layout != torch.strided or tensor.is_meta:
             kind = "no numbers" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
-            problems.append(f"{name} is {kind}, expected dense floating-point weights")
+            expected = wanted[ours].dtype if rounded else "floating-point"
+            problems.append(f"{name} is {kind}, expected dense {expected} weights")
         state[ours] = tensor
     missing = wanted.keys() - state.keys()
     # Where a file brings an output layer of its own, the two are not shared, whatever its config says.
@@ -361,6 +369,7 @@ def match(model: Llava, folder: Path) -> Match:
 # ---------------------------------------------------------------- loading
 
 Progress = Callable[[int, int], None]  # told how many bytes are loaded so far, and how many there are
+Dtype = torch.dtype | str | None  # see `load`
 
 
 class SkipInit(TorchFunctionMode):
@@ -381,51 +390,93 @@ def empty_model(config: LlavaConfig) -> Llava:
         return Llava(config)
 
 
+def open_checkpoint(folder: Path) -> tuple[Llava, Match]:
+    """The model of a checkpoint without weights, in 8 bits if the checkpoint is, and how the checkpoint fits it."""
+    model = empty_model(read_config(folder)).eval()
+    how = read_json(folder / "config.json").get("quantization_config")
+    if isinstance(how, dict) and how.get("quant_method") == INT8:
+        to_int8(model)
+    return model, match(model, folder)
+
+
+def choose_dtype(dtype: Dtype, own: torch.dtype) -> torch.dtype:
+    """The dtype to load in, of a checkpoint of the dtype `own`; raises LlavaError if that cannot be."""
+    if dtype == "default":
+        dtype = torch.int8 if own == torch.int8 else torch.float32
+    chosen = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype or own
+    if chosen not in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        raise LlavaError(f"The dtype is {chosen}, in which nothing can be computed; load in another, as float32.")
+    if own == torch.int8 != chosen:
+        raise LlavaError(f"The checkpoint has weights in 8 bits, and {chosen} was asked for. Load it without a dtype, "
+                         "or load the checkpoint that it was made from.")  # fmt: skip
+    return chosen
+
+
 def load_model(
     folder: Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = torch.float32,
+    dtype: Dtype = "default",
     fast: bool = False,
     progress: Progress | None = None,
 ) -> Llava:
     """The model of a checkpoint's folder, in evaluation mode; no tokenizer is needed. Parameters as in `load`.
 
-    Built on the meta device; then tensor after tensor comes, so that one is in memory beside the model. Raises
-    LlavaError that names every missing, unexpected and misshapen tensor, before any is read.
+    Built on the meta device; then tensor after tensor comes, so that one is in memory beside the model, and of one that
+    is rounded to 8 bits a part. Raises LlavaError that names every missing, unexpected and misshapen tensor, before any
+    is read.
     """
-    model = empty_model(read_config(folder)).eval()
-    fit = match(model, folder)
+    model, fit = open_checkpoint(folder)
     if fit.problems:
         more = f"; and {len(fit.problems) - 20} more" if len(fit.problems) > 20 else ""
         raise LlavaError(f"{folder} does not fit its config.json: {'; '.join(fit.problems[:20])}{more}.")
-    dtype = dtype or fit.dtype
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise LlavaError(f"{folder} is {dtype}, in which nothing can be computed; load in another dtype, as float32.")
-    state, done, size = fit.state, 0, sum(tensor.nbytes for tensor in fit.state.values())
+    state, dtype = fit.state, choose_dtype(dtype, fit.dtype)
+    model = to_int8(model) if dtype == torch.int8 else model.to(dtype)
+    if fit.tied and dtype == torch.int8:  # the output layer is rounded, and the embedding is not
+        state["lm_head.weight"] = state["language_model.embed_tokens.weight"]
+    done, size = 0, sum(tensor.nbytes for tensor in state.values())
     copy = fast and size < 2e9  # where a file begins its weights they are not aligned, and read up to 8 % slower
-    for name, tensor in state.items():
+    for name, tensor in list(state.items()):
         done += tensor.nbytes
-        tensor = tensor.to(device=device, dtype=dtype, copy=copy).contiguous()
-        state[name] = nn.Parameter(fill_up(tensor, len(model.get_parameter(name))))
+        parameter = model.get_parameter(name)
+        if parameter.dtype == torch.int8 != tensor.dtype:
+            tensor, scale = quantise_rows(fill_up(tensor.to(device), len(parameter)))
+            state[name.replace(".weight", ".scale")] = nn.Parameter(scale, requires_grad=False)
+        else:
+            tensor = tensor.to(device=device, dtype=parameter.dtype, copy=copy).contiguous()
+        state[name] = nn.Parameter(fill_up(tensor, len(parameter)), requires_grad=parameter.requires_grad)
         if progress is not None:
             progress(done, size)
-    if fit.tied:
+    if fit.tied and dtype != torch.int8:
         state["lm_head.weight"] = state["language_model.embed_tokens.weight"]
+    check_scales(state)
     model.load_state_dict(state, strict=True, assign=True)
     return optimize(model) if fast else model
+
+
+def check_scales(state: dict[str, Tensor]) -> None:
+    """Raises LlavaError unless every scale is finite and above 0; it may be 0 where a row holds nothing but zeros."""
+    for name, scale in state.items():
+        if not name.endswith(".scale"):
+            continue
+        zeros = state[name.replace(".scale", ".weight")][scale == 0]
+        if not scale.isfinite().all() or (scale < 0).any() or zeros.any():
+            raise LlavaError(f"{hub_name(name)} is not finite and above 0 for every row; the weights hold NaN or "
+                             "infinity, or the file is damaged. Copy or convert the checkpoint again.")  # fmt: skip
 
 
 def load(
     path_or_id: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = torch.float32,
+    dtype: Dtype = "default",
     revision: str | None = None,
     fast: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Llava, Processor]:
     """The model in evaluation mode, and its processor, from a folder or a Hub id.
 
-    dtype: None takes the checkpoint's own, that of its embedding, which for most has 16 bits.
+    dtype: torch's, or its name. None takes the checkpoint's own, that of its embedding, which for most has 16 bits.
+    "int8" rounds the decoder's and the output layer's matrices to 8 bits; all else has 16. "default" is float32, and
+    int8 for a checkpoint that is in 8 bits.
     fast: the same tokens, sooner: `fast.optimize` changes the classes of modules. Without it a debugger stops in
     model.py.
     progress: called with the bytes loaded so far and the bytes of all weights.
@@ -438,8 +489,9 @@ def load(
     """
     folder = find(path_or_id, revision)
     model = load_model(folder, device, dtype, fast, progress)
-    if not fast and model.lm_head.weight.is_cpu and model.lm_head.weight.dtype in (torch.float16, torch.bfloat16):
-        warnings.warn("Weights in 16 bits on a CPU: load(..., fast=True) is several times sooner.", stacklevel=2)
+    if not fast and model.lm_head.weight.is_cpu and model.lm_head.weight.itemsize < 4:
+        warnings.warn(f"Weights in {8 * model.lm_head.weight.itemsize} bits on a CPU: load(..., fast=True) is several "
+                      "times sooner.", stacklevel=2)  # fmt: skip
     if ignored := ignored_settings(read_json(folder / "generation_config.json")):
         warnings.warn(f"generation_config.json has {ignored}, which changes transformers' tokens and is not done here.",
                       stacklevel=2)  # fmt: skip
@@ -457,11 +509,12 @@ def ignored_settings(generation: dict[str, Any]) -> str:
     return ", ".join(f"{k} = {v!r:.99}" for k, v in asked.items() if v and v != without.get(k))
 
 
-def memory_needed(folder: Path, dtype: torch.dtype | None) -> tuple[int, torch.dtype]:
-    """Bytes of a checkpoint's weights in this dtype (None: the checkpoint's own), and the checkpoint's own dtype."""
-    model = empty_model(read_config(folder))
-    own = match(model, folder).dtype
-    return sum(parameter.numel() for parameter in model.parameters()) * (dtype or own).itemsize, own
+def memory_needed(folder: Path, dtype: Dtype) -> tuple[int, torch.dtype]:
+    """Bytes of a checkpoint's weights in this dtype, as in `load`, and the checkpoint's own dtype."""
+    model, fit = open_checkpoint(folder)
+    dtype = choose_dtype(dtype, fit.dtype)
+    model = to_int8(model) if dtype == torch.int8 else model.to(dtype)
+    return sum(parameter.nbytes for parameter in model.parameters()), fit.dtype
 
 
 def load_processor(folder: Path) -> Processor:
@@ -512,16 +565,17 @@ def read_plan(path: str | Path) -> Plan:
 
 def inspect(folder: Path) -> int:
     """Prints a table of a checkpoint's tensors with their names here, and what does not fit; returns the exit code."""
-    model = empty_model(read_config(folder))
-    fit = match(model, folder)
+    model, fit = open_checkpoint(folder)
     size = sum(tensor.numel() * tensor.element_size() for _, tensor in fit.tensors)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(".scale"))
     print(describe(fit.tensors, fit.state), end="\n\n")
     print(
         f"{len(fit.tensors)} tensors in {fit.num_files} files, {size:,} bytes; the model has {parameters:,} parameters."
     )
     if fit.tied:
         print("The output layer is the embedding (tie_word_embeddings).")
+    if fit.dtype == torch.int8:
+        print("The decoder's and the output layer's matrices are in 8 bits, with a scale for each row.")
     print("\n".join(map(printable, fit.problems)) or "Every parameter is there.")
     return 1 if fit.problems else 0
 
@@ -535,6 +589,7 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (looks, converts):
         command.add_argument("checkpoint", help="folder or Hub id")
     converts.add_argument("out", type=Path, help="folder to be made")
+    converts.add_argument("--dtype", choices=["int8"], help="round the decoder's matrices to 8 bits (default: as is)")
     args = parser.parse_args(arguments)
 
     def work() -> int:
@@ -543,7 +598,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.out.exists():
             raise LlavaError(f"{args.out} exists already; choose a new folder.")
         folder = find(args.checkpoint)
-        convert(load_model(folder, dtype=None), load_processor(folder), folder, args.out)
+        convert(load_model(folder, dtype=args.dtype), load_processor(folder), folder, args.out)
         return 0
 
     return run_command("weights", work)

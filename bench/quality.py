@@ -351,7 +351,7 @@ def measure(
         try:
             further = turn.shape[1] + max(map(len, answers))
             seeds = [args.seed + index for index in indices]
-            compressor = (PrefixKV(plan=plans[budget]) if method == "plan" else
+            compressor = (PrefixKV(plan=plans[budget]) if parsed(method)["base"] == "plan" else
                           make(method, budget, seeds, further, int(prompt.present.sum(-1).min())))  # fmt: skip
         except LlavaError:  # nothing is left for the prompt
             continue
@@ -484,7 +484,7 @@ def statistic(measure: str, values: Tensor) -> Tensor:
 
 def order_of(method: str) -> tuple[int, str]:
     """Where a method stands in tables: as in METHODS, its variants behind it."""
-    base = parsed(method)["base"] if method != "plan" else method
+    base = parsed(method)["base"]
     return (METHODS.index(base) if base in METHODS else len(METHODS), method)
 
 
@@ -787,18 +787,15 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.plans:
         plans = {budget: read_plan(args.plans / f"{budget:g}.json") for budget in args.budgets}
     # Scenes make plans of their own. Other data have none; by default, the method is then left out.
-    methods = [method for method in args.methods if method != "plan" or plans or args.data == "scenes"]
+    methods = [name for name in args.methods if parsed(name)["base"] != "plan" or plans or args.data == "scenes"]
     if methods != args.methods and args.methods != list(METHODS):
         raise LlavaError("The method plan needs --plans FOLDER with this --data; --estimate-plan FOLDER writes them.")
-    for method in methods:
-        if method != "plan":
-            parsed(method)
     protocols = [protocol for protocol in args.protocols if all(sample.can_be(protocol) for sample in some)]
     if not protocols or (protocols != args.protocols and args.protocols != list(PROTOCOLS)):
         left = [protocol for protocol in args.protocols if protocol not in protocols]
         raise LlavaError(f"The data have no questions for the protocol {left[0]}; leave it out.")
     settle(args, weights)
-    if "plan" in methods and not plans:
+    if any(parsed(method)["base"] == "plan" for method in methods) and not plans:
         calibration = scenes(10, args.seed, "calibration")
         plans, _ = estimate(model, processor, calibration, args.budgets, str(args.model), args.batch_size)
     runs = runs_of(methods, args.budgets)

@@ -2,7 +2,8 @@
 
 Every contender runs in a process of its own on the same weights; the processes take turns, round after round, and the
 medians are reported. A decode step reads all weights and all kept keys and values once, so it cannot take less than
-t_min = (weights + KV) / memory bandwidth. `--growth` measures how time and memory grow with length and batch instead.
+t_min = (weights + KV) / memory bandwidth. Other questions: `--growth`, how time and memory grow with length and batch;
+`--scoring`, what choosing costs a prompt; `--loading`, what it takes to load a checkpoint.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -53,6 +56,7 @@ CONTENDERS = (
     "PrefixKV 20% compiled",
 )
 OTHERS = tuple(f"{name} 20%" for name in METHODS if name != "prefixkv")
+INT8 = ("full int8", "PrefixKV 20% int8")  # weights in 8 bits, beside those in the preset's dtype
 PARTS = tuple(f"full without {name}" for name in ("FastLinear", "FastAttention", "FastTopLayer", "FastLlava", "all"))
 
 
@@ -69,6 +73,11 @@ class Preset:
     image: bool = True
     cut: int = 0  # transformers makes only so many new tokens (0: all)
     picture: tuple[int, int] = (0, 0)  # LLaVA-NeXT: height and width
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype of the checkpoint's weights, and of transformers: what is rounded to 8 bits has 16."""
+        return torch.bfloat16 if self.dtype == "int8" else getattr(torch, self.dtype)
 
 
 def llava(
@@ -167,7 +176,7 @@ def make_inputs(config: LlavaConfig, preset: Preset) -> dict[str, Tensor]:
             inputs["image_sizes"] = torch.tensor([preset.picture] * preset.batch, device=preset.device)
         inputs["input_ids"][:, 1 : 1 + tokens] = config.image_token_id
         pixels = torch.randn(preset.batch * tiles, 3, side, side, generator=generator)
-        inputs["pixel_values"] = pixels.to(preset.device, getattr(torch, preset.dtype))
+        inputs["pixel_values"] = pixels.to(preset.device, preset.stored)
     return inputs
 
 
@@ -233,14 +242,9 @@ def theirs(model: Any, contender: str, inputs: dict[str, Tensor], new: int) -> R
         seen += 1
         return call(input_ids=token[:, None])
 
-    size = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * inputs_size(model)
+    size = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * model.dtype.itemsize
     logits = call(**{name: tensor for name, tensor in inputs.items() if name != "attention_mask"})
     return logits, step, lambda: batch * seen * size
-
-
-def inputs_size(model: Any) -> int:
-    """Bytes of a number in the model's dtype."""
-    return next(model.parameters()).element_size()
 
 
 def without(model: Llava, contender: str) -> Llava:
@@ -255,7 +259,7 @@ def without(model: Llava, contender: str) -> Llava:
 @torch.no_grad()
 def measure(contender: str, folder: str, preset: Preset) -> Result:
     """One prefill and all decode steps, after a few to warm up."""
-    device, dtype = preset.device, getattr(torch, preset.dtype)
+    device, dtype = preset.device, torch.int8 if contender in INT8 else getattr(torch, preset.dtype)
     if preset.cut and contender.startswith("transformers"):
         preset = replace(preset, new=min(preset.new, preset.cut))
     config = read_config(Path(folder))
@@ -264,7 +268,7 @@ def measure(contender: str, folder: str, preset: Preset) -> Result:
     if contender.startswith("transformers"):
         from transformers import AutoModelForImageTextToText
 
-        reference: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        reference: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=preset.stored)
         model, begin = reference.to(device).eval(), theirs
     else:
         model, begin = without(load_model(Path(folder), device, dtype, fast=True), contender), ours
@@ -348,10 +352,8 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
 
 def median(results: list[Result]) -> Result:
     """The median of every figure over rounds."""
-    fields = {
-        name: statistics.median(getattr(r, name) for r in results) for name in asdict(results[0]) if name != "contender"
-    }
-    return Result(contender=results[0].contender, **fields)
+    figures = zip(*(list(asdict(result).values())[1:] for result in results))
+    return Result(results[0].contender, *map(statistics.median, figures))
 
 
 def table(results: list[Result], speed: float, preset: Preset) -> str:
@@ -391,22 +393,16 @@ def device_name(device: str) -> str:
 def growth(args: argparse.Namespace, folder: str) -> str:
     """Markdown: time and memory of prompts without an image by length and by batch, with the exponents of growth."""
     lines = []
-    lengths = [512 * 2**step for step in range(6)]
     for name, shapes in (
-        ("prompt tokens", [(1, length) for length in lengths]),
+        ("prompt tokens", [(1, 512 * 2**step) for step in range(6)]),
         ("batch", [(2**step, 1024) for step in range(6)]),
     ):
-        lines += [
-            f"| {name} | prefill s | with scoring s | ms a step | peak MB | with scoring MB |",
-            "|---|---|---|---|---|---|",
-        ]
+        lines.append(f"| {name} | prefill s | with scoring s | ms a step | peak MB | with scoring MB |")
+        lines.append("|---" * 6 + "|")
         rows = []
         for batch, prompt in shapes:
-            task = {
-                "preset": "cpu",
-                "folder": folder,
-                "changes": {"batch": batch, "prompt": prompt, "new": 9, "image": False},
-            }
+            changes = {"batch": batch, "prompt": prompt, "new": 9, "image": False}
+            task = {"preset": "cpu", "folder": folder, "changes": changes}
             plain, scored = (
                 median([Result(**in_a_process({**task, "contender": contender})) for _ in range(args.rounds)])
                 for contender in ("full", "PrefixKV 20%")
@@ -426,10 +422,67 @@ def growth(args: argparse.Namespace, folder: str) -> str:
     return "\n".join(lines)
 
 
-def check_device(preset: Preset, name: str) -> None:
-    """Raises LlavaError for a preset that needs a GPU where there is none."""
-    needs = preset.device.startswith("cuda") and not torch.cuda.is_available()
-    require(not needs, f"The preset {name} needs a GPU; there is none here.")
+def scoring(methods: list[str], folder: str, preset: Preset, rounds: int) -> dict[str, list[float]]:
+    """Seconds that reading the prompt takes with the full cache, and with each method at 20 %, round after round.
+
+    All run in this process, so that a slow minute of the machine slows all of them. Their order is drawn for every
+    round, since what ran just before leaves its traces in the processor's cache and the heap.
+    """
+    model = load_model(Path(folder), preset.device, getattr(torch, preset.dtype), fast=True)
+    inputs = make_inputs(model.config, preset)
+    seconds: dict[str, list[float]] = {name: [] for name in ("full", *methods)}
+    order = random.Random(0)
+    for number in range(rounds + 1):
+        for name in order.sample(list(seconds), len(seconds)):
+            compressor = None if name == "full" else METHODS[name](0.2)
+            synchronize(preset.device)
+            start = time.perf_counter()
+            model.read(**inputs, cache=model.new_cache(preset.new, compressor))
+            synchronize(preset.device)
+            if number > 0:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def scoring_table(seconds: dict[str, list[float]], preset: Preset) -> str:
+    """Markdown: the median, and that of the ratios to the full cache's time in the same round."""
+    lines = [f"Batch {preset.batch}, {preset.prompt} prompt tokens, {preset.dtype} on {device_name(preset.device)}, "
+             f"budget 20%, {len(seconds['full'])} rounds.", "",
+             "| | prefill s (median) | divided by the full cache's (middle half) |", "|---|---|---|"]  # fmt: skip
+    for name, each in seconds.items():
+        ratios = sorted(mine / full for mine, full in zip(each, seconds["full"]))
+        low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
+        ratio = f"{statistics.median(ratios):.3f} ({low:.2f}–{high:.2f})"
+        lines.append(f"| {name} | {statistics.median(each):.4f} | {ratio} |")
+    return "\n".join(lines)
+
+
+def loading(folder: str) -> str:
+    """How long a checkpoint takes to load as it is, and how much memory at the peak, which a thread samples.
+
+    Counted is anonymous memory (RssAnon, in Linux): what a process holds, without pages that are backed by the files.
+    """
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+    def watch() -> None:
+        while not loaded.wait(0.01):
+            held.append(anonymous())
+
+    size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    held, loaded = [anonymous()], threading.Event()
+    threading.Thread(target=watch).start()
+    start = time.perf_counter()
+    try:
+        model = load_model(Path(folder), dtype=None, fast=True)
+    finally:
+        loaded.set()
+    seconds, count = time.perf_counter() - start, sum(p.numel() for p in model.parameters())
+    peak_share = (max(held) - held[0]) / size
+    return (f"{count:,} parameters, {size:,} bytes: {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s; "
+            f"anonymous memory at the peak: {peak_share:.2%} of the size.")  # fmt: skip
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -438,8 +491,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", default="cpu", choices=PRESETS, help="shapes and lengths (default: cpu)")
     parser.add_argument("--model", help="folder of a checkpoint (default: random weights of the preset's shapes)")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), metavar="NAME",
-                        choices=CONTENDERS + OTHERS + PARTS,
-                        help=", ".join(CONTENDERS + OTHERS + PARTS).replace("%", "%%"))  # fmt: skip
+                        choices=CONTENDERS + OTHERS + INT8 + PARTS,
+                        help=", ".join(CONTENDERS + OTHERS + INT8 + PARTS).replace("%", "%%"))  # fmt: skip
     parser.add_argument("--parts", action="store_const", dest="contenders", const=["full", *PARTS],
                         help="measure what each class of minillava.fast gains, one left out at a time")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="times that each contender runs (default: 3)")
@@ -447,8 +500,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, help="prompt tokens, image included")
     parser.add_argument("--new", type=int, help="new tokens")
     parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8"])
     parser.add_argument("--growth", action="store_true", help="measure growth with length and batch instead")
+    parser.add_argument("--scoring", nargs="+", choices=METHODS, metavar="NAME",
+                        help="measure the prefill with these methods at 20%%, beside the full cache's, instead: "
+                        + ", ".join(METHODS))  # fmt: skip
+    parser.add_argument("--loading", metavar="FOLDER", help="measure what it takes to load this checkpoint instead; if "
+                        "there is none, one with the preset's shapes and random weights is written first")  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder for speed.md and speed.json")
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -461,14 +519,21 @@ def measure_all(args: argparse.Namespace) -> None:
     changes = {name: getattr(args, name) for name in ("batch", "prompt", "new", "device", "dtype")
                if getattr(args, name) is not None}  # fmt: skip
     preset = replace(PRESETS[args.preset], **changes)
-    check_device(preset, args.preset)
+    here = not preset.device.startswith("cuda") or torch.cuda.is_available()
+    require(here, f"The preset {args.preset} needs a GPU; there is none here.")
+    require(min(args.rounds, preset.batch) > 0, "--rounds or --batch is 0 or less; expected 1 or more.")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.model or str(TINY)
+        folder, found = args.loading or args.model or str(TINY), {}
         if not args.model and preset.model is not None:
-            folder = scratch
-            write_checkpoint(preset.model, Path(scratch), getattr(torch, preset.dtype))
-        if args.growth:
-            text, found = growth(args, folder), {}
+            folder = args.loading or scratch
+            if not Path(folder, "config.json").exists():
+                write_checkpoint(preset.model, Path(folder), preset.stored)
+        if args.loading:
+            text = loading(folder)
+        elif args.scoring:
+            text = scoring_table(scoring(args.scoring, folder, preset, args.rounds), preset)
+        elif args.growth:
+            text = growth(args, folder)
         else:
             rounds: dict[str, list[Result]] = {name: [] for name in args.contenders}
             speeds = []

@@ -431,7 +431,7 @@ def make(name: str, budget: float, seeds: Sequence[int] = (0,), further: int = 0
 def parsed(name: str) -> dict[str, str]:
     """The parts of a method's name; raises LlavaError for one that is none."""
     found = NAME.fullmatch(name)
-    if found is None or found["base"] not in ("full", *METHODS, *VARIANTS):
+    if found is None or found["base"] not in ("full", "plan", *METHODS, *VARIANTS):
         raise LlavaError(
             f"There is no method {name!r}; known are full, {', '.join(METHODS)}, and see bench/variants.py."
         )
@@ -439,6 +439,8 @@ def parsed(name: str) -> dict[str, str]:
         raise LlavaError(f"{name!r} asks for few bits and short positions; only one of the two can be had.")
     if found["bits"] and int(found["bits"]) not in BITS:
         raise LlavaError(f"{name!r} asks for {found['bits']} bits; known are {', '.join(map(str, BITS))}.")
+    if found["base"] == "plan" and (found["words"] or found["sizes"] or found["rule"]):
+        raise LlavaError(f"{name!r}: a plan fixes sizes only; it cannot be combined with this.")
     if found["base"] == "full" and (found["words"] or found["sizes"] or found["rule"]):
         raise LlavaError(f"{name!r} keeps every token; there is nothing to choose or to drop.")
     return found.groupdict()
@@ -446,7 +448,7 @@ def parsed(name: str) -> dict[str, str]:
 
 def empty_cache(name: str, model: Llava, room: int, compressor: PrefixKV | None) -> KVCache:
     """The cache that a name asks for, with this compressor."""
-    parts = {} if name == "plan" else parsed(name)
-    if parts.get("short"):
+    parts = parsed(name)
+    if parts["short"]:
         return ShortPositions(model.config.text, room, compressor)
-    return new_cache(model, room, compressor, int(parts["bits"]) if parts.get("bits") else None)
+    return new_cache(model, room, compressor, int(parts["bits"]) if parts["bits"] else None)

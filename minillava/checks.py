@@ -101,6 +101,12 @@ def check_logits(logits: Tensor) -> Tensor:
     return logits
 
 
+def check_no_training(x: Tensor, training: bool) -> None:
+    """Raises LlavaError where a layer that has no gradients is being trained, or x [..., in] needs one through it."""
+    trained = torch.is_grad_enabled() and (training or x.requires_grad)
+    require(not trained, "Weights in 8 bits cannot be trained; load the model in float32 or bfloat16 for that.")
+
+
 def check_images(
     config: LlavaConfig, is_image: Tensor, pixel_values: Tensor | None, image_sizes: Tensor | None
 ) -> None:

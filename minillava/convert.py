@@ -22,7 +22,9 @@ from minillava.command import printable
 from minillava.config import LlavaConfig, TextConfig, wrong_value
 from minillava.files import HUB_ID, find, replacing, write_file, write_json
 from minillava.model import Llava
-from minillava.processor import IMAGE_TOKEN, Processor, Tokenizer, read_json
+from minillava.processor import IMAGE_TOKEN, Processor, read_json
+
+INT8 = "minillava_int8"  # the quant_method in config.json: matrices as int8, with a scale for each row
 
 # ---------------------------------------------------------------- names of weights
 
@@ -173,7 +175,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def config_dict(config: LlavaConfig, dtype: str) -> dict[str, object]:
-    """The contents of a `config.json` that both transformers and `weights.load` read."""
+    """The contents of a `config.json` that `weights.load` reads, and transformers, too, unless the dtype is int8."""
     text, vision = asdict(config.text), asdict(config.vision)
     if config.text.model_type == "qwen2":  # which always has its biases
         del text["attention_bias"], text["mlp_bias"]
@@ -184,6 +186,8 @@ def config_dict(config: LlavaConfig, dtype: str) -> dict[str, object]:
                "image_grid_pinpoints": [list(pair) for pair in config.image_grid_pinpoints]}  # fmt: skip
     names = ("projector_hidden_act", "multimodal_projector_bias", "mm_projector_type", "vision_feature_layer",
              "vision_feature_select_strategy", "pad_token_id")  # fmt: skip
+    if dtype == "int8":
+        raw["quantization_config"], dtype = {"quant_method": INT8}, "bfloat16"  # of all that is not in 8 bits
     return {
         **raw,
         **{name: getattr(config, name) for name in names},
@@ -195,8 +199,8 @@ def config_dict(config: LlavaConfig, dtype: str) -> dict[str, object]:
     }
 
 
-def save_weights(model: Llava, path: Path, dtype: torch.dtype) -> None:
-    """Writes the model's weights in the Hub layout, whole or not at all."""
+def save_weights(model: Llava, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the model's weights in the Hub layout, whole or not at all, in this dtype, or each in its own."""
     from safetensors.torch import save_file
 
     state = {hub_name(name): p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
@@ -213,7 +217,7 @@ def convert(model: Llava, processor: Processor, folder: Path, out: Path) -> None
                         "special": token.special, "normalized": False, "single_word": False}
         for token in processor.tokenizer.added.values()
     }  # fmt: skip
-    if not isinstance(processor.tokenizer, Tokenizer):  # tokenizer.json has them all but for <image>
+    if not (folder / "tokenizer.model").is_file():  # tokenizer.json has them all but for <image>
         added = {id: token for id, token in added.items() if token["content"] == IMAGE_TOKEN}
         added |= tokenizer.get("added_tokens_decoder") or {}
     images: dict[str, object] = asdict(processor.image_processor)
@@ -234,7 +238,7 @@ def convert(model: Llava, processor: Processor, folder: Path, out: Path) -> None
     }  # fmt: skip
     with replacing(out) as temporary:
         temporary.mkdir(parents=True)
-        save_weights(model, temporary / "model.safetensors", dtype)
+        save_weights(model, temporary / "model.safetensors")
         for name, content in files.items():
             write_json(temporary / name, content)
         for name in ("tokenizer.model", "tokenizer.json", "special_tokens_map.json"):

@@ -12,7 +12,7 @@ and values. `weights.load(..., fast=True)` calls it. `compile_steps(model)` also
 8 layers of width 512, 8 prompts of 1,024 tokens, full cache, two threads of a busy machine, medians of two rounds:
 49.9 ms a step with all of them, 57.3 with none. Without FastLinear 51.0. Without FastAttention 65.3, and without
 FastLlava, so without its cache, 74.6: these two pay only together. FastTopLayer saves 126 MB of a prompt's peak (664
-to 538); its gain in time was lost in the noise. The table is in bench/results/speed-parts.md.
+to 538); its gain in time was lost in the noise. The table is in bench/results/speed.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillava.checks import LlavaError, check_logits, check_read
+from minillava.checks import LlavaError, check_logits, check_no_training, check_read
 from minillava.config import TextConfig
 from minillava.model import (
     Attention,
@@ -40,10 +40,11 @@ from minillava.model import (
     merge_heads,
     split_heads,
 )
+from minillava.quantised import PART, Int8Linear
 from prefixkv import PrefixKV
 
 HALF = (torch.float16, torch.bfloat16)
-PART = 2**21  # numbers of a weight that are converted at once: 8 MB
+INT8_KERNEL = getattr(torch, "_weight_int8pack_mm", None)  # not public: a version of torch may lack it
 
 
 def matvec(matrix: Tensor, vectors: Tensor) -> Tensor:
@@ -63,17 +64,25 @@ def matvec(matrix: Tensor, vectors: Tensor) -> Tensor:
 def linear_half(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` of 16-bit numbers: [..., in] -> [..., out]. For many tokens it is computed in float32, rounded once.
 
-    Few processors multiply 16-bit numbers as fast as float32. A part of the weight is converted and used before the
-    next one, so that it never leaves the processor's cache. For up to 8 tokens, reading the weight takes the time, and
-    16 bits are read in half of it.
+    Few processors multiply 16-bit numbers as fast as float32. For up to 8 tokens, reading the weight takes the time,
+    and 16 bits are read in half of it.
     """
-    if x.numel() <= 8 * x.shape[-1]:
-        return F.linear(x, weight, bias)
+    return F.linear(x, weight, bias) if x.numel() <= 8 * x.shape[-1] else linear_parts(x, weight, bias)
+
+
+def linear_parts(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    """`F.linear` of a weight in 8 or 16 bits in float32, rounded once at the end: [..., in] -> [..., out].
+
+    A part of the weight is widened and used before the next one, so that it never leaves the processor's cache. The
+    scale [out] of each row, if there is one, is left for the product.
+    """
     wide, product = x.float(), x.new_empty(*x.shape[:-1], len(weight))
     rows = max(1, PART // x.shape[-1])
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
-        product[..., part] = F.linear(wide, weight[part].float(), None if bias is None else bias[part].float())
+        sums = F.linear(wide, weight[part].float())
+        sums = sums if scale is None else sums * scale[part]
+        product[..., part] = sums if bias is None else sums + bias[part]
     return product
 
 
@@ -133,6 +142,24 @@ class FastLinear(nn.Linear):
         products = [matvec(part, x[:, 0]) for part in parts]
         product = (torch.cat(products, dim=-1) if large else products[0])[:, None]  # [B, 1, out], float32
         return (product if self.bias is None else product + self.bias).to(x.dtype)
+
+
+class FastInt8Linear(Int8Linear):
+    """Int8Linear with a kernel of torch's for up to 7 tokens, which widens numbers as it reads them.
+
+    It is fast for bfloat16 only. It reads rows in vectors, and beyond their end where these do not fit.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `Int8Linear.forward`."""
+        if not x.is_cpu:
+            return super().forward(x)
+        check_no_training(x, self.training)
+        rows = x.reshape(-1, x.shape[-1])
+        if INT8_KERNEL is None or len(rows) > 7 or x.dtype != torch.bfloat16 or x.shape[-1] % 32:
+            return linear_parts(x, self.weight, self.bias, self.scale)
+        product = INT8_KERNEL(rows.contiguous(), self.weight, self.scale).view(*x.shape[:-1], -1)
+        return product if self.bias is None else product + self.bias
 
 
 class FastAttention(Attention):
@@ -286,8 +313,8 @@ def optimize(model: Llava) -> Llava:
     if type(model.language_model.layers[-1]) is DecoderLayer:
         model.language_model.layers[-1].__class__ = FastTopLayer
     for module in model.modules():
-        for plain, fast in ((nn.Linear, FastLinear), (Attention, FastAttention), (VisionLayer, FastVisionLayer)):
-            if type(module) is plain:
+        for fast in (FastLinear, FastInt8Linear, FastAttention, FastVisionLayer):
+            if type(module) is fast.__base__:
                 module.__class__ = fast
     return model
 

@@ -1,9 +1,10 @@
-"""A KV cache in few bits: every token is kept, and each number takes 2, 3, 4 or 8 bits in place of 16 or 32.
+"""Numbers in few bits: the decoder's weights in 8, the KV cache in 2, 3, 4 or 8.
 
-KIVI (arXiv 2402.02750): keys are quantised per channel and values per token, since a key's large numbers stand in the
-same channels for all tokens. 32 numbers share a scale and a zero, each in 16 bits; so b bits take b + 1 in all. (Heads
-below 32 numbers have smaller groups of values, and take more.) The newest tokens stay as they are until there are 32 of
-them, on average over the batch. A compressor may drop tokens besides: a new token then takes a place in an old group.
+Of the weights, each row of a matrix has a scale. In the cache, every token is kept. KIVI (arXiv 2402.02750): keys are
+quantised per channel and values per token, since a key's large numbers stand in the same channels for all tokens. 32
+numbers share a scale and a zero, each in 16 bits; so b bits take b + 1 in all. (Heads below 32 numbers have smaller
+groups of values, and take more.) The newest tokens stay as they are until there are 32 of them, on average over the
+batch. A compressor may drop tokens besides: a new token then takes a place in an old group.
 
     cache = QuantisedKVCache(model.config.text, room, bits=4)
     logits = model.read(**inputs, cache=cache)
@@ -11,19 +12,69 @@ them, on average over the batch. A compressor may drop tokens besides: a new tok
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from minillava.checks import LlavaError
+from minillava.checks import check_no_training, require
 from minillava.config import TextConfig
 from minillava.model import Compressor, KVCache, Llava
 
 BITS = (2, 3, 4, 8)
 GROUP = 32  # numbers that share a scale and a zero; and newest tokens that are not quantised yet
 LARGEST = torch.finfo(torch.float16).max  # numbers beyond become this, since scale and zero are float16
+PART = 2**21  # numbers of a weight that are converted at once: 8 MB in float32
+
+
+def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix [out, in] as int8, from -127 to 127, and a scale for each row: bfloat16 [out], above 0.
+
+    A number is about scale * int8, off by half a scale at most. The scale is the row's largest magnitude / 127. It is
+    rounded to bfloat16 first, which the kernel in `fast.py` asks for. A few rows at a time are widened.
+    """
+    codes = weight.new_empty(weight.shape, dtype=torch.int8)
+    scale = weight.new_empty(len(weight), dtype=torch.bfloat16)
+    rows = max(1, PART // weight.shape[1])
+    parts = zip(weight.split(rows), codes.split(rows), scale.split(rows))
+    for part, code, step in () if weight.is_meta else parts:  # there, arithmetic would take 70 MB for imports
+        step.copy_((part.float().abs().amax(1) / 127).clamp(min=torch.finfo(step.dtype).tiny))  # to divide by
+        code.copy_((part.float() / step.float()[:, None]).round_())
+    return codes, scale
+
+
+class Int8Linear(nn.Module):
+    """An nn.Linear whose weight has 8 bits. It computes in the dtype of its input, and cannot be trained."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        parts = quantise_rows(linear.weight.data)
+        self.weight, self.scale = (nn.Parameter(part, requires_grad=False) for part in parts)
+        self.bias, self.training = linear.bias, linear.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        check_no_training(x, self.training)
+        weight = (self.weight * self.scale.float()[:, None]).to(x.dtype)  # [out, in]
+        return F.linear(x, weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        """What `.to(..)` and `.half()` call. Weight and scale may change the device, but not the dtype."""
+        return super()._apply(lambda t: fn(t) if t is self.bias else t.to(fn(t).device), recurse)
+
+
+def to_int8(model: Llava) -> Llava:
+    """Changes a model in place: matrices of decoder and output layer to 8 bits, all else to bfloat16.
+
+    An output layer that shares the embedding's weight gets its own copy, and reads half as many bytes for a token.
+    """
+    for module in (model, *model.language_model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child))
+    return model.bfloat16().requires_grad_(False)
 
 
 def quantise(x: Tensor, bits: int, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,10 +167,6 @@ class Packed:
         if sum(value.numel() for _, value in self.newest) >= GROUP * self.shape[:2].numel() * self.shape[3]:
             self.pack(self.unpack())
 
-    def new_zeros(self, shape: tuple[int, ...]) -> Tensor:
-        """As `Tensor.new_zeros`."""
-        return torch.zeros(shape, dtype=self.dtype, device=self.codes.device)
-
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zeros of all slots, and of the newest tokens."""
@@ -131,17 +178,15 @@ class QuantisedKVCache(KVCache):
 
     def __init__(self, config: TextConfig, room: int, compressor: Compressor | None = None, bits: int = 4):
         super().__init__(config, room, compressor)
-        if type(bits) is not int or bits not in BITS:
-            raise LlavaError(f"The KV cache is to have {bits!r} bits; expected {', '.join(map(str, BITS))}.")
-        if config.head_size % 8 or (config.head_size > GROUP and config.head_size % GROUP):
-            raise LlavaError(
-                f"Heads of {config.head_size} numbers cannot be packed; expected 8, 16, 24 or n x {GROUP}."
-            )
+        known, size = ", ".join(map(str, BITS)), config.head_size
+        require(type(bits) is int and bits in BITS, f"The KV cache is to have {bits!r} bits; expected {known}.")
+        fits = size % 8 == 0 and (size <= GROUP or size % GROUP == 0)
+        require(fits, f"Heads of {size} numbers cannot be packed; expected 8, 16, 24 or n x {GROUP}.")
         self.bits = bits
 
     def new_slots(self, key: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """As `KVCache.new_slots`, packed."""
-        keys, values = super().new_slots(key, value, kept)
+        keys, values = super().new_slots(key[:], value[:], kept)  # of tensors, also where these are packed
         return cast(tuple[Tensor, Tensor], (Packed(keys, self.bits, False), Packed(values, self.bits, True)))
 
     def store(self, key: Tensor, value: Tensor, keep: Tensor) -> None:
@@ -158,10 +203,7 @@ class QuantisedKVCache(KVCache):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the held tokens: each one's codes, a scale and a zero for each group in use, and the newest in full.
-
-        The newest count twice, since room for their codes is taken already.
-        """
+        """Bytes of the held tokens: codes, a scale and a zero for each group in use, and the newest again in full."""
         total = self.newest_bytes + getattr(self.compressor, "notes_bytes", 0)
         for tensors in (self.key, self.value):
             for held, part in zip(self.held.tolist(), cast(list[Packed], tensors)):

@@ -1,67 +1,48 @@
-"""Renders a checkpoint's chat template, in a process of its own: a template is a program, and may not come to an end.
+"""Renders a checkpoint's chat template in a separate process: a template is a program, and may not come to an end.
 
-The template runs in Jinja's immutable sandbox, as in `transformers`: it cannot change what it is given, nor reach
-Python's internals. A clock ends it after some seconds, a limit on memory (where the system has one) when it grows, and
-a limit on length when it writes too much. This file is both sides: `render` starts it as a script, which imports
-Jinja, but neither torch nor the model.
+Jinja's immutable sandbox, as in `transformers`, keeps the template from Python's internals. It limits neither time nor
+memory, and no clock in this process could: a single operation such as `7 ** (10 ** 9)` runs for hours in C before
+Python looks at a clock again. So `render` starts this file as a script, which imports Jinja, but neither torch nor the
+model. It ends the script after some seconds; the script limits its own memory (where the system can) and its text.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
+from datetime import datetime
+from importlib import metadata
 from typing import Any
 
 SECONDS, CHARACTERS, MEMORY = 5, 1_000_000, 2**30
 
 
-class TemplateError(ValueError):
-    """What went wrong, as the end of a sentence."""
-
-
 def render(template: str, values: dict[str, Any]) -> str:
-    """The text that a template makes of JSON values; raises TemplateError if it fails, or exceeds a limit."""
-    sent = json.dumps([template, values])
+    """The text that a template makes of JSON values. Raises ValueError with the reason, the end of a sentence."""
+    versions = [found.version for found in metadata.distributions(name="jinja2")]
+    if not versions or [int(part) for part in re.findall(r"\d+", versions[0])] < [3, 1, 6]:
+        raise ValueError("it needs Jinja, 3.1.6 or later (older ones have holes): pip install 'jinja2>=3.1.6'")
+    command, sent = [sys.executable, __file__], json.dumps([template, values]).encode()
     try:
-        done = subprocess.run(
-            [sys.executable, __file__], input=sent, capture_output=True, encoding="utf-8", errors="replace",
-            timeout=SECONDS,
-        )  # fmt: skip
+        done = subprocess.run(command, input=sent, capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        raise TemplateError(f"it did not end within {SECONDS} seconds") from None
-    except (OSError, ValueError) as error:
-        raise TemplateError(f"it could not be started ({error})") from None
+        raise ValueError(f"it did not end within {SECONDS} seconds") from None
+    except OSError as error:
+        raise ValueError(f"it could not be started ({error})") from None
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it took too much memory"])[-1]
-        raise TemplateError(f"{last:.200}")
-    text: str = json.loads(done.stdout)
-    return text
+        raise ValueError((done.stderr.decode(errors="replace").splitlines() or ["it took too much memory"])[-1])
+    return str(json.loads(done.stdout))
 
 
-def main() -> int:
-    """Reads [template, values] as JSON, writes the text as JSON; the reason on stderr and 1 where there is none."""
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    except (ImportError, OSError, ValueError):  # not on Windows; elsewhere the clock alone ends what grows
-        pass
-    try:
-        from importlib.metadata import version
-
-        from jinja2 import TemplateError as JinjaError
-        from jinja2 import nodes
-        from jinja2.ext import Extension
-        from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-        from jinja2.utils import Namespace
-    except ImportError:
-        print("Jinja is not installed: pip install 'jinja2>=3.1.6'", file=sys.stderr)
-        return 1
-    if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < (3, 1, 6):
-        print(f"Jinja {version('jinja2')} has holes in its sandbox: pip install 'jinja2>=3.1.6'", file=sys.stderr)
-        return 1
+def run(template: str, values: dict[str, Any]) -> str:
+    """What the script does: renders as transformers does, up to so many characters."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
 
     class Generation(Extension):
         """`{% generation %}` marks an answer for training; here its body is rendered as it stands."""
@@ -70,8 +51,7 @@ def main() -> int:
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     class Names(Namespace):
         """Jinja's `namespace`, without names that begin with an underscore, such as `__class__`."""
@@ -83,20 +63,17 @@ def main() -> int:
 
         def __setitem__(self, name: str, value: Any) -> None:
             if str(name).startswith("_"):
-                raise SecurityError(f"it sets {name!r}, which begins with an underscore")
+                raise ValueError(f"it sets {name!r}, which begins with an underscore")
             super().__setitem__(name, value)
 
     class Dict:
         """`dict` without the class's own attributes."""
 
-        def __call__(self, *arguments: Any, **names: Any) -> dict[Any, Any]:
-            return dict(*arguments, **names)
-
-        def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
-            return dict.fromkeys(*arguments)
+        __call__: Any = staticmethod(dict)
+        fromkeys = dict.fromkeys
 
     def refuse(message: str) -> None:
-        raise JinjaError(message)
+        raise ValueError(message)
 
     def tojson(
         value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
@@ -104,33 +81,27 @@ def main() -> int:
         """Jinja's own escapes what HTML would read."""
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    def strftime_now(pattern: str) -> str:
-        from datetime import datetime
-
-        return datetime.now().strftime(pattern)
-
-    template, values = json.load(sys.stdin)
-    try:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = tojson
-        environment.globals.update(raise_exception=refuse, strftime_now=strftime_now, namespace=Names, dict=Dict())
-        pieces, length = [], 0
-        for piece in environment.from_string(template).generate(**values):
-            pieces.append(piece)
-            length += len(piece)
-            if length > CHARACTERS:
-                raise JinjaError(f"it wrote more than {CHARACTERS:,} characters")
-    except MemoryError:
-        print("it took too much memory", file=sys.stderr)
-        return 1
-    except Exception as error:  # a template may raise whatever Python can
-        print(" ".join(str(error)[:1000].split()) or type(error).__name__, file=sys.stderr)
-        return 1
-    json.dump("".join(pieces), sys.stdout)
-    return 0
+    jinja = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    jinja.filters["tojson"] = tojson
+    jinja.globals.update(raise_exception=refuse, strftime_now=datetime.now().strftime, namespace=Names, dict=Dict())
+    text = ""
+    for piece in jinja.from_string(template).generate(**values):
+        text += piece
+        if len(text) > CHARACTERS:
+            raise ValueError(f"it wrote more than {CHARACTERS:,} characters")
+    return text
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows; elsewhere the clock alone ends it
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    try:
+        json.dump(run(*json.load(sys.stdin)), sys.stdout)
+    except MemoryError:
+        sys.exit("it took too much memory")
+    except Exception as error:  # a template may raise whatever Python can
+        sys.exit(" ".join(str(error)[:200].split()) or type(error).__name__)

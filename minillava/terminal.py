@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ from minillava.scenes import DESCRIBE, draw, make_scene
 WIDTH = 80
 BARS = " ▁▂▃▄▅▆▇█"
 SLOW = 1.0  # seconds after which progress is shown
+ROOM = 10**9  # bytes of memory beside the weights: for the prompt, the cache and the program
 
 # ---------------------------------------------------------------- options
 
@@ -80,8 +82,9 @@ def add_model_options(parser: argparse._ActionsContainer) -> None:
         "--model", default=str(TINY), help="folder of a checkpoint, or Hub id (default: the embedded one)"
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, mps")
-    parser.add_argument("--dtype", default="float32", choices=["auto", "float32", "float16", "bfloat16"],
-                        help="of the weights; auto: as the checkpoint has them (default: float32)")  # fmt: skip
+    parser.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16", "int8"],
+                        help="of the weights; auto: as the checkpoint has them, and on a CPU 16 or 8 bits if memory is "
+                        "short (default: float32, and for a checkpoint in 8 bits int8)")  # fmt: skip
 
 
 def pictures(paths: list[str] | None, scene: int | None) -> tuple[list[str], list[Image.Image]]:
@@ -125,19 +128,45 @@ def free_memory() -> int | None:
         return None
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As `--dtype` has it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def fitting_dtype(folder: Path, free: int) -> tuple[str, str]:
+    """The first of the checkpoint's own dtype, 16 bits and 8 that leaves room in the free memory; and why, in a line.
+
+    If none does, it is the checkpoint's own: those weights are mapped, and need not fit (see `weights.load`).
+    """
+    from weights import memory_needed
+
+    own = dtype_name(memory_needed(folder, None)[1])
+    names = [own] if own == "int8" else dict.fromkeys([own, "bfloat16", "int8"])
+    needed = {name: memory_needed(folder, name)[0] for name in names}
+    fitting = next((name for name, size in needed.items() if size + ROOM <= free), None)
+    sizes = ", ".join(f"{name} takes {human(size)}" for name, size in needed.items())
+    line = f"Weights in {fitting or own}: {sizes}; {human(free)} are free, {human(ROOM)} of them for the rest."
+    return fitting or own, line if fitting else f"{line} They are read from the file as they are used."
+
+
 def load_shown(args: argparse.Namespace) -> tuple[Llava, Processor]:
     """Loads what `add_model_options` say, with a bar; raises LlavaError if the weights do not fit into memory so."""
-    from weights import find, find_device, load, memory_needed  # it stands on minillava, not the other way round
+    from weights import choose_dtype, find, find_device, load, memory_needed  # it stands on minillava, not vice versa
 
-    device, dtype = find_device(args.device), None if args.dtype == "auto" else getattr(torch, args.dtype)
+    device, dtype = find_device(args.device), None if args.dtype == "auto" else args.dtype or "default"
     folder, on_cpu = find(args.model), device.type == "cpu"
-    free = free_memory() if on_cpu and dtype is not None else None
-    if free is not None:
+    free = free_memory() if on_cpu else None
+    if free is not None and dtype is None:
+        dtype, line = fitting_dtype(folder, free)
+        print(line, file=sys.stderr)
+    elif free is not None:
         needed, own = memory_needed(folder, dtype)
-        if needed > free and dtype != own:  # weights in the checkpoint's own dtype need not fit: see `load`
+        chosen = choose_dtype(dtype, own)
+        if needed > free and chosen != own:  # weights in the checkpoint's own dtype need not fit: see `load`
             raise LlavaError(
-                f"{args.model} in {args.dtype} needs {human(needed)}, {human(free)} are free; try --dtype auto: "
-                f"{human(memory_needed(folder, None)[0])}, of which the system reads what it needs from the file."
+                f"{args.model} in {dtype_name(chosen)} needs {human(needed)}, {human(free)} are free; try "
+                f"--dtype auto, which takes what fits, or {human(memory_needed(folder, None)[0])}, of which the system "
+                "reads what it needs from the file."
             )
     with progress_bar("loading", "B") as bar:
 

@@ -6,8 +6,10 @@ With `pytest -n`, the process that hands out the tests imports this file but run
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +32,12 @@ else:
     os.environ.setdefault("OMP_NUM_THREADS", str(min(2, CORES)))
 if "torch" in sys.modules:  # a plugin was faster
     sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def ends_with_this_process():
+    """For `preexec_fn` of a process that a test starts: on Linux, the process goes with the tests, even if killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def pytest_addoption(parser):

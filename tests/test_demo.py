@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,11 +60,24 @@ def test_the_demo_without_arguments_gives_four_descriptions_and_a_table_in_80_co
 def test_weights_that_do_not_fit_into_memory_are_refused_before_they_are_read(capsys, monkeypatch):
     monkeypatch.setattr(terminal, "free_memory", lambda: 10_000)
     code, out, err = run(capsys)
-    assert (code, out) == (2, "") and "MB, 10 KB are free; try --dtype auto: " in err
+    assert (code, out) == (2, "") and "MB, 10 KB are free; try --dtype auto" in err
     code, out, err = run(capsys, "--dtype", "auto", "--max-new-tokens", "2")
-    assert code == 0 and err == ""
+    assert code == 0 and "Weights in float16: " in err and "read from the file as they are used" in err
     monkeypatch.setattr(terminal, "free_memory", lambda: None)  # where it cannot be known
     assert run(capsys, "--max-new-tokens", "2")[0] == 0
+
+
+@pytest.mark.parametrize("megabytes, own, chosen", [
+    (1006, torch.float16, "float16"), (1004, torch.float16, "int8"), (1001, torch.float16, "float16"),
+    (1011, torch.float32, "float32"), (1009, torch.float32, "bfloat16"), (1004, torch.float32, "int8"),
+    (1004, torch.int8, "int8"), (1, torch.int8, "int8"),
+])  # fmt: skip
+def test_auto_takes_what_leaves_room_and_says_why(monkeypatch, megabytes, own, chosen):
+    sizes = {"float32": 10**7, "float16": 5 * 10**6, "bfloat16": 5 * 10**6, "int8": 3 * 10**6}
+    name = terminal.dtype_name(own)
+    monkeypatch.setattr("weights.memory_needed", lambda folder, dtype: (sizes[dtype or name], own))
+    dtype, line = terminal.fitting_dtype(Path("anywhere"), megabytes * 10**6)
+    assert dtype == chosen and line.startswith(f"Weights in {chosen}: ") and "int8 takes 3 MB; " in line
 
 
 def test_the_free_memory_is_less_than_there_is():

@@ -9,12 +9,13 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, ends_with_this_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -217,12 +218,13 @@ def in_this_process(command, cwd, timeout, **options):
         return run_tests(command[-1])
 
 
-def test_a_body_is_graded_in_a_process_of_its_own(handed_out, tmp_path):
+def test_a_body_is_graded_in_a_process_of_its_own(handed_out, tmp_path, monkeypatch):
     root, out = handed_out
+    monkeypatch.setattr(exercise.subprocess, "run", partial(subprocess.run, preexec_fn=ends_with_this_process))
     submission = shutil.copytree(out, tmp_path / "submission")
-    swap(submission / "coursework" / "published.py", "compress", "    raise ValueError('not yet')\n")
-    found = grade_one("published", submission, root)
-    assert found.points == 0 and found.said.count("failed") >= 2 and "not yet" in found.said
+    swap(submission / "minillava" / "model.py", "KVCache.take_slot", "        raise ValueError('not yet')\n")
+    found = grade_one("cache", submission, root)
+    assert found.points == 0 and "1 failed" in found.said and "not yet" in found.said
 
 
 def test_a_right_body_gets_all_points_and_a_wrong_one_those_of_the_tests_it_passes(handed_out, tmp_path, monkeypatch):

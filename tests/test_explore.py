@@ -162,11 +162,11 @@ def test_the_commands_write_page_plan_and_picture(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["a.html", "a.json", "a.png"]
 
 
-def test_a_plan_is_saved_for_every_method(tmp_path, small):
+def test_a_plan_is_saved_for_every_method(tmp_path):
     path = str(tmp_path / "plan.json")
-    assert plan.main(["--save", path, "--method", "h2o", "--budget", "40%", "--model", str(small[0])]) == 0
+    assert plan.main(["--save", path, "--method", "h2o", "--budget", "40%"]) == 0
     ratios = weights.read_plan(path).ratios
-    assert len(ratios) == 4 and max(ratios) - min(ratios) < 0.05  # as many in every layer
+    assert len(ratios) == 8 and max(ratios) - min(ratios) < 0.002  # as many in every layer; PrefixKV's are 0.09 apart
 
 
 def test_how_far_it_is_shows_on_a_terminal(tmp_path, capsys, small, monkeypatch):

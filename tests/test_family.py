@@ -25,8 +25,8 @@ from minillava import TINY, anyres, explore, verify
 from minillava.checks import LlavaError
 from minillava.config import TextConfig
 from minillava.model import rope_frequencies
-from minillava.processor import AddedToken, JsonTokenizer, Processor, open_image, read_template, read_tokenizer
-from minillava.template import TemplateError, render
+from minillava.processor import Processor, Tokenizer, TokenizerJson, open_image, read_template
+from minillava.template import render
 from prefixkv import PrefixKV
 
 LOGITS = 1e-5  # as in test_parity
@@ -340,63 +340,77 @@ def test_a_tied_qwen2_without_an_output_layer_loads(tmp_path):
 # ---------------------------------------------------------------- text
 
 
+words = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(["<image>", "<|eot|>", " a", "\n"])), max_size=6)
+
+
 @settings(max_examples=50)
-@given(
-    st.lists(st.one_of(st.text(max_size=8), st.sampled_from(["<image>", "<|eot|>", " a", "\n"])), max_size=6).map(
-        "".join
-    )
-)
-def test_ids_and_text_of_a_tokenizer_json_are_those_of_transformers(family, words):
+@given(words.map("".join), st.lists(st.integers(0, IMAGE_ID + 9), max_size=8))
+def test_ids_and_text_of_a_tokenizer_json_are_those_of_transformers(family, words, others):
     for kind in FAMILY[:2]:
         _, _, theirs, _, ours = family(kind)
         ids = theirs.tokenizer(words)["input_ids"]
         assert ours.tokenizer.encode(words) == ids
-        assert ours.decode(ids) == theirs.tokenizer.decode(ids, skip_special_tokens=True)
-        assert ours.tokenizer.decode(ids, skip_special_tokens=False) == theirs.tokenizer.decode(ids)
+        for some in (ids, others):
+            assert ours.decode([*some, -5]) == theirs.tokenizer.decode(some, skip_special_tokens=True)
 
 
-def test_truncation_and_padding_that_a_tokenizer_json_was_saved_with_are_off(edited, family):
-    truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    padding = {"strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2,
-               "pad_type_id": 0, "pad_token": "<|eot|>"}  # fmt: skip
-    folder = edited("SigLIP, Qwen2", "tokenizer.json", truncation=truncation, padding=padding)
-    words = "Describe the image in detail."
-    assert read_tokenizer(folder).encode(words) == family("SigLIP, Qwen2")[4].tokenizer.encode(words)
+def test_a_token_is_shown_as_text_with_its_space(family):
+    tokenizer = family("SigLIP, Qwen2")[4].tokenizer
+    assert "".join(map(tokenizer.piece, tokenizer.encode("What is<|eot|> it?"))) == "What▁is<|eot|>▁it?"
+    assert tokenizer.piece(10**6) == ""
 
 
-def test_a_text_that_is_no_unicode_is_refused(family):
-    with pytest.raises(LlavaError, match="not UTF-8"):
-        family("SigLIP, Qwen2")[4]("a \ud800 b")
+def test_truncation_and_padding_that_a_tokenizer_json_was_saved_with_are_off(tmp_path, family):
+    folder = family("SigLIP, Qwen2")[0]
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    raw["padding"] = {"strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2,
+                      "pad_type_id": 0, "pad_token": "<|eot|>"}  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    made = Tokenizer.from_folder(tmp_path, IMAGE_ID)
+    assert made.encode(ONE[0][0]) == family("SigLIP, Qwen2")[4].tokenizer.encode(ONE[0][0])
 
 
-def test_sentencepiece_is_used_where_it_is(edited):
-    folder = edited("SigLIP, Qwen2", "config.json")
-    assert isinstance(read_tokenizer(folder), JsonTokenizer)
-    shutil.copy(TINY / "tokenizer.model", folder)
-    assert not isinstance(read_tokenizer(folder), JsonTokenizer)
+@pytest.mark.parametrize("sentencepiece", [True, False])
+def test_a_text_that_is_no_unicode_is_refused(family, tiny, sentencepiece):
+    with pytest.raises(LlavaError, match=r"surrogates not allowed.*type it anew, as UTF-8 text"):
+        (tiny[1] if sentencepiece else family("SigLIP, Qwen2")[4])("a \ud800 b")
 
 
-def test_without_the_tokenizers_library_the_command_that_installs_it_is_named(family, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
+def test_sentencepiece_is_used_where_it_is(tmp_path, family, monkeypatch):
+    folder = family("SigLIP, Qwen2")[0]
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # as if not installed
     with pytest.raises(LlavaError, match=r"pip install -c constraints.txt -e '.\[hub\]'"):
-        read_tokenizer(family("SigLIP, Qwen2")[0])
+        Tokenizer.from_folder(folder, IMAGE_ID)
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    assert not isinstance(Tokenizer.from_folder(tmp_path, IMAGE_ID).library, TokenizerJson)
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(LlavaError, match=r"neither tokenizer.model nor tokenizer.json"):
+        Tokenizer.from_folder(tmp_path, IMAGE_ID)
 
 
-def test_an_image_token_that_only_config_json_names_is_added(family, edited):
-    added = json.loads((family("SigLIP, Qwen2")[0] / "tokenizer.json").read_text())["added_tokens"]
-    others = [token for token in added if token["content"] != "<image>"]
-    made = JsonTokenizer.from_folder(edited("SigLIP, Qwen2", "tokenizer.json", added_tokens=others))
-    assert "<image>" not in made.added
-    with pytest.raises(LlavaError, match="the checkpoint says 319"):
-        made.with_token(AddedToken("<image>", 319))
-    assert made.with_token(AddedToken("<image>", IMAGE_ID)).encode("a<image>")[-1] == IMAGE_ID
+def test_tokens_that_only_other_files_name_are_added(tmp_path, family):
+    folder = family("SigLIP, Qwen2")[0]
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != "<image>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    decoder = {str(IMAGE_ID + 1): {"content": "<pad>", "rstrip": True, "special": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    made = Tokenizer.from_folder(tmp_path, IMAGE_ID)
+    assert made.encode("a<image><pad>  b")[-3:] == [IMAGE_ID, IMAGE_ID + 1, *made.encode("b")]
+    assert made.decode([IMAGE_ID, IMAGE_ID + 1]) == made.piece(IMAGE_ID + 1) == "<pad>"
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(LlavaError, match=rf"gives <image> the id {IMAGE_ID}, others 319; .* different checkpoints"):
+        Tokenizer.from_folder(tmp_path, 319)
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[1]", b"\xff", b'{"model": {"type": "BPE", "vocab": 3}}'])
 def test_a_damaged_tokenizer_json_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(LlavaError, match=r"tokenizer\.json"):
-        read_tokenizer(tmp_path)
+        Tokenizer.from_folder(tmp_path, IMAGE_ID)
 
 
 # ---------------------------------------------------------------- templates
@@ -427,11 +441,22 @@ def test_prompts_are_those_that_transformers_makes_of_the_template(family, kind)
     assert torch.equal(ours(prompt, [image])["input_ids"], ids)  # and BOS once
 
 
-def test_a_template_that_asks_for_tools_or_documents_renders_as_in_transformers(family, monkeypatch):
+LANGUAGE = [
+    "{% if tools %}T{% endif %}", "{% if tools is not none %}T{% endif %}",
+    "{% if tools is defined and tools %}T{% endif %}",
+    "{% if not tools is none and tools | length > 0 %}T{% endif %}", "{% if documents is not none %}D{% endif %}",
+    "{{ 'T' if tools != none else '' }}", "{{ bos_token }}{{ eos_token }}{{ unk_token }}", "{{ strftime_now('%Y') }}",
+    "  {% if true %}\n  a\n  {% endif %}\n  b {#- c #}\n", "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}"
+    "{% endgeneration %}{{ x }}", "{% for i in range(9) %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "{% set ns = namespace({'m': 0}, n=1, self=2) %}{% set ns.n = 3 %}{{ ns.n }}{{ ns.self }}{{ ns.m }}",
+    "{{ {'b': '<é>', 'a': [1]} | tojson }}{{ {'b': 1, 'a': 2} | tojson(indent=1, sort_keys=true) }}",
+    "{{ dict(b=1) | tojson }}{{ dict.fromkeys('a') | tojson }}{{ messages[0].content[1].text | upper }}",
+]  # fmt: skip
+
+
+def test_whatever_a_template_uses_it_renders_as_in_transformers(family, monkeypatch):
     _, _, theirs, _, ours = family("LLaVA-NeXT, Llama")
-    guards = "tools", "tools is not none", "tools is defined and tools", "not tools is none and tools | length > 0"
-    template = "".join(f"{{% if {guard} %}}T{{% endif %}}" for guard in (*guards, "documents is not none"))
-    template += "{{ 'T' if tools != none else '' }}" + LLAVA
+    template = "|".join([*LANGUAGE, LLAVA])
     monkeypatch.setattr(ours, "template", template)
     content = [{"type": "image"}, {"type": "text", "text": "What?"}]
     expected = theirs.apply_chat_template(
@@ -440,72 +465,87 @@ def test_a_template_that_asks_for_tools_or_documents_renders_as_in_transformers(
     assert ours.chat([("What?", None)], 1) == expected
 
 
-@pytest.mark.parametrize("name", ["tool_use", ["default"], 7])
-def test_of_several_templates_without_a_default_none_is_used_in_silence(tmp_path, name):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": name, "template": LLAVA}]}))
-    template, _ = read_template(tmp_path)
-    with pytest.raises(TemplateError, match="there are several, and none has the name default"):
-        render(template, {})
-
-
 def test_without_a_template_the_form_is_llava_15s(family):
     processor = family("LLaVA-NeXT, Mistral")[4]
     assert processor.template is None
     assert processor.chat(TALK, 1) == "USER: <image>\nWhat is this? ASSISTANT: A red cat.</s>USER: And that? ASSISTANT:"
 
 
-ENDLESS = "{% set a = 'x' * 1000000 %}{% for i in a %}{% for j in a %}{% endfor %}{% endfor %}"
-
-
 @pytest.mark.parametrize(
     "template, sentence",
-    [(ENDLESS, "did not end within"), ("{{ 1 | tojson(default=range) }}", "default"),
-     ("{% set a = 'x' * 10 ** 11 %}", "too much memory"),
+    [("{% set a = 'x' * 10 ** 6 %}{% for i in a %}{% for j in a %}{% endfor %}{% endfor %}", "did not end within 1 s"),
+     ("{{ 7 ** (10 ** 9) }}", "did not end within 1 s"),  # one operation, which no clock in its process interrupts
+     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"), ("{% for i in range(10 ** 6) %}", "endfor"),
+     ("{% for i in range(10 ** 6) %}{% endfor %}", "Range too big"), ("{{ 'x' * 10 ** 11 }}", "too much memory"),
      ("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}", "more than 1,000,000 characters"),
      ("{% for m in messages %}{% if m.role != 'system' %}{{ raise_exception('unknown role ' + m.role) }}"
-      "{% endif %}{% endfor %}", "unknown role user"),
-     ("{{ messages.append(1) }}", "unsafe|immutable|append"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
+      "{% endif %}{% endfor %}", "unknown role user"), ("{{ raise_exception('x\n' * 10 ** 6) }}", "x x x"),
+     ("{{ undefined.name }}", "undefined"), ("{{ 1 | tojson(default=range) }}", "default"),
+     ("{{ messages.append(1) }}", "unsafe"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
+     ("{{ dict.update(messages[0]) }}", "no attribute"), ("{{ dict.mro() }}", "no attribute"),
+     ("{{ raise_exception.__globals__.x }}", "unsafe"), ("{{ namespace.__init__.__globals__ }}", "unsafe"),
+     ("{{ namespace({'_a': 1}) }}", "underscore"), ("{{ namespace(_a=1) }}", "underscore"),
      ("{% set ns = namespace() %}{% set ns.__class__ = 3 %}", "underscore"),
-     ("{{ namespace(_a=1) }}", "underscore"), ("{{ namespace({'_a': 1}) }}", "underscore"),
-     ("{{ raise_exception('x' * 10 ** 6) }}", "xxx"), ("{% for %}", "Expected an expression"),
-     ("Hello", "leaves out an image or a question")],
+     ("{{ '{0.__class__.__mro__}'.format(1) }}", "unsafe"), ("{% include '/etc/passwd' %}", "no loader"),
+     ("{% for %}", "Expected an expression"), ("Hello", "leaves out an image or a question")],
 )  # fmt: skip
 def test_a_template_that_fails_or_runs_away_is_refused_in_a_sentence(family, monkeypatch, template, sentence):
-    if template == ENDLESS:
+    if "within" in sentence:
         monkeypatch.setattr("minillava.template.SECONDS", 1)
     processor = family("SigLIP, Qwen2")[4]
     monkeypatch.setattr(processor, "template", template)
-    with pytest.raises(LlavaError, match=f"chat template cannot be used: .*({sentence})") as caught:
+    with pytest.raises(LlavaError, match=f"chat template cannot be used: .*{sentence}") as caught:
         processor.chat([("What?", None)], 1)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-def test_a_template_reads_dates_json_and_names():
-    names = "{% set ns = namespace(n=1) %}{% set ns.n = 2 %}{{ ns.n }}"
-    template = names + "{{ {'a': '<'} | tojson }}{{ dict(b=1) | tojson }}{{ dict.fromkeys('a') | tojson }}"
-    assert render(template, {}) == '2{"a": "<"}{"b": 1}{"a": null}'
-    assert len(render("{{ strftime_now('%Y') }}", {})) == 4
-    with pytest.raises(TemplateError):
-        render("{{ undefined.name }}", {})
+@pytest.mark.parametrize("installed", [[], [SimpleNamespace(version="3.1.5")]])
+def test_without_a_jinja_whose_sandbox_holds_no_template_is_rendered(monkeypatch, installed):
+    monkeypatch.setattr("minillava.template.metadata.distributions", lambda name: installed)
+    with pytest.raises(ValueError, match=r"pip install 'jinja2>=3\.1\.6'"):
+        render("", {})
 
 
-NAMED = [{"name": "tools", "template": "x"}, {"name": "default", "template": "T"}]
+JSON_ONE = {"chat_template.json": {"chat_template": "J"}}
+NAMED = [{"name": "tools", "template": "x"}, {"name": "default", "template": "T"}, "?", {"name": ["default"]}]
 
 
-@pytest.mark.parametrize("kept, found", [("T", "T"), (NAMED, "T"), (None, None)])
-def test_a_template_is_found_where_checkpoints_keep_it_and_the_processors_own_comes_first(tmp_path, kept, found):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": kept, "bos_token": None}))
-    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<s>"}}')
-    assert read_template(tmp_path) == (found, {"bos_token": "<s>"})
-    (tmp_path / "chat_template.json").write_text('{"chat_template": "2"}')
-    assert read_template(tmp_path)[0] == "2"
-    (tmp_path / "chat_template.jinja").write_text("1")
-    assert read_template(tmp_path)[0] == "1"
+@pytest.mark.parametrize(
+    "files, template",
+    [({"chat_template.jinja": "é", **JSON_ONE, "tokenizer_config.json": {"chat_template": "T"}}, "é"),
+     ({**JSON_ONE, "tokenizer_config.json": {"chat_template": "T"}}, "J"),
+     ({"tokenizer_config.json": {"chat_template": "T"}}, "T"),
+     ({"tokenizer_config.json": {"chat_template": NAMED}}, "T"), ({}, None)],
+)  # fmt: skip
+def test_a_template_is_found_where_checkpoints_keep_it(tmp_path, files, template):
+    for name, content in files.items():
+        text = content if name.endswith("jinja") else json.dumps(content)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_template(tmp_path) == (template, {})
 
 
-def test_a_template_that_is_no_text_is_refused(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 3}')
-    with pytest.raises(LlavaError, match="chat template is int"):
+def test_special_tokens_are_found_by_name(tmp_path):
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "x"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": {"content": "</s>"}}')
+    assert read_template(tmp_path) == (None, {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+@pytest.mark.parametrize("name", ["tool_use", ["default"], 7])
+def test_of_several_templates_without_a_default_none_is_used_in_silence(tmp_path, name):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": name, "template": LLAVA}]}))
+    template, _ = read_template(tmp_path)
+    with pytest.raises(ValueError, match="there are several, and none has the name default"):
+        render(template, {})
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [("tokenizer_config.json", b'{"chat_template": 3}', "template is int"),
+     ("chat_template.jinja", b"\xff", "not UTF-8")],
+)  # fmt: skip
+def test_a_template_that_is_no_text_is_refused(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LlavaError, match=sentence):
         read_template(tmp_path)
 
 

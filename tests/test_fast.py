@@ -39,10 +39,10 @@ def generate(model, processor, prompts, max_new_tokens=48, **options):
     return model.generate(**processor(prompts), max_new_tokens=max_new_tokens, eos_token_id=(), **options)
 
 
-def shallow(folder, layers):
+def shallow(folder, layers, dtype="default"):
     """A random checkpoint of few layers, since each one is traced again for every graph: (folder, model, processor)."""
     write(reference(1, kv_heads=2, text={"num_hidden_layers": layers}), folder, "disk5")
-    return folder, *load(folder, fast=True)
+    return folder, *load(folder, fast=True, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_all_slots_under_a_mask_give_the_same_tokens_as_those_that_are_filled(ti
             assert torch.equal(generate(model, processor, PROMPTS[1], compressor=compressor).token_ids, expected)
 
 
-def compiled_model(folder, monkeypatch=None):
+def compiled_model(folder, monkeypatch=None, dtype="default"):
     """A model with compiled steps, and torch's counters. With monkeypatch, steps are traced but not compiled."""
     if monkeypatch:
         trace = partial(torch.compile, backend="eager")
@@ -158,7 +158,7 @@ def compiled_model(folder, monkeypatch=None):
             return trace(step, dynamic=dynamic, options={key: options[key] for key in options if "guard" in key})
 
         monkeypatch.setattr(fast.torch, "compile", only_trace)
-    model = load_model(folder, fast=True)
+    model = load_model(folder, fast=True, dtype=dtype)
     compile_steps(model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -197,6 +197,14 @@ def test_one_graph_for_each_size_and_method_serves_all_prompts(tmp_path, monkeyp
         compiled, counters = compiled_model(folder, monkeypatch if how == "traced" else None)
         assert widest_layers(model, compiled, processor, cases)[:2] == [0, 1]
     assert counters["stats"]["unique_graphs"] == (4 if sweep else 2) and not counters["graph_break"]
+
+
+def test_steps_in_8_bits_compile(tmp_path, monkeypatch):
+    folder, model, processor = shallow(tmp_path, 1, "int8")
+    traced, counters = compiled_model(folder, monkeypatch, "int8")
+    cases = [(["two red"] * size, None) for size in (1, 8)]  # with the kernel, and with more tokens than it is for
+    widest_layers(model, traced, processor, cases)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 def test_compiled_models_do_not_share_graphs_and_new_weights_are_noticed(tmp_path, monkeypatch):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import itertools
 import json
 import math
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +15,7 @@ import sys
 import pytest
 import torch
 from checkpoints import reference, write
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, ends_with_this_process
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -123,12 +121,6 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_table(quick, quick_model, tm
     assert "damaged" in capsys.readouterr().err
     assert (tmp_path / "table.md").read_bytes() == (quick / "table.md").read_bytes()
     assert sorted((tmp_path / "results-0.jsonl").read_text().splitlines()) == sorted(line.strip() for line in lines)
-
-
-def ends_with_this_process():
-    """Linux ends a process that has called this when the one that started it ends, so that none waits for another."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def test_two_processes_make_the_table_of_one(quick, quick_model, tmp_path):

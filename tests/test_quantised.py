@@ -1,18 +1,43 @@
-"""A cache in few bits: codes are what they say, bytes are counted, and it goes with any method, turn and batch."""
+"""Few bits: codes are what they say, bytes are counted, and cache and weights go with any method, turn and batch."""
 
 from __future__ import annotations
 
+import copy
+import shutil
+from unittest import mock
+
 import pytest
 import torch
+import torch.nn.functional as F
+from checkpoints import write
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from train.scenes import short_question
 
+from bench.parity import random_model
 from bench.quality import scenes
+from minillava import fast, quantised
 from minillava.checks import LlavaError
 from minillava.compressors import METHODS
 from minillava.config import TextConfig
-from minillava.quantised import BITS, GROUP, Packed, QuantisedKVCache, dequantise, pack_bits, quantise, unpack_bits
+from minillava.fast import FastInt8Linear, optimize
+from minillava.quantised import (
+    BITS,
+    GROUP,
+    Int8Linear,
+    Packed,
+    QuantisedKVCache,
+    dequantise,
+    pack_bits,
+    quantise,
+    quantise_rows,
+    to_int8,
+    unpack_bits,
+)
 from prefixkv import PrefixKV
+from train.evaluate import answers, held_out
+from weights import load, load_model, main, memory_needed
 
 seeds = st.integers(0, 2**32)
 bits_ = st.sampled_from(BITS)
@@ -142,3 +167,221 @@ def test_other_numbers_of_bits_are_refused(small, bits):
 def test_heads_that_do_not_fall_into_groups_are_refused(size):
     with pytest.raises(LlavaError, match=f"Heads of {size} numbers"):
         QuantisedKVCache(TextConfig(head_dim=size), 8)
+
+
+# ---------------------------------------------------------------- weights
+
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@given(seeds, st.integers(1, 9), st.integers(1, 40), dtypes, st.integers(1, 99))
+def test_a_weight_is_off_by_half_a_scale_at_most_and_zeros_stay_zeros(seed, out, width, dtype, part):
+    weight = noise(seed, out, width).to(dtype)
+    weight[seed % out] = weight[seed % out] * (0, 1e-30, 1e-45)[seed % 3]
+    with mock.patch.object(quantised, "PART", part):
+        codes, scale = quantise_rows(weight)
+    assert codes.dtype == torch.int8 and scale.dtype == torch.bfloat16 and (scale > 0).all()
+    off = (weight.double() - scale.double()[:, None] * codes).abs() / scale.double()[:, None]
+    assert off.max() <= 0.5 + 2**-16  # float32 rounds a quotient of up to 127.5 by 2^-18
+    assert (codes[weight == 0] == 0).all() and codes.abs().max() <= 127
+    assert (codes.abs().amax(1) >= 126)[weight.float().abs().amax(1) > 1e-30].all()  # no step is wasted
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@given(seeds, st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.sampled_from([7, 32, 40, 64]), dtypes,
+       st.booleans())  # fmt: skip
+def test_a_product_is_that_of_the_widened_weight(kernel, seed, batch, tokens, out, width, dtype, biased):
+    torch.manual_seed(seed)
+    layer = Int8Linear(torch.nn.Linear(width, out, bias=biased)).to(dtype).eval()
+    x = torch.randn(batch, 2 * tokens, width).to(dtype)[:, ::2]  # not contiguous
+    exact = F.linear(
+        x.double(), layer.weight * layer.scale.double()[:, None], None if layer.bias is None else layer.bias.double()
+    )
+    with torch.no_grad(), mock.patch.object(fast, "PART", 99):
+        plain = layer(x)
+        layer.__class__ = FastInt8Linear
+        with mock.patch.object(fast, "INT8_KERNEL", fast.INT8_KERNEL if kernel else None):
+            quick = layer(x)
+    # In units of the dtype: the sum is rounded by a half, and in the kernel once more when the bias is added. The plain
+    # layer rounds each weight by a half. Float32 sums 64 products.
+    unit, products = (
+        torch.finfo(dtype).eps / 2,
+        F.linear(x.double().abs(), layer.weight.abs() * layer.scale.double()[:, None]),
+    )
+    sums = 64 * 2**-24 * products
+    bias = 0 if layer.bias is None else layer.bias.double().abs()
+    assert ((plain.double() - exact).abs() <= unit * (products + exact.abs()) * 1.01 + sums).all()
+    assert ((quick.double() - exact).abs() <= unit * (2 * exact.abs() + bias) * 1.01 + sums).all()
+
+
+def widened(model):
+    """The int8 model with layers of the same weights in bfloat16."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Int8Linear):
+                layer = torch.nn.Linear(*child.weight.shape[::-1], bias=False, dtype=torch.bfloat16)
+                layer.weight.data, layer.bias = (child.weight * child.scale.float()[:, None]).bfloat16(), child.bias
+                setattr(parent, name, layer)
+    return model
+
+
+@pytest.fixture(scope="module")
+def int8_models(small):
+    """The small model in 8 bits, plain and fast."""
+    plain = to_int8(load_model(small[0]))
+    return plain, optimize(copy.deepcopy(plain))
+
+
+def two_pictures(processor):
+    """A batch of two lengths."""
+    return processor(["a cat <image>", "<image> describe it in detail"], [s.image() for s in scenes(2, seed=3)])
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_a_model_in_8_bits_writes_what_its_widened_weights_write(small, int8_models, method):
+    """In 16 bits the plain one, and in float32 the fast one: an answer, and a second turn on the same cache."""
+    plain, quick = int8_models
+    inputs, turn = two_pictures(small[-1]), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    for pair in ((plain, widened(plain)), (copy.deepcopy(plain).float(), copy.deepcopy(quick).float())):
+        made = []
+        for model in pair:
+            cache = model.new_cache(20, method and METHODS[method](0.5))
+            first = list(model.decode(model.read(**inputs, cache=cache), cache, eos_token_id=()))
+            cache.reserve(10)
+            second = list(model.decode(model.read(turn, cache), cache, eos_token_id=()))
+            made.append(torch.stack(first + second))
+        assert torch.equal(*made)
+
+
+def test_fast_logits_in_8_bits_are_as_near_to_those_of_float32_as_the_plain_ones(small, int8_models):
+    inputs, found = two_pictures(small[-1]), []
+    for model in (copy.deepcopy(int8_models[0]).float(), *int8_models):
+        cache = model.new_cache(8)
+        blocks = [model.read(**inputs, cache=cache), *(model.read(torch.tensor([[t], [9]]), cache) for t in range(8))]
+        found.append(torch.stack(blocks).float())
+    plain, quick = ((logits - found[0]).pow(2).mean().sqrt() for logits in found[1:])
+    assert 0 < quick <= 1.1 * plain  # they round at other places
+
+
+def test_the_embedded_model_in_8_bits_answers_as_in_float32(tiny):
+    model, processor = tiny
+    asked = [(scene, short_question(rng, scene).text) for rng, scene in (held_out("question", i) for i in range(20))]
+    expected, found = (answers(m, processor, asked, 16) for m in (model, optimize(to_int8(copy.deepcopy(model)))))
+    assert sum(one == other for one, other in zip(found, expected)) >= 19
+
+
+@pytest.mark.parametrize("change", ["half", "float", "double", "bfloat16"])
+def test_another_dtype_afterwards_leaves_weights_and_scales_as_they_are(int8_models, change):
+    layer = Int8Linear(torch.nn.Linear(64, 5)).eval()
+    layer.scale.data *= 1e-4  # where float16 rounds by more
+    before, x = copy.deepcopy(layer), torch.randn(3, 64)
+    getattr(layer, change)()
+    for name in ("weight", "scale"):
+        assert getattr(layer, name).dtype == getattr(before, name).dtype
+        assert torch.equal(getattr(layer, name), getattr(before, name))
+    assert layer.bias.dtype == getattr(before.bias, change)().dtype
+    with torch.no_grad():
+        for kind in (Int8Linear, FastInt8Linear):
+            layer.__class__ = kind
+            found = layer(x.to(layer.bias.dtype))
+            assert found.dtype == layer.bias.dtype
+            torch.testing.assert_close(found.double(), before.double()(x.double()), atol=0.02, rtol=0.02)
+
+
+def test_training_in_8_bits_is_refused_and_reading_is_not(int8_models):
+    ids = torch.arange(5)[None]
+    for model in map(copy.deepcopy, int8_models):
+        assert not model(ids).requires_grad
+        for change in (model.train, lambda model=model: model.eval().language_model.embed_tokens.requires_grad_()):
+            change()
+            with pytest.raises(LlavaError, match="8 bits cannot be trained"):
+                model(ids)
+            model.generate(ids, max_new_tokens=2)
+
+
+# ---------------------------------------------------------------- checkpoints in 8 bits
+
+
+def equal(one, other) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and x.dtype == y.dtype and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+@pytest.mark.parametrize("kind, tied, dtype", [
+    ("CLIP, Llama", False, torch.float32), ("CLIP, Llama", True, torch.float16),
+    ("SigLIP, Qwen2", True, torch.bfloat16),
+])  # fmt: skip
+def test_a_converted_checkpoint_is_the_freshly_rounded_one_to_the_bit(tmp_path, kind, tied, dtype, capsys):
+    """It is 8 bits without being asked for, takes what is said, and is read by `inspect` and `convert`, too."""
+    folder, out = write(random_model(kind, 2, tied=tied).to(dtype), tmp_path / "16", "disk5"), tmp_path / "8"
+    assert main(["convert", str(folder), str(out), "--dtype", "int8"]) == 0
+    fresh, converted = load_model(folder, dtype="int8"), load_model(out)
+    assert equal(fresh, converted) and equal(fresh, to_int8(load_model(folder, dtype=None)))
+    assert equal(converted, load_model(out, dtype=None)) and equal(converted, load_model(out, dtype=torch.int8))
+    matrices = {name for name, parameter in converted.named_parameters() if parameter.dtype == torch.int8}
+    assert matrices == {name.replace(".scale", ".weight") for name in converted.state_dict() if "scale" in name}
+    assert len(matrices) == 4 * 7 + 1 and not any("vision" in name for name in matrices)
+    assert converted.language_model.embed_tokens.weight.dtype == torch.bfloat16
+    size = sum(parameter.nbytes for parameter in converted.parameters())
+    assert memory_needed(folder, "int8") == (size, dtype) and memory_needed(out, None) == (size, torch.int8)
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "are in 8 bits, with a scale for each row" in shown and f"{size:,} bytes" in shown
+    assert main(["convert", str(out), str(tmp_path / "again")]) == 0
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def folder8(small, tmp_path_factory):
+    """The small checkpoint in 8 bits."""
+    out = tmp_path_factory.mktemp("8") / "out"
+    assert main(["convert", str(small[0]), str(out), "--dtype", "int8"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "float16"])
+def test_a_checkpoint_in_8_bits_is_loaded_in_no_other_dtype(folder8, dtype):
+    with pytest.raises(LlavaError, match=r"has weights in 8 bits, and torch.\w+ was asked for"):
+        load(folder8, dtype=dtype)
+
+
+SCALE = "language_model.model.layers.1.mlp.up_proj.scale"
+
+
+def put(value):
+    return lambda state: state[SCALE].__setitem__(3, value)
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (lambda state: state.pop(SCALE), f"missing {SCALE}"),
+    (lambda state: state.update({SCALE: state[SCALE][:-1].clone()}), f"{SCALE} has shape"),
+    (lambda state: state.update({SCALE: state[SCALE].float()}), f"{SCALE} is torch.float32, .* dense torch.bfloat16"),
+    (lambda state: state.update({SCALE[:-5] + "weight": state[SCALE[:-5] + "weight"].half()}), "dense torch.int8"),
+    *((put(value), f"{SCALE} is not finite and above 0") for value in (0, -1e-3, float("nan"), float("inf"))),
+])  # fmt: skip
+def test_wrong_scales_are_refused(folder8, tmp_path, change, sentence):
+    folder = shutil.copytree(folder8, tmp_path / "copy")
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(LlavaError, match=sentence):
+        load(folder)
+
+
+def test_a_scale_may_be_0_where_the_row_is(folder8, small, tmp_path):
+    folder = shutil.copytree(folder8, tmp_path / "copy")
+    state = load_file(folder / "model.safetensors")
+    state[SCALE][3] = state[SCALE[:-5] + "weight"][3] = 0
+    save_file(state, folder / "model.safetensors")
+    for model in (load_model(folder), load_model(folder, fast=True)):
+        model.generate(**small[-1](["a cat"]), max_new_tokens=2)  # raises if a logit is not finite
+
+
+def test_weights_that_are_not_finite_are_not_rounded(small, tmp_path, capsys):
+    folder = shutil.copytree(small[0], tmp_path / "copy")
+    state = load_file(folder / "model.safetensors")
+    next(tensor for name, tensor in state.items() if name.endswith("up_proj.weight"))[2, 5] = float("nan")
+    save_file(state, folder / "model.safetensors")
+    assert main(["convert", str(folder), str(tmp_path / "8"), "--dtype", "int8"]) == 2
+    assert "up_proj.scale is not finite" in capsys.readouterr().err and not (tmp_path / "8").exists()

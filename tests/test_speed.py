@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import half, scoring, speed
+from bench import half, speed
 from bench.speed import PRESETS, Result, main, median, table
 
 
@@ -114,17 +115,29 @@ def test_the_difference_is_in_standard_deviations():
 
 
 def test_scoring_divides_by_the_full_cache_of_the_same_round(capsys):
-    text = scoring.table(
-        {"full": [1.0, 2.0, 4.0, 8.0], "cover": [1.5, 2.0, 4.0, 80.0], "prefixkv": [2.0, 4.0, 8.0, 16.0]}
-    )
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
-    assert rows == [
+    seconds = {"full": [1.0, 2.0, 4.0, 8.0], "cover": [1.5, 2.0, 4.0, 80.0], "prefixkv": [2.0, 4.0, 8.0, 16.0]}
+    lines = speed.scoring_table(seconds, PRESETS["tiny"]).splitlines()
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:]] == [
         ["full", "3.0000", "1.000 (1.00–1.00)"], ["cover", "3.0000", "1.250 (1.00–10.00)"],
         ["prefixkv", "6.0000", "2.000 (2.00–2.00)"],
     ]  # fmt: skip
-    assert scoring.main(["--rounds", "1", "--methods", "cover"]) == 0
+    assert main(["--preset", "tiny", "--rounds", "1", "--scoring", "cover"]) == 0
     out = capsys.readouterr().out
     assert "592 prompt tokens" in out and [line.split("|")[1] for line in out.splitlines()[4:]] == [" full ", " cover "]
-    assert scoring.main(["--budget", "2"]) == 2
-    assert scoring.main(["--rounds", "0"]) == scoring.main(["--batch", "0"]) == 2
-    assert "above 0 and at most 1" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_written_once_and_its_loading_measured(tmp_path, monkeypatch, capsys):
+    shapes = speed.llava(64, 96, 2, 4, 320, speed.VisionConfig(48, 80, 3, 4, image_size=28, patch_size=7))
+    monkeypatch.setitem(PRESETS, "small", speed.Preset(shapes, 2, 40, 2, dtype="bfloat16"))
+    ask, path = ["--preset", "small", "--loading", str(tmp_path / "new")], tmp_path / "new/config.json"
+    assert main(ask) == 0
+    written, out = path.stat().st_mtime_ns, capsys.readouterr().out
+    parameters, size = (int(text.replace(",", "")) for text in re.findall(r"[\d,]*\d", out)[:2])
+    assert parameters == sum(p.numel() for p in speed.empty_model(shapes).parameters()) and size > 2 * parameters
+    assert main(ask) == 0 and path.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--batch"])
+def test_nothing_is_measured_no_times(option, capsys):
+    assert main(["--preset", "tiny", option, "0"]) == 2
+    assert "expected 1 or more" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, ends_with_this_process
 
 NOTEBOOK = json.loads((ROOT / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
 CODE = ["".join(cell["source"]) for cell in NOTEBOOK if cell["cell_type"] == "code"]
@@ -70,5 +70,6 @@ def test_the_notebook_prints_what_it_shows_and_a_wrong_formula_makes_its_cell_fa
 def test_without_numpy_a_command_runs_to_its_end_and_nothing_is_said_about_it(tmp_path, command):
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('No module named numpy')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=environment, cwd=ROOT,
+                          preexec_fn=ends_with_this_process)  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
