@@ -462,18 +462,18 @@ class AttentionMatching(Weighted):
         weights [H, W, N] are the reference queries' attention to the whole prompt, so a query's mass is 1.
         """
         asked = weights[0].sum(-1) > 0  # [W]: not padding
-        weights = weights[:, asked].double()  # [H, W', N]
-        kept = weights[..., keep]  # [H, W', F]
-        flat = kept.flatten(0, 1)  # [H * W', F]
+        weights = weights[:, asked].double()  # [H, A, N]: A queries are asked
+        kept = weights[..., keep]  # [H, A, F]
+        flat = kept.flatten(0, 1)  # [H * A, F]
         square, mass = flat.mT @ flat, flat.sum(0)  # [F, F], [F]
         times = torch.ones_like(mass)  # [F]: how often a key counts
         for _ in range(self.ROUNDS):  # multiplicative updates (Lee and Seung): they keep the sign
             times = times * mass / (square @ times).clamp(min=1e-12)
         times = times.clamp(min=1e-6)
         self.log_weights[layer, row, :-1][keep] = times.log().float()
-        output = weights.unflatten(0, (len(value), -1)) @ value[:, None].double()  # [Hkv, G, W', Dh]
-        share = (kept * times) / (kept * times).sum(-1, keepdim=True).clamp(min=1e-12)  # [H, W', F]
-        share = share.unflatten(0, (len(value), -1)).flatten(1, 2)  # [Hkv, G * W', F]
+        output = weights.unflatten(0, (len(value), -1)) @ value[:, None].double()  # [Hkv, G, A, Dh]
+        share = (kept * times) / (kept * times).sum(-1, keepdim=True).clamp(min=1e-12)  # [H, A, F]
+        share = share.unflatten(0, (len(value), -1)).flatten(1, 2)  # [Hkv, G * A, F]
         # Ridge: values that the queries hardly see stay what they were.
         old, ridge = value[:, keep].double(), self.RIDGE * torch.eye(len(mass), dtype=torch.double, device=keep.device)
         change = torch.linalg.solve(share.mT @ share + ridge, share.mT @ (output.flatten(1, 2) - share @ old))

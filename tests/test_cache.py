@@ -10,10 +10,10 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from PIL import Image
 
 from minillava.config import TextConfig
 from minillava.fast import FastKVCache
@@ -154,7 +154,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestTheCacheInPlaceIsOneThatCutsAndConcatenates = CacheMachine.TestCase
-TestTheCacheInPlaceIsOneThatCutsAndConcatenates.settings = settings(max_examples=60, stateful_step_count=12)
+TestTheCacheInPlaceIsOneThatCutsAndConcatenates.settings = settings(max_examples=40, stateful_step_count=12)
 
 
 @pytest.fixture(scope="module", params=["plain", "fast"])
@@ -163,6 +163,7 @@ def model(request, small):
     return small[2] if request.param == "fast" else load_model(small[0])
 
 
+@settings(max_examples=12)
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 20), min_size=1, max_size=3),
        st.lists(st.sampled_from([1, 1, 2, 3, 5, 9, 16]), max_size=8))  # fmt: skip
 def test_a_text_in_blocks_has_the_logits_of_one_prompt(model, seed, lengths, sizes):
@@ -203,23 +204,9 @@ def test_room_reserved_before_any_block_is_as_room_from_the_start(model, small, 
     assert answer(6, when) == answer(6 + more, None)
 
 
-@pytest.mark.parametrize("budget", [0.1, 0.2, 0.5, 0.9])
-def test_the_held_bytes_follow_the_budget(small, budget):
-    _, _, model, processor = small
-    inputs = processor("USER: a word or two, and then some more of them ASSISTANT:")
-    result = model.generate(**inputs, max_new_tokens=40, eos_token_id=(), compressor=PrefixKV(budget))
-    layers, length = result.kept.shape[1], inputs["input_ids"].shape[1]
-    assert int(result.kept.sum()) == round(budget * layers * length)
-    token = 2 * model.config.text.kv_heads * model.config.text.head_size * 4
-    expected = sum(-(-(length + 39) * kept // length) for kept in result.kept[0].tolist()) * token
-    assert abs(result.cache_bytes - expected) <= layers * token  # the last bit of a ratio decides about one token
-
-
 @pytest.mark.parametrize("images", [0, 1])
 def test_a_full_budget_is_bit_for_bit_no_compressor(small, images):
     _, _, model, processor = small
-    from PIL import Image
-
     pictures = [Image.effect_noise((40, 40), 90).convert("RGB")] * images
     inputs = processor(["<image>\n" * images + "describe it in detail", "yes no"], pictures)
     cache, compressed = model.new_cache(25), model.new_cache(25, PrefixKV(1.0))
@@ -234,73 +221,17 @@ def test_a_full_budget_is_bit_for_bit_no_compressor(small, images):
     assert cache.held_bytes == compressed.held_bytes
 
 
-@pytest.mark.parametrize(
-    "compressor", [None, PrefixKV(0.4), PrefixKV(0.3, decode="keep"), PrefixKV(plan=Plan(0.5, [0.5] * 4))]
-)
-def test_a_sample_gets_the_same_kept_tokens_and_text_alone_and_in_a_batch(small, compressor, new_tokens):
-    _, _, model, processor = small
-    texts = [
-        "a cat.",
-        "USER: What is in the image? ASSISTANT:",
-        "two red",
-        "describe it in detail yes no",
-        "three blue cat",
-    ]
-    together = model.generate(**processor(texts), max_new_tokens=new_tokens, eos_token_id=(), compressor=compressor)
-    for index, text in enumerate(texts):
-        alone = model.generate(**processor(text), max_new_tokens=new_tokens, eos_token_id=(), compressor=compressor)
-        assert torch.equal(alone.kept[0], together.kept[index])
-        assert torch.equal(alone.token_ids[0], together.token_ids[index])
-
-
-def test_five_different_prompts_alone_and_in_a_batch_on_the_embedded_checkpoint(tiny):
-    """The same kept tokens, and the same 64 greedy tokens; three of the prompts show an image."""
-    from PIL import Image
-
-    model, processor = tiny
-    pictures = [Image.open(path) for path in sorted((TINY / "examples").glob("*.png"))]
-    ask = [
-        ("Describe the image in detail.", pictures[0]),
-        ("How many objects are there?", pictures[1]),
-        ("Is there a red circle?", None),
-        ("What do you see in this image? Describe everything.", pictures[2]),
-        ("Count.", None),
-    ]
-    prompts = [processor.chat([(question, None)], int(picture is not None)) for question, picture in ask]
-    options = {"max_new_tokens": 64, "eos_token_id": (), "compressor": PrefixKV(0.3)}
-    batch = processor(prompts, [picture for _, picture in ask if picture is not None])
-    together = model.generate(**batch, **options)
-    assert together.token_ids.shape == (5, 64)
-    cache = model.new_cache(64, options["compressor"])
-    model.read(**batch, cache=cache)
-    for index, (prompt, (_, picture)) in enumerate(zip(prompts, ask)):
-        inputs = processor(prompt, [] if picture is None else [picture])
-        alone = model.generate(**inputs, **options)
-        assert torch.equal(alone.kept[0], together.kept[index])
-        assert torch.equal(alone.token_ids[0], together.token_ids[index])
-        own = model.new_cache(64, options["compressor"])
-        model.read(**inputs, cache=own)
-        for layer, count in enumerate(alone.kept[0].tolist()):
-            assert torch.equal(cache.position[layer, index, :count], own.position[layer, 0, :count])
-
-
 @pytest.mark.parametrize("planned", [True, False])
 def test_with_a_plan_the_whole_prompt_is_held_for_one_layer_at_a_time(small, monkeypatch, planned):
     """Allocation accounting: bytes of keys and values alive while the prompt is read, at their peak."""
     _, _, model, processor = small
-    alive = peak = 0
+    sizes, peaks = {}, []
 
     def count(*tensors):
-        nonlocal alive, peak
         for tensor in tensors:
-            size = tensor.numel() * tensor.element_size()
-            alive += size
-            weakref.finalize(tensor, release, size)
-        peak = max(peak, alive)
-
-    def release(size):
-        nonlocal alive
-        alive -= size
+            sizes[id(tensor)] = tensor.nbytes
+            weakref.finalize(tensor, sizes.pop, id(tensor))
+        peaks.append(sum(sizes.values()))
 
     project, store = Attention.project, KVCache.store
 
@@ -316,14 +247,14 @@ def test_with_a_plan_the_whole_prompt_is_held_for_one_layer_at_a_time(small, mon
     monkeypatch.setattr(Attention, "project", counted_project)
     monkeypatch.setattr(KVCache, "store", counted_store)
     inputs = processor("USER: " + "a word or two and then some more of them " * 5 + "ASSISTANT:")
-    layers, length = len(model.language_model.layers), inputs["input_ids"].shape[1]
-    full = layers * length * 2 * model.config.text.kv_heads * model.config.text.head_size * 4
+    text, length = model.config.text, inputs["input_ids"].shape[1]
+    layers, full = text.num_hidden_layers, text.num_hidden_layers * length * 2 * text.kv_heads * text.head_size * 4
     compressor = PrefixKV(plan=Plan(0.2, [0.1, 0.3] * (layers // 2))) if planned else PrefixKV(0.2)
     model.read(**inputs, cache=model.new_cache(1, compressor))
     if planned:
-        assert peak <= (1 / layers + 0.2 + 0.05) * full
+        assert max(peaks) <= (1 / layers + 0.2 + 0.05) * full
     else:
-        assert full <= peak <= (1 + 1 / layers) * full  # every layer waits for the search
+        assert full <= max(peaks) <= (1 + 1 / layers) * full  # every layer waits for the search
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,7 +34,7 @@ from minillava.compressors import (
     question_weights,
 )
 from minillava.config import TextConfig
-from minillava.model import Compressor, KeepAll, KVCache
+from minillava.model import KeepAll, KVCache
 from prefixkv import Plan, PrefixKV, importance, retain
 
 methods = pytest.mark.parametrize("method", [name for name in METHODS if name != "prefixkv"])  # it has its own tests
@@ -90,32 +93,36 @@ def converse(model, inputs, turn, compressor=None, count=8):
     return torch.stack(answer, dim=1), cache
 
 
+def weights_of(query, key):
+    """The definition of attention for one prompt without padding, in float64: [H, N, N]."""
+    heads, length, size = query.shape[1:]
+    key = key[0].repeat_interleave(heads // key.shape[1], 0).double()
+    scores = query[0].double() @ key.mT / size**0.5
+    return scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
+
+
 @methods
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(seeds, st.integers(1, 5), st.lists(st.integers(1, 90), min_size=1, max_size=3), budgets)
 def test_the_total_kept_is_prefixkvs_budget_exactly(method, seed, layers, lengths, budget):
+    """The first tokens and the last are among them."""
     compressor = METHODS[method](budget)
     counts, kept = choose(compressor, *attention(seed, layers, lengths))
     assert torch.equal(kept.sum(-1), counts)
-    for length, total in zip(lengths, counts.sum(0).tolist()):
-        assert total == max(round(budget * layers * length), layers * min(length, compressor.num_sinks + 1))
+    for row, length in enumerate(lengths):
+        protected = min(length, compressor.num_sinks + 1)
+        assert int(counts[:, row].sum()) == max(round(budget * layers * length), layers * protected)
+        assert kept[:, row, -length:][:, : protected - 1].all() and kept[:, row, -1].all()
 
 
 @methods
-@settings(max_examples=40)
-@given(seeds, st.integers(1, 3), st.integers(1, 90), budgets)
-def test_the_first_tokens_and_the_last_survive(method, seed, layers, length, budget):
-    compressor = METHODS[method](budget)
-    _, kept = choose(compressor, *attention(seed, layers, [length]))
-    assert kept[..., : compressor.num_sinks].all() and kept[..., -1].all()
-
-
-@methods
-@settings(max_examples=25)
-@given(seeds, st.integers(1, 3), st.lists(st.integers(1, 80), min_size=2, max_size=3), budgets)
-def test_the_choice_is_the_same_again_and_alone_and_in_a_batch(method, seed, layers, lengths, budget):
+@settings(max_examples=20)
+@given(seeds, st.integers(1, 6), st.lists(st.integers(1, 80), min_size=2, max_size=3), budgets, st.booleans())
+def test_the_choice_is_the_same_again_and_alone_and_in_a_batch(method, seed, layers, lengths, budget, whole):
+    """Of prompts with an image and without; or `whole` ones, which are an image. All layers look at these equally, so
+    rounding must not decide which gets one more token; which tokens are kept of equal ones, it may."""
     query, key, present = attention(seed, layers, lengths)
-    image = picture(present) & (present.sum(-1, keepdim=True) % 2 == 1)  # some prompts have none
+    image = present if whole else picture(present) & (present.sum(-1, keepdim=True) % 2 == 1)
     counts, kept = choose(METHODS[method](budget), query, key, present, image)
     again = choose(METHODS[method](budget), query, key, present, image)
     assert torch.equal(counts, again[0]) and torch.equal(kept, again[1])
@@ -123,7 +130,7 @@ def test_the_choice_is_the_same_again_and_alone_and_in_a_batch(method, seed, lay
         alone = choose(METHODS[method](budget), *(t[:, b : b + 1, :, -length:] for t in (query, key)),
                        torch.ones(1, length, dtype=torch.bool), image[b : b + 1, -length:])  # fmt: skip
         assert torch.equal(counts[:, b], alone[0][:, 0])
-        assert torch.equal(kept[:, b, -length:], alone[1][:, 0])
+        assert whole or torch.equal(kept[:, b, -length:], alone[1][:, 0])
 
 
 @given(st.integers(1, 9), st.integers(0, 5), st.integers(0, 60), st.data())
@@ -152,15 +159,15 @@ def test_local_keeps_sinks_and_the_newest():
     assert kept[0, 0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 16, 17, 18, 19]
 
 
-@given(seeds, st.integers(20, 60))
-def test_h2o_keeps_half_for_the_newest_and_half_for_heavy_hitters(seed, length):
+@given(seeds, st.integers(3, 60), st.integers(0, 40))
+def test_h2o_keeps_the_first_tokens_half_for_the_newest_and_half_for_heavy_hitters(seed, length, num_sinks):
     query, key, present = attention(seed, 1, [length])
-    counts, kept = choose(H2O(0.4), query, key, present)
-    half = int(counts[0, 0]) // 2
-    assert kept[0, 0, -half:].all()
+    counts, kept = choose(H2O(0.4, num_sinks), query, key, present)
+    newest = max(1, min(int(counts) // 2, int(counts) - num_sinks))
+    first, last = set(range(min(num_sinks, length))), set(range(length - newest, length))
     scores = importance(query[0], key[0], present)[0]
-    others = sorted(range(1, length - half), key=lambda j: (-float(scores[j]), j))
-    assert set(kept[0, 0, : length - half].nonzero()[:, 0].tolist()) == {0, *others[: int(counts[0, 0]) - half - 1]}
+    others = sorted({*range(length)} - first - last, key=lambda j: (-float(scores[j]), j))
+    assert {*kept[0, 0].nonzero()[:, 0].tolist()} == first | last | {*others[: int(counts) - len(first | last)]}
 
 
 @given(seeds, st.integers(8, 60))
@@ -168,9 +175,7 @@ def test_snapkv_scores_are_the_pooled_attention_of_the_window(seed, length):
     query, key, present = attention(seed, 1, [length])
     compressor = SnapKV(0.5, window=5)
     window = min(5, max(1, int(0.5 * length) // 2))
-    scores = query[0, 0].double() @ key[0, 0].repeat_interleave(2, 0).double().transpose(-1, -2) / 6**0.5
-    weights = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
-    received = weights[:, -window:].mean(0).sum(0)
+    received = weights_of(query[0], key[0])[:, -window:].mean(0).sum(0)
     before = received.clone()
     before[-window:] = 0  # SnapKV pools what stands before its window
     pooled = [before[max(0, j - 3) : j + 4].max() for j in range(length - window)]
@@ -188,7 +193,7 @@ def test_pyramidkv_falls_in_equal_steps():
     assert int(counts[-1, 0]) in (31, 32)  # the window, half of 60, and a twentieth of the other half
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(seeds, st.integers(2, 40), budgets)
 def test_elastic_merges_every_dropped_token_into_the_nearest_anchor(seed, length, budget):
     query, key, present = attention(seed, 1, [length, length])
@@ -208,14 +213,6 @@ def test_elastic_merges_every_dropped_token_into_the_nearest_anchor(seed, length
                 expected = source[b][:, buckets.get(j, [j])].mean(1)
                 # a mean of up to 40 numbers of size 1 to 10, in float32 in another order
                 torch.testing.assert_close(merged[b][:, j], expected, rtol=1e-5, atol=1e-5)
-
-
-def weights_of(query, key):
-    """The definition of attention for one prompt without padding, in float64: [H, N, N]."""
-    heads, length, size = query.shape[1:]
-    key = key[0].repeat_interleave(heads // key.shape[1], 0).double()
-    scores = query[0].double() @ key.mT / size**0.5
-    return scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
 
 
 @given(st.lists(st.lists(st.sampled_from("wi"), min_size=1, max_size=50), min_size=1, max_size=3))
@@ -261,13 +258,6 @@ def test_attention_of_the_last_queries_is_finite_where_products_are_too_large_fo
     expected = torch.ones(3, 9).tril(6) / torch.tensor([[7.0], [8.0], [9.0]])
     found = last_weights(query, key, torch.ones(1, 9, dtype=torch.bool), 3)[0]
     torch.testing.assert_close(found, expected.expand(4, 3, 9))
-
-
-@given(seeds, st.integers(3, 40), st.integers(0, 40))
-def test_h2o_keeps_the_first_tokens_and_the_newest(seed, length, num_sinks):
-    counts, kept = choose(H2O(0.5, num_sinks), *attention(seed, 1, [length]))
-    newest = min(int(counts) // 2, int(counts) - num_sinks)
-    assert kept[0, 0, :num_sinks].all() and kept[0, 0, length - max(1, newest) :].all()
 
 
 class Largest(TorchDispatchMode):
@@ -363,62 +353,34 @@ def test_attention_matching_solves_both_least_squares(seed, length, budget):
 
 
 @given(seeds, st.lists(st.integers(12, 90), min_size=1, max_size=3), st.floats(0.1, 0.9))
-def test_covers_evenly_spaced_tokens_stand_for_all_that_is_dropped(seed, lengths, budget):
+def test_cover_keeps_words_what_they_attend_to_and_spaced_tokens_that_stand_for_all_others(seed, lengths, budget):
     query, key, present = attention(seed, 2, lengths)
     compressor = Cover(budget)
     _, kept = choose(compressor, query, key, present)
-    for layer in range(2):
-        for row, length in enumerate(lengths):
-            position = torch.arange(-1, length + 3).expand(len(lengths), -1)  # a free slot, the prompt, three new ones
-            weight = compressor.bias(layer, position)[row, 1:].exp()
-            held = kept[layer, row][present[row]]
-            assert (weight[length:] == 1).all() and (weight[:length][~held] == 1).all()
-            words = (~picture(present)[row][present[row]]).nonzero()[:, 0]
-            most = max(1, int(held.sum()) // 2)
-            assert (weight[words[-min(len(words), most) :]] == 1).all()
-            room = int(held.sum()) - len({0, length - 1, *words.tolist()[-most:]})
-            if round(Cover.LOOKED_AT * room) < room:  # there are spaced tokens
-                # float32's logarithm of up to 90, and up to 90 such weights in the sum
-                assert float(weight[:length][held].sum()) == pytest.approx(length, rel=1e-5)
-                assert len(weight[:length][held].unique()) <= 2  # all spaced tokens weigh the same
-
-
-@given(seeds, st.integers(20, 90), st.floats(0.1, 0.9))
-def test_cover_keeps_words_a_little_attention_and_sees_all_of_the_picture(seed, length, budget):
-    query, key, present = attention(seed, 8, [length])
-    counts, kept = choose(Cover(budget), query, key, present)
-    image = picture(present)[0]
-    words = (~image).nonzero()[:, 0]
-    for layer in range(8):
-        count = int(counts[layer, 0])
-        assert kept[layer, 0, words[-min(len(words), count // 2) :]].all()
-        rows = weights_of(query[layer], key[layer])[:, int(image.nonzero()[-1]) + 1 :].square().mean(0).sum(0)
-        others = [j for j in range(1, length) if j not in words[-min(len(words), count // 2) :]]
-        room = count - (length - len(others))
-        best = sorted(others, key=lambda j: -float(rows[j]))[: round(Cover.LOOKED_AT * room)]
-        assert kept[layer, 0, best].all()
-
-    class Even(Cover):
-        LOOKED_AT = 0.0
-
-    counts, kept = choose(Even(budget), query, key, present)
-    room = int(counts.min()) - len(words)
-    missed = 0 if counts.min() == counts.max() else 0.1 * int(image.sum())  # unequal layers have unequal spacings
-    words_fit = int(counts.min()) // 2 >= len(words)
-    if words_fit and int(image.sum()) <= 8 * room:  # eight layers' arcs fill the circle
-        assert int((~kept.any(0)[0]).sum()) <= missed
+    for layer, (row, length) in itertools.product(range(2), enumerate(lengths)):
+        position = torch.arange(-1, length + 3).expand(len(lengths), -1)  # a free slot, the prompt, three new ones
+        weight = compressor.bias(layer, position)[row, 1:].exp()
+        held, image = (mask[-length:] for mask in (kept[layer, row], picture(present)[row]))
+        assert (weight[length:] == 1).all() and (weight[:length][~held] == 1).all()
+        words = (~image).nonzero()[:, 0].tolist()[-max(1, int(held.sum()) // 2) :]
+        looks = weights_of(*(tensor[layer, row : row + 1, :, -length:] for tensor in (query, key)))
+        looks = looks[:, int(image.nonzero()[-1]) + 1 :].square().mean(0).sum(0).tolist()
+        others = sorted({*range(length)} - {0, length - 1, *words}, key=lambda j: -looks[j])
+        room = int(held.sum()) - (length - len(others))
+        best = others[: round(Cover.LOOKED_AT * room)]
+        assert held[words + best].all() and (weight[words + best] == 1).all()
+        if len(best) < room:  # there are spaced tokens
+            # float32's logarithm of up to 90, and up to 90 such weights in the sum
+            assert float(weight[:length][held].sum()) == pytest.approx(length, rel=1e-5)
+            assert len(weight[:length][held].unique()) <= 2  # all spaced tokens weigh the same
 
 
 def test_covers_spacing_is_spread_in_both_directions_of_the_picture():
     """Of 24 x 24 patches, about a fifth: every row, every column, every window of 4 x 4, and all by some layer."""
-
-    class Even(Cover):
-        LOOKED_AT = 0.0
-
     present = torch.ones(1, 600, dtype=torch.bool)
     image = torch.zeros_like(present)
     image[0, 8:584] = True
-    _, kept = choose(Even(0.2), *attention(0, 8, [600]), image)
+    _, kept = choose(VARIANTS["cover without attention"](0.2), *attention(0, 8, [600]), image)
     patches = kept[:, 0, 8:584].view(8, 24, 24).float()
     assert patches.sum(2).min() >= 3 and patches.sum(1).min() >= 3
     assert torch.nn.functional.max_pool2d(patches[:, None], 4, stride=1).all()
@@ -438,31 +400,26 @@ def test_cover_without_a_part_meets_the_budget(name, seed, lengths, budget):
 
 def test_each_variant_of_cover_lacks_its_part():
     query, key, present = attention(0, 3, [90])
-    image, budget = picture(present), 0.2
+    image, position, budget = picture(present), torch.arange(90)[None], 0.2
 
-    def made(name, query=query):
-        compressor = VARIANTS[name](budget)
+    def made(part, query=query, key=key):
+        compressor = VARIANTS[part](budget)
         return compressor, *choose(compressor, query, key, present)
 
     plain = Cover(budget)
-    counts, whole = choose(plain, query, key, present)
+    _, whole = choose(plain, query, key, present)
     assert whole[0, 0, ~image[0]].sum() > made("cover without words")[2][0, 0, ~image[0]].sum()
     assert torch.equal(made("cover without attention")[2], made("cover without attention", -query)[2])
     assert not torch.equal(whole, choose(Cover(budget), -query, key, present)[1])
     assert made("cover without spacing")[0].log_weights.eq(0).all() and not plain.log_weights.eq(0).all()
-    alike = (tensor[:1].expand(3, -1, -1, -1, -1) for tensor in (query, key))
-    sizes, still = choose(VARIANTS["cover without shift"](budget), *alike, present)
+    _, sizes, still = made("cover without shift", query[:1].expand_as(query), key[:1].expand_as(key))
     assert sizes[0] == sizes[1] and torch.equal(still[0], still[1]) and not torch.equal(whole[0], whole[1])
-    position = torch.arange(90)[None]
     assert made("cover without weights")[0].bias(0, position) is None and plain.bias(0, position) is not None
     weights = torch.rand(1, 4, 5, 9)
     assert torch.equal(made("cover without squares")[0].sum_of(weights), weights.mean(1).sum(1))
-    queue, kept = made("cover without looking")[0], torch.full((3, 1), 30)
-    slots = torch.randperm(40).expand(3, 1, 40)
-    assert torch.equal(queue.victim(slots, kept), PrefixKV(budget).victim(slots, kept))
-    sized = made("cover, PrefixKV's sizes")[1]
-    scores = torch.stack([plain.score(layer, q, k, k) for layer, (q, k) in enumerate(zip(query, key))])
-    assert torch.equal(sized, PrefixKV.allocate(plain, scores)) and not torch.equal(sized, counts)
+    slots, kept = torch.randperm(40).expand(3, 1, 40), torch.full((3, 1), 30)
+    queue = made("cover without looking")[0].victim(slots, kept)
+    assert torch.equal(queue, PrefixKV(budget).victim(slots, kept))
 
 
 @given(seeds, st.integers(3, 90), st.floats(0.1, 0.9))
@@ -479,42 +436,10 @@ def test_without_a_picture_cover_keeps_the_newest_half_and_what_the_last_tokens_
     assert float(compressor.accumulated.total.max()) < 1e5  # no word is spared for ever: all tokens are words
 
 
-@given(seeds, st.integers(1, 60), st.integers(0, 6), budgets)
-def test_cover_meets_the_budget_with_any_number_of_first_tokens(seed, length, num_sinks, budget):
-    counts, kept = choose(Cover(budget, num_sinks), *attention(seed, 2, [length]))
-    assert torch.equal(kept.sum(-1), counts)
-    assert kept[..., :num_sinks].all()
-
-
-@methods
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_scores_that_are_not_finite_are_refused(method, value):
-    present = torch.ones(1, 6, dtype=torch.bool)
-    scores = torch.ones(3, 1, 6)
-    scores[2, 0, 4] = value
-    compressor = METHODS[method](0.5)
-    compressor.begin(present, picture(present), 3)
-    with pytest.raises(ValueError, match="importance of layer 2 holds NaN or infinity"):
-        next(compressor.compress([(layer, scores, scores, row) for layer, row in enumerate(scores)]))
-
-
 @pytest.mark.parametrize("wrong", [{"kernel": 0}, {"kernel": 4}, {"window": 0}])
 def test_a_window_or_kernel_that_cannot_be_pooled_is_refused(wrong):
     with pytest.raises(ValueError, match="an odd number"):
         SnapKV(0.5, **wrong)
-
-
-@methods
-@given(seeds, st.integers(1, 6), st.lists(st.integers(2, 40), min_size=2, max_size=4), budgets)
-def test_a_prompt_that_is_one_image_is_cut_alike_alone_and_in_a_batch(method, seed, layers, lengths, budget):
-    """All layers look at the picture equally then; rounding must not decide which of them gets one more token."""
-    query, key, present = attention(seed, layers, lengths)
-    _, together = choose(METHODS[method](budget), query, key, present, present)
-    for row, length in enumerate(lengths):
-        alone = [[each[row : row + 1, :, -length:] for each in many] for many in (query, key)]
-        mask = torch.ones(1, length, dtype=torch.bool)
-        _, kept = choose(METHODS[method](budget), *alone, mask, mask)
-        assert torch.equal(kept.sum(-1)[:, 0], together.sum(-1)[:, row])
 
 
 def test_each_prompt_of_a_batch_may_draw_with_a_seed_of_its_own():
@@ -526,77 +451,78 @@ def test_each_prompt_of_a_batch_may_draw_with_a_seed_of_its_own():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_method_does_not_depend_on_the_default_dtype(small, method, dtype):
+def test_a_method_does_not_depend_on_the_default_dtype(small, method):
     _, _, model, processor = small
     inputs = processor(["USER: <image>\nWhat is in the image? ASSISTANT:", "two red"], [Image.new("RGB", (28, 28))])
 
     def made():
-        return model.generate(**inputs, max_new_tokens=9, eos_token_id=(), compressor=METHODS[method](0.33))
+        return model.generate(**inputs, max_new_tokens=5, eos_token_id=(), compressor=METHODS[method](0.33))
 
     expected = made()
-    torch.set_default_dtype(dtype)
-    try:
-        found = made()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.equal(found.kept, expected.kept) and torch.equal(found.token_ids, expected.token_ids)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            found = made()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found.kept, expected.kept) and torch.equal(found.token_ids, expected.token_ids)
 
 
 @methods
 def test_a_full_budget_gives_the_text_of_the_full_cache(small, method):
     _, _, model, processor = small
     inputs, turn = processor(["USER: What is in the image? ASSISTANT:", "two red"]), torch.arange(3, 13).view(2, 5)
-    (plain, cache), (full, other) = (converse(model, inputs, turn, c) for c in (None, METHODS[method](1.0)))
+    compressor = METHODS[method](1.0)
+    (plain, cache), (full, other) = (converse(model, inputs, turn, c) for c in (None, compressor))
     assert torch.equal(plain, full)
-    assert cache.held_bytes == other.held_bytes
+    assert other.held_bytes == cache.held_bytes + getattr(compressor, "notes_bytes", 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_sample_gets_the_same_answers_and_cache_alone_and_in_a_batch(small, method, new_tokens):
+OTHERS = {
+    "full": lambda budget: None, "keep": lambda budget: PrefixKV(budget, decode="keep"),
+    "plan": lambda budget: PrefixKV(plan=Plan(budget, [budget, budget / 2, 1, budget])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [*METHODS, *OTHERS])
+def test_a_sample_gets_the_same_answers_and_cache_alone_and_in_a_batch(small, method):
     _, _, model, processor = small
-    texts = ["USER: What is in the image? ASSISTANT: a cat.", "describe it in detail yes no two", "three blue cat"]
+    texts = ["USER: <image>What is in it? ASSISTANT: a cat.", "describe it in detail yes no two", "three blue cat"]
+    image = Image.effect_noise((28, 28), 90).convert("RGB")
     turns = torch.randint(3, 300, (3, 6), generator=torch.Generator().manual_seed(0))
-    together, cache = converse(model, processor(texts), turns, METHODS[method](0.4), new_tokens)
+    made = (METHODS | OTHERS)[method]
+    together, cache = converse(model, processor(texts, [image]), turns, made(0.4))
     for index, text in enumerate(texts):
-        alone, own = converse(model, processor(text), turns[index : index + 1], METHODS[method](0.4), new_tokens)
+        inputs = processor(text, [image] * (index == 0))
+        alone, own = converse(model, inputs, turns[index : index + 1], made(0.4))
         assert torch.equal(alone[0], together[index])
         assert torch.equal(own.kept[:, 0], cache.kept[:, index])
         for one, other in zip(own.position[:, 0], cache.position[:, index]):
             assert torch.equal(one[one >= 0].sort().values, other[other >= 0].sort().values)
 
 
-@pytest.mark.parametrize("method", [H2O, Cover, PrefixKV])
-def test_a_fork_and_its_original_each_go_on_as_a_cache_of_their_own(small, method):
-    _, _, model, processor = small
-    inputs = processor(["USER: What is in the image? ASSISTANT: a cat.", "two red"])
-    first, *turns = torch.randint(3, 300, (3, 2, 6), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("method", [H2O, Cover])
+def test_a_fork_and_its_original_each_go_on_as_a_cache_of_their_own(method):
+    def goes_on(cache, seed):
+        for index in range(8):
+            read(cache, *attention(seed + index, 3, [3, 3])[:2])
+        return cache.position
 
-    def started():
-        cache = model.new_cache(30, method(0.4))
-        model.read(**inputs, cache=cache)
-        model.read(first, cache)
-        return cache
-
-    def goes_on(cache, turn):
-        return torch.stack([*model.decode(model.read(turn, cache), cache, eos_token_id=())]), cache.position
-
-    cache = started()
-    for found, turn in zip([goes_on(one, turn) for one, turn in zip((cache.fork(), cache), turns)], turns):
-        assert all(torch.equal(one, other) for one, other in zip(found, goes_on(started(), turn)))
+    first, fresh, fresh_too = (cached(method(0.4), 30, *attention(0, 3, [40, 20])) for _ in range(3))
+    assert torch.equal(goes_on(first.fork(), 1), goes_on(fresh, 1))
+    assert torch.equal(goes_on(first, 50), goes_on(fresh_too, 50))
 
 
-@pytest.mark.parametrize("method", [*METHODS, "plan", "keep"])
-@settings(max_examples=15)
+@pytest.mark.parametrize("method", ["prefixkv", "plan", "keep", "local", "h2o", "cover"])
+@settings(max_examples=10)
 @given(seeds, st.lists(st.integers(1, 60), min_size=1, max_size=3), budgets, st.lists(st.integers(1, 9), max_size=6))
 def test_after_a_turn_a_layer_holds_as_many_tokens_as_it_may(method, seed, lengths, budget, turns):
-    """All of them different. A queue holds what it would if the tokens had come one by one."""
-    others = {"plan": PrefixKV(plan=Plan(budget, [budget, budget / 2, 1])), "keep": PrefixKV(budget, decode="keep")}
-    compressor = others[method] if method in others else METHODS[method](budget)
-    cache = cached(compressor, sum(turns), *attention(seed, 3, lengths))
+    """All of them different. A queue holds what it would if the tokens had come one by one. Others drop as prefixkv."""
+    compressor = (METHODS | OTHERS)[method](budget)
+    cache = cached(compressor, sum(turns), *attention(seed, 4, lengths))
     one_by_one = cache.fork()
     for index, count in enumerate(turns):
-        query, key, _ = attention(seed + index + 1, 3, [count] * len(lengths))
+        query, key, _ = attention(seed + index + 1, 4, [count] * len(lengths))
         most = compressor.capacity(cache.kept, cache.prompt_lengths, cache.lengths + count)
         expected = (cache.held + count).minimum(most)
         read(cache, query, key)
@@ -611,11 +537,12 @@ def test_after_a_turn_a_layer_holds_as_many_tokens_as_it_may(method, seed, lengt
 
 
 @pytest.mark.parametrize("method", [H2O, Cover, Local])
-@settings(max_examples=30)
-@given(seeds, st.integers(3, 60), st.integers(1, 50), st.floats(0.05, 0.9),
+@settings(max_examples=15)
+@given(seeds, st.integers(1, 60), st.integers(0, 50), st.floats(0.05, 0.9),
        st.lists(st.integers(1, 9), min_size=8, max_size=8))  # fmt: skip
-def test_the_first_tokens_are_never_dropped(method, seed, length, num_sinks, budget, blocks):
+def test_any_number_of_first_tokens_is_never_dropped(method, seed, length, num_sinks, budget, blocks):
     cache = cached(method(budget, num_sinks), sum(blocks), *attention(seed, 2, [length]))
+    assert int(cache.kept.sum()) == max(round(budget * 2 * length), 2 * min(length, num_sinks + 1))
     for index, count in enumerate(blocks):
         read(cache, *attention(seed + index + 1, 2, [count])[:2])
         for position in cache.position[:, 0].tolist():
@@ -627,7 +554,7 @@ class Least(WithoutWeights, WithoutSquares):
 
 
 @pytest.mark.parametrize("method", [H2O, Cover, Least])
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(seeds, st.integers(6, 40), st.lists(st.sampled_from([1, 1, 1, 2, 4, 7]), max_size=25))
 def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(method, seed, length, blocks):
     """The cache in place against lists: a token's attention is its own wherever it stands."""
@@ -668,46 +595,25 @@ def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(meth
         assert sorted(position[position >= 0].tolist()) == [row[0] for row in rows]
 
 
-@pytest.mark.parametrize("compressor", [KeepAll(), Recorder()], ids=["full", "recorder"])
-def test_the_full_cache_and_the_recorder_keep_everything(small, compressor):
+def test_a_recorder_keeps_everything_and_remembers_the_importance_of_every_layer(small):
     _, _, model, processor = small
-    inputs = processor(["USER: What is in the image? ASSISTANT:", "two red"])
-    plain = model.generate(**inputs, max_new_tokens=15, eos_token_id=())
-    kept = model.generate(**inputs, max_new_tokens=15, eos_token_id=(), compressor=compressor)
+    inputs, recorder = processor(["USER: What is in the image? ASSISTANT:", "two red"]), Recorder()
+    plain = model.generate(**inputs, max_new_tokens=5, eos_token_id=())
+    kept = model.generate(**inputs, max_new_tokens=5, eos_token_id=(), compressor=recorder)
     assert torch.equal(plain.token_ids, kept.token_ids) and torch.equal(plain.kept, kept.kept)
-    assert (plain.cache_bytes, plain.allocated_bytes) == (kept.cache_bytes, kept.allocated_bytes)
-
-
-def test_a_recorder_remembers_the_importance_of_every_layer():
     query, key, present = attention(0, 3, [20, 12])
-    recorder = Recorder()
-    recorder.begin(present, picture(present), 3)
-    for layer in range(3):
-        recorder.score(layer, query[layer], key[layer], key[layer])
+    cached(recorder, 0, query, key, present)
     expected = torch.stack([importance(q, k, present) for q, k in zip(query, key)])
     assert torch.equal(recorder.scores, expected) and torch.equal(recorder.present, present)
 
 
-class Asked(KeepAll):
-    """Notes in which order a cache asks what."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __getattribute__(self, name):
-        if name in vars(Compressor) and callable(vars(Compressor)[name]) and not name.startswith("_"):
-            object.__getattribute__(self, "calls").append(name)
-        return object.__getattribute__(self, name)
-
-
 def test_a_token_takes_its_slot_before_it_is_read_and_a_turn_takes_its_slots_after(small):
     _, _, model, processor = small
-    asked, layers = Asked(), len(model.language_model.layers)
+    asked, layers = mock.Mock(wraps=KeepAll()), len(model.language_model.layers)
     cache = KVCache(model.config.text, 4, asked)
-    model.read(**processor("a cat"), cache=cache)
-    assert asked.calls == ["begin", *["score", "compress", "capacity"] * layers]
-    for ids, calls in (([[5]], ["capacity", "victim", *["attend"] * layers]),
-                       ([[5, 6, 7]], ["attend"] * layers + ["capacity", "victim"] * 3)):  # fmt: skip
-        asked.calls.clear()
-        model.read(torch.tensor(ids), cache)
-        assert asked.calls == calls
+    for ids, calls in ((processor("a cat")["input_ids"], ["begin", *["score", "compress", "capacity"] * layers]),
+                       (torch.tensor([[5]]), ["capacity", "victim", *["attend"] * layers]),
+                       (torch.tensor([[5, 6, 7]]), ["attend"] * layers + ["capacity", "victim"] * 3)):  # fmt: skip
+        model.read(ids, cache)
+        assert [call[0] for call in asked.mock_calls] == calls
+        asked.reset_mock()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,23 +13,21 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.collections import PatchCollection
 from PIL import Image, ImageOps
 
-import demo
 import weights
-from bench import plan as bench_plan
+from bench import plan
 from bench.parity import FAMILY, GRIDS, IMAGE_ID, random_model
-from minillava import anyres, explore, verify
+from minillava import TINY, anyres, explore, verify
 from minillava.checks import LlavaError
 from minillava.config import TextConfig
 from minillava.model import rope_frequencies
 from minillava.processor import Processor, Tokenizer, TokenizerJson, open_image, read_template
 from minillava.template import render
-from prefixkv import Plan, PrefixKV
+from prefixkv import PrefixKV
 
 LOGITS = 1e-5  # as in test_parity
 PINPOINTS = [(height, width) for height, width in GRIDS]
@@ -54,68 +54,82 @@ CHATML = (
 TEMPLATES = {"CLIP, Llama 3": LLAMA3, "SigLIP, Qwen2": CHATML, "LLaVA-NeXT, Llama": LLAVA, "LLaVA-NeXT, Mistral": None}
 
 
-def write(folder, kind, model):
-    """Weights, tokenizer, template and processor, every file by transformers; returns its processor."""
-    import tokenizers
-    import transformers as t
+def tokenizer(kind):
+    """A byte-level BPE of transformers, trained on a few words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
 
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    special = ["<|end_of_text|>", "<|begin|>", "<|eot|>", "<|head|>", "<|/head|>"]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=IMAGE_ID, special_tokens=special, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=IMAGE_ID, special_tokens=["<|end_of_text|>", "<|begin|>", "<|eot|>", "<|head|>", "<|/head|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     )  # fmt: skip
     words = ["USER: What is in the image? ASSISTANT: a red cat and a dog.", "Describe the image in detail, please."]
     bpe.train_from_iterator(words * 4 + [f"{a}{b}" for a in words[0].split() for b in words[1].split()], trainer)
-    while bpe.get_vocab_size() < IMAGE_ID:
-        bpe.add_tokens([f"<|reserved {bpe.get_vocab_size()}|>"])
+    bpe.add_tokens([f"<|reserved {number}|>" for number in range(bpe.get_vocab_size(), IMAGE_ID)])
     bpe.add_special_tokens(["<image>"])
     if kind == "CLIP, Llama 3":
-        bpe.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", bpe.token_to_id("<|begin|>"))]
+        begin = "<|begin|>"
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, bpe.token_to_id(begin))]
         )
-    tokenizer = t.PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<|begin|>", eos_token="<|end_of_text|>", pad_token="<|eot|>",
         padding_side="left",
     )  # fmt: skip
-    side = model.config.vision_config.image_size
+
+
+def write(folder, kind, model):
+    """Weights, tokenizer, template and processor, every file by transformers; returns its processor."""
+    import transformers as t
+
+    side, siglip, processor = model.config.vision_config.image_size, kind.startswith("SigLIP"), t.LlavaProcessor
     size, crop = {"shortest_edge": side}, {"height": side, "width": side}
     if kind.startswith("LLaVA-NeXT"):
+        processor = t.LlavaNextProcessor
         images = t.models.llava_next.image_processing_pil_llava_next.LlavaNextImageProcessorPil(
             size=size, crop_size=crop, image_grid_pinpoints=GRIDS
         )
-        made = t.LlavaNextProcessor
-    elif kind.startswith("SigLIP"):
+    elif siglip:
         images = t.models.siglip.image_processing_pil_siglip.SiglipImageProcessorPil(size=crop)
-        made = t.LlavaProcessor
     else:
         images = t.models.clip.image_processing_pil_clip.CLIPImageProcessorPil(size=size, crop_size=crop)
-        made = t.LlavaProcessor
-    clip = not kind.startswith("SigLIP")
-    processor = made(
-        images, tokenizer, patch_size=7, vision_feature_select_strategy="default" if clip else "full",
-        num_additional_image_tokens=int(clip), chat_template=TEMPLATES[kind],
+    made = processor(
+        images, tokenizer(kind), patch_size=7, vision_feature_select_strategy="full" if siglip else "default",
+        num_additional_image_tokens=int(not siglip), chat_template=TEMPLATES.get(kind),
     )  # fmt: skip
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return processor
+    made.save_pretrained(folder)
+    return made
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     """Of a kind and a number of KV heads: (folder, transformers' model and processor, our model and processor)."""
-    made = {}
 
+    @functools.cache
     def get(kind, kv_heads=2):
-        if (kind, kv_heads) not in made:
-            folder, theirs = tmp_path_factory.mktemp("family"), random_model(kind, kv_heads, pad_token_id=2)
-            processor = write(folder, kind, theirs)
-            made[kind, kv_heads] = folder, theirs, processor, *weights.load(folder)
-        return made[kind, kv_heads]
+        folder, theirs = tmp_path_factory.mktemp("family"), random_model(kind, kv_heads, pad_token_id=2)
+        processor = write(folder, kind, theirs)
+        return folder, theirs, processor, *weights.load(folder)
 
     return get
+
+
+@pytest.fixture
+def edited(family, tmp_path):
+    """Writes a copy of a kind's checkpoint without its weights, in which a file has other values: its folder."""
+
+    def edit(kind, name, **values):
+        for path in family(kind)[0].iterdir():
+            if path.suffix != ".safetensors":
+                shutil.copy(path, tmp_path)
+        path = tmp_path / name
+        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))
+        return tmp_path
+
+    return edit
 
 
 def picture(height, width, seed=0):
@@ -126,35 +140,6 @@ def picture(height, width, seed=0):
 ONE = (["USER: <image>\nWhat is in the image? ASSISTANT:"], [(40, 75)])
 SEVERAL = (["USER: <image> and <image>, please. ASSISTANT:"], [(40, 75), (90, 31)])
 BATCH = (["a <image> cat", "USER: What?", "<image><image> a red dog and a cat."], [(28, 200), (60, 60), (3, 120)])
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
-@pytest.mark.parametrize("kind", FAMILY)
-def test_pixels_ids_logits_and_tokens_are_those_of_transformers(family, kind, kv_heads, new_tokens):
-    _, theirs, processor, model, ours = family(kind, kv_heads)
-    for texts, sizes in (ONE, SEVERAL, BATCH):
-        pictures = [picture(*size, seed) for seed, size in enumerate(sizes)]
-        expected = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
-        inputs = ours(texts, pictures)
-        assert torch.equal(inputs["input_ids"], expected["input_ids"])
-        assert torch.equal(inputs["attention_mask"], expected["attention_mask"])
-        pixels = expected["pixel_values"]
-        if pixels.dim() == 5:  # filled up to the most tiles that a picture of the batch has
-            tilings = [model.config.tiling(size) for size in sizes]
-            pixels = torch.cat([tiles[: tiling.tiles] for tiles, tiling in zip(pixels, tilings)])
-            assert torch.equal(inputs["image_sizes"], expected["image_sizes"])
-        assert torch.equal(inputs["pixel_values"], pixels)
-        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        with torch.no_grad():
-            logits = theirs(**inputs, position_ids=positions).logits
-            made = theirs.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
-        real = inputs["attention_mask"].bool()
-        assert float((model(**inputs) - logits)[real].abs().max().detach()) < LOGITS
-        expected = made[:, inputs["input_ids"].shape[1] :]
-        for compressor in (None, PrefixKV(1.0)):
-            found = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=(), compressor=compressor)
-            assert torch.equal(found.token_ids, expected)
-        assert processor.batch_decode(expected, skip_special_tokens=True) == ours.decode(expected)
 
 
 def draw_file(path, rng):
@@ -170,36 +155,48 @@ def draw_file(path, rng):
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_from_a_picture_file_to_the_logits_no_bit_differs_from_transformers(family, kind, tmp_path, sweep):
+def test_from_picture_files_to_logits_and_tokens_all_is_as_in_transformers(family, kind, tmp_path, sweep, new_tokens):
     _, theirs, processor, model, ours = family(kind)
     rng = random.Random(kind)
-    for number in range(60 if sweep else 12):
-        path = draw_file(tmp_path / str(number), rng)
-        turned = ImageOps.exif_transpose(Image.open(path))
-        expected = processor(text=ONE[0], images=[turned], return_tensors="pt")
-        inputs = ours(ONE[0], [open_image(path)])
+    for number, (texts, _) in enumerate((ONE, ONE, SEVERAL, BATCH) * (15 if sweep else 1)):
+        count = "".join(texts).count("<image>")
+        files = [draw_file(tmp_path / f"{number} {index}", rng) for index in range(count)]
+        turned = [ImageOps.exif_transpose(Image.open(path)) for path in files]
+        expected = processor(text=texts, images=turned, padding=True, return_tensors="pt")
+        inputs = ours(texts, [open_image(path) for path in files])
+        if expected["pixel_values"].dim() == 5:  # filled up to the most tiles that a picture of the batch has
+            tiles = [model.config.tiling(image.size[::-1]).tiles for image in turned]
+            expected["pixel_values"] = torch.cat([row[:own] for row, own in zip(expected["pixel_values"], tiles)])
         assert inputs.keys() == expected.keys()
-        for name, tensor in inputs.items():
-            assert torch.equal(tensor, expected[name].flatten(0, 1) if expected[name].dim() == 5 else expected[name])
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in inputs.items())
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
-            assert torch.equal(model(**inputs), theirs(**expected).logits)
+            logits = theirs(**inputs, position_ids=positions).logits
+            made = theirs.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
+            apart = float((model(**inputs) - logits)[inputs["attention_mask"].bool()].abs().max())
+        assert apart == 0 if texts is ONE[0] else apart < LOGITS  # no bit differs, unless sums are in another order
+        made = made[:, inputs["input_ids"].shape[1] :]
+        found = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=(), compressor=PrefixKV(1.0))
+        assert torch.equal(found.token_ids, made)
+        assert processor.batch_decode(made, skip_special_tokens=True) == ours.decode(made)
 
 
-@pytest.mark.parametrize("start", range(0, 64, 8))
-def test_logits_are_equal_wherever_in_the_file_the_weights_begin(tmp_path, start):
+def test_logits_are_equal_wherever_in_the_file_the_weights_begin(tmp_path):
     """Alignment decides how products are summed; both map the file as it lies."""
     made = random_model("CLIP, Llama 3", 2)
     made.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     size = int.from_bytes(path.read_bytes()[:8], "little")
     header, data = path.read_bytes()[8 : 8 + size], path.read_bytes()[8 + size :]
-    header += b" " * ((start - 8 - size) % 64)
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
-    theirs, ours = type(made).from_pretrained(tmp_path).eval(), weights.load_model(tmp_path)
-    assert ours.lm_head.weight.data_ptr() % 64 == theirs.lm_head.weight.data_ptr() % 64
-    for ids in (torch.tensor([[5]]), torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))):
-        with torch.no_grad():
-            assert torch.equal(ours(ids), theirs(input_ids=ids).logits)
+    for start in (0, 8, 16, 40):
+        padded = header + b" " * ((start - 8 - size) % 64)
+        path.unlink()  # what is mapped stays as it was
+        path.write_bytes(len(padded).to_bytes(8, "little") + padded + data)
+        theirs, ours = type(made).from_pretrained(tmp_path).eval(), weights.load_model(tmp_path)
+        assert ours.lm_head.weight.data_ptr() % 64 == theirs.lm_head.weight.data_ptr() % 64
+        for ids in (torch.tensor([[5]]), torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))):
+            with torch.no_grad():
+                assert torch.equal(ours(ids), theirs(input_ids=ids).logits)
 
 
 @given(
@@ -217,74 +214,40 @@ def test_llama_3s_angles_are_those_of_transformers(factor, low, more, original, 
     assert torch.equal(rope_frequencies(config), LlamaRotaryEmbedding(theirs).inv_freq)
 
 
-def asked(config, lengths, generator):
-    """Prompts of random ids, padded on the left, the first two with a picture: the model's inputs."""
-    rows, pixels, sizes = [], [], []
-    for number, length in enumerate(lengths):
-        row = torch.randint(3, 300, (length,), generator=generator)
-        if number < 2:
-            size = [40 + 20 * number, 75]
-            tiling = config.tiling(size) if config.image_grid_pinpoints else None
-            count, tiles = (tiling.tokens, tiling.tiles) if tiling else (config.num_image_tokens, 1)
-            row = torch.cat([row[:2], torch.full((count,), config.image_token_id), row[2:]])
-            pixels.append(torch.randn(tiles, 3, *[config.vision.image_size] * 2, generator=generator))
-            sizes.append(size)
-        rows.append(row)
-    longest = max(map(len, rows))
-    inputs = {
-        "input_ids": torch.stack([F.pad(row, (longest - len(row), 0)) for row in rows]),
-        "attention_mask": torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows]),
-        "pixel_values": torch.cat(pixels),
-    }
-    return {**inputs, "image_sizes": torch.tensor(sizes)} if config.image_grid_pinpoints else inputs
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
-@pytest.mark.parametrize("kind", ["CLIP, Llama", *FAMILY])
-def test_three_turns_on_one_cache_give_the_logits_and_tokens_of_transformers(tmp_path, kind, kv_heads, seed, sweep):
-    if seed and not sweep:
-        pytest.skip("the second checkpoint of a kind is for --sweep")
-    made = random_model(kind, kv_heads, seed)
-    made.save_pretrained(tmp_path)
-    theirs, ours = type(made).from_pretrained(tmp_path).eval(), weights.load_model(tmp_path)
-    generator = torch.Generator().manual_seed(seed)
-    for lengths in ([11], [11, 4, 70]):
-        inputs = asked(ours.config, lengths, generator)
-        mask, cache, past, apart = inputs["attention_mask"], ours.new_cache(60), None, 0.0
-        for turn in (
-            inputs["input_ids"],
-            *(torch.randint(3, 300, (len(mask), n), generator=generator) for n in (9, 14)),
-        ):
-            block = turn
+@pytest.mark.parametrize("kind, kv_heads", [("CLIP, Llama", 4), *((kind, 2) for kind in FAMILY)])
+def test_three_turns_on_one_cache_give_the_logits_and_tokens_of_transformers(family, kind, kv_heads):
+    _, theirs, _, ours, processor = family(kind, kv_heads)
+    generator, apart = torch.Generator().manual_seed(0), 0.0
+    for texts, sizes in (ONE, BATCH):
+        inputs = processor(texts, [picture(*size) for size in sizes])
+        mask, cache, past = inputs["attention_mask"], ours.new_cache(60), None
+        turns = [torch.randint(3, 300, (len(mask), count), generator=generator) for count in (9, 14)]
+        for block in (inputs["input_ids"], *turns):
             for _ in range(4):  # the turn, then three greedy tokens
                 if past is not None:
-                    mask = torch.cat([mask, torch.ones_like(block)], dim=1)
+                    inputs, mask = {"input_ids": block}, torch.cat([mask, torch.ones_like(block)], dim=1)
                 positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -block.shape[1] :]
-                images = inputs if past is None else {}
-                named = {**images, "input_ids": block, "attention_mask": mask, "position_ids": positions}
+                named = {**inputs, "attention_mask": mask, "position_ids": positions, "past_key_values": past}
                 with torch.no_grad():
-                    expected = theirs(**named, past_key_values=past, use_cache=True, logits_to_keep=1)
-                found = ours.read(**(inputs if past is None else {"input_ids": block}), cache=cache)
+                    expected = theirs(**named, use_cache=True, logits_to_keep=1)
+                found = ours.read(**inputs, cache=cache)
                 past, logits = expected.past_key_values, expected.logits[:, -1]
                 apart = max(apart, float((found - logits).abs().max()))
                 assert torch.equal(found.argmax(-1), logits.argmax(-1))
                 block = logits.argmax(-1, keepdim=True)
-        print(f"{kind}, {kv_heads} KV heads, {len(lengths)} rows: largest logit difference {apart:.1e}")
         # With one text no bit differs. In a batch, theirs holds the padding and ours does not: sums in another order.
-        assert apart < (LOGITS if len(lengths) == 1 else 2 * LOGITS)
+        assert apart < (LOGITS if len(texts) == 1 else 2 * LOGITS)
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_bfloat16_gives_the_tokens_of_transformers(tmp_path, kind, new_tokens):
-    theirs = random_model(kind, 2, seed=1).to(torch.bfloat16)
-    write(tmp_path, kind, theirs)
-    theirs = type(theirs).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
-    model, processor = weights.load(tmp_path, dtype=torch.bfloat16)
+def test_bfloat16_gives_the_tokens_of_transformers(family, kind, new_tokens):
+    folder, theirs, _, _, processor = family(kind)
+    theirs = type(theirs).from_pretrained(folder, dtype=torch.bfloat16).eval()
     inputs = processor(SEVERAL[0], [picture(*size) for size in SEVERAL[1]])
-    pixels = inputs.pop("pixel_values").to(torch.bfloat16)
-    made = theirs.generate(**inputs, pixel_values=pixels, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
-    found = model.generate(**inputs, pixel_values=pixels, max_new_tokens=new_tokens, eos_token_id=())
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    made = theirs.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
+    model = weights.load_model(folder, dtype=torch.bfloat16)
+    found = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=())
     assert torch.equal(found.token_ids, made[:, inputs["input_ids"].shape[1] :])
 
 
@@ -330,60 +293,48 @@ def test_tiles_are_those_of_transformers(height, width, pinpoints):
         assert np.array_equal(np.asarray(ours).transpose(2, 0, 1), theirs)
 
 
-def test_a_picture_of_more_tokens_than_positions_is_refused_with_both_numbers(tmp_path):
-    write(tmp_path, "LLaVA-NeXT, Llama", random_model("LLaVA-NeXT, Llama", 2))
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["text_config"]["max_position_embeddings"] = 60
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    processor = weights.load_processor(tmp_path)
+def test_a_picture_of_more_tokens_than_positions_is_refused_with_both_numbers(family, edited):
+    text = json.loads((family("LLaVA-NeXT, Llama")[0] / "config.json").read_text())["text_config"]
+    text["max_position_embeddings"] = 60
+    processor = weights.load_processor(edited("LLaVA-NeXT, Llama", "config.json", text_config=text))
     with pytest.raises(LlavaError, match=r"An image of 56 x 56 pixels becomes 88 tokens.* 60 positions"):
         processor("<image>", [picture(56, 56)])
 
 
-def test_tokens_and_tiles_that_do_not_fit_are_refused_with_both_numbers(family):
+@pytest.mark.parametrize(
+    "change, sentence",
+    [(lambda x: {"image_sizes": torch.tensor([[56, 30]])}, "hold 88 image tokens, but 1 images make"),
+     (lambda x: {"pixel_values": x["pixel_values"][:4]}, r"are 4 tiles; pictures of these image_sizes have 5"),
+     (lambda x: {"image_sizes": None}, "give image_sizes"),
+     (lambda x: {"image_sizes": torch.tensor([56, 56])}, r"image_sizes are \[56, 56\]; expected \[I, 2\]"),
+     (lambda x: {"pixel_values": x["pixel_values"][None]}, r"pixel_values are \[1, 5, 3, 28, 28\]; expected")],
+)  # fmt: skip
+def test_tokens_and_tiles_that_do_not_fit_are_refused_with_both_numbers(family, change, sentence):
     *_, model, processor = family("LLaVA-NeXT, Llama")
     inputs = processor(ONE[0], [picture(56, 56)])
-    with pytest.raises(LlavaError, match="hold 88 image tokens, but 1 images make"):
-        model(**{**inputs, "image_sizes": torch.tensor([[56, 30]])})
-    with pytest.raises(LlavaError, match=r"are 4 tiles; pictures of these image_sizes have 5"):
-        model(**{**inputs, "pixel_values": inputs["pixel_values"][:4]})
-    with pytest.raises(LlavaError, match="give image_sizes"):
-        model(inputs["input_ids"], inputs["pixel_values"])
-    with pytest.raises(LlavaError, match=r"image_sizes are \[56, 56\]; expected \[I, 2\]"):
-        model(**{**inputs, "image_sizes": torch.tensor([56, 56])})
-    with pytest.raises(LlavaError, match=r"pixel_values are \[1, 5, 3, 28, 28\]; expected"):
-        model(**{**inputs, "pixel_values": inputs["pixel_values"][None]})
+    with pytest.raises(LlavaError, match=sentence):
+        model(**{**inputs, **change(inputs)})
 
 
 @pytest.mark.parametrize(
-    "name, value, sentence",
-    [("processor_config.json", {"image_processor": "x"}, "no object"),
-     ("preprocessor_config.json", {"rescale_factor": "a"}, "rescale_factor = 'a'"),
-     ("preprocessor_config.json", {"do_resize": "no"}, "do_resize = 'no'; expected true or false")],
+    "kind, name, value, sentence",
+    [("SigLIP, Qwen2", "processor_config.json", {"image_processor": "x"}, "no object"),
+     ("SigLIP, Qwen2", "preprocessor_config.json", {"rescale_factor": "a"}, "rescale_factor = 'a'"),
+     ("SigLIP, Qwen2", "preprocessor_config.json", {"do_resize": "no"}, "do_resize = 'no'; expected true or false"),
+     ("LLaVA-NeXT, Llama", "preprocessor_config.json", {"image_grid_pinpoints": [[28, 28]]}, "different checkpoints")],
 )  # fmt: skip
-def test_an_image_processors_config_of_other_types_is_refused(tmp_path, name, value, sentence):
-    write(tmp_path, "SigLIP, Qwen2", random_model("SigLIP, Qwen2", 2))
-    (tmp_path / name).write_text(json.dumps(value))
+def test_an_image_processors_config_that_does_not_fit_is_refused(edited, kind, name, value, sentence):
     with pytest.raises(LlavaError, match=sentence):
-        weights.load_processor(tmp_path)
+        weights.load_processor(edited(kind, name, **value))
 
 
 def test_a_tied_qwen2_without_an_output_layer_loads(tmp_path):
-    theirs = random_model("SigLIP, Qwen2", 2, tied=True)
-    write(tmp_path, "SigLIP, Qwen2", theirs)
-    model, processor = weights.load(tmp_path)
-    inputs = processor(ONE[0], [picture(30, 41)])
+    theirs, ids = random_model("SigLIP, Qwen2", 2, tied=True), torch.arange(3, 30)[None]
+    theirs.save_pretrained(tmp_path)
+    model = weights.load_model(tmp_path)
     with torch.no_grad():
-        assert float((model(**inputs) - theirs(**inputs).logits).abs().max()) < LOGITS
+        assert float((model(ids) - theirs(input_ids=ids).logits).abs().max()) < LOGITS
     assert model.lm_head.weight is model.language_model.embed_tokens.weight
-
-
-def test_other_pinpoints_in_the_image_processors_config_are_refused(tmp_path):
-    write(tmp_path, "LLaVA-NeXT, Llama", random_model("LLaVA-NeXT, Llama", 2))
-    path = tmp_path / "preprocessor_config.json"
-    path.write_text(json.dumps({"image_grid_pinpoints": [[28, 28]]}))
-    with pytest.raises(LlavaError, match="different checkpoints"):
-        weights.load_processor(tmp_path)
 
 
 # ---------------------------------------------------------------- text
@@ -392,7 +343,7 @@ def test_other_pinpoints_in_the_image_processors_config_are_refused(tmp_path):
 words = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(["<image>", "<|eot|>", " a", "\n"])), max_size=6)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(words.map("".join), st.lists(st.integers(0, IMAGE_ID + 9), max_size=8))
 def test_ids_and_text_of_a_tokenizer_json_are_those_of_transformers(family, words, others):
     for kind in FAMILY[:2]:
@@ -432,7 +383,7 @@ def test_sentencepiece_is_used_where_it_is(tmp_path, family, monkeypatch):
     with pytest.raises(LlavaError, match=r"pip install -c constraints.txt -e '.\[hub\]'"):
         Tokenizer.from_folder(folder, IMAGE_ID)
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer.model").write_bytes((weights.Path(demo.TINY) / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
     assert not isinstance(Tokenizer.from_folder(tmp_path, IMAGE_ID).library, TokenizerJson)
     (tmp_path / "tokenizer.model").unlink()
     (tmp_path / "tokenizer.json").unlink()
@@ -503,15 +454,14 @@ LANGUAGE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("template", LANGUAGE)
-def test_whatever_a_template_uses_it_renders_as_in_transformers(family, monkeypatch, template):
+def test_whatever_a_template_uses_it_renders_as_in_transformers(family, monkeypatch):
     _, _, theirs, _, ours = family("LLaVA-NeXT, Llama")
-    monkeypatch.setattr(ours, "template", template + LLAVA)
+    template = "|".join([*LANGUAGE, LLAVA])
+    monkeypatch.setattr(ours, "template", template)
     content = [{"type": "image"}, {"type": "text", "text": "What?"}]
     expected = theirs.apply_chat_template(
-        [{"role": "user", "content": content}], chat_template=template + LLAVA, add_generation_prompt=True,
-        tokenize=False,
-    )  # fmt: skip
+        [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
+    )
     assert ours.chat([("What?", None)], 1) == expected
 
 
@@ -647,23 +597,6 @@ def test_converting_and_inspecting(family, kind, tmp_path, capsys):
         assert torch.equal(theirs(texts, pictures)[name], tensor), name
 
 
-@pytest.mark.parametrize("kind", ["CLIP, Llama 3", "SigLIP, Qwen2"])
-def test_the_demo_says_what_transformers_says(family, kind, tmp_path, capsys):
-    folder, theirs, processor, _, ours = family(kind)
-    image = picture(40, 75)
-    image.save(tmp_path / "picture.png")
-    arguments = ["--model", str(folder), "--image", str(tmp_path / "picture.png"), "--max-new-tokens", "32", "--json"]
-    assert demo.main([*arguments, "--budget", "1.0"]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    prompt = ours.chat([("Describe the image in detail.", None)], 1)
-    assert shown["prompt"] == prompt
-    inputs = processor(text=[prompt], images=[image], return_tensors="pt")
-    ends = list(ours.config.eos_token_id)
-    made = theirs.generate(**inputs, max_new_tokens=32, do_sample=False, eos_token_id=ends)
-    text = processor.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert [run["text"].strip() for run in shown["runs"]] == [text.strip()] * 2
-
-
 @pytest.mark.parametrize("strategy, cells", [("full", list(range(16))), ("default", [None, *range(15)])])
 def test_the_page_shows_siglips_patches_with_and_without_the_first(family, strategy, cells):
     *_, processor = family("SigLIP, Qwen2")
@@ -685,14 +618,10 @@ def test_bos_that_a_template_writes_out_stands_once(family, monkeypatch):
     assert ids.count(processor.tokenizer.added["<|begin|>"].id) == 1 and ids[0] == 1
 
 
-def test_plans_eviction_and_the_page_work_on_tiles(family, tmp_path):
+def test_the_page_shows_tiles(family):
     *_, model, processor = family("LLaVA-NeXT, Llama")
     image = picture(40, 75)
     inputs = processor(ONE[0], [image])
-    plan = Plan(0.3, [0.3] * 4, "model", 1)
-    for compressor in (PrefixKV(0.2), PrefixKV(plan=plan)):
-        made = model.generate(**inputs, max_new_tokens=40, eos_token_id=(), compressor=compressor)
-        assert made.token_ids.shape == (1, 40) and int(made.kept.max()) < inputs["input_ids"].shape[1]
     data = explore.collect(model, processor, ONE[0][0], [image], (0.2,))
     tiling = model.config.tiling((40, 75))
     cells = [position for position in data["patches"] if position is not None]
@@ -704,6 +633,6 @@ def test_plans_eviction_and_the_page_work_on_tiles(family, tmp_path):
     assert ends == [int(positions[token]) for token in tiling.newlines]
     assert "null" in explore.page(data)
     with mock.patch("matplotlib.collections.PatchCollection", wraps=PatchCollection) as framed:
-        assert bench_plan.plot(data)[:4] == b"\x89PNG"
+        assert plan.plot(data)[:4] == b"\x89PNG"
     kept = [sum(explore.kept(data, layer, data["start"])[position] for position in cells) for layer in range(4)]
     assert [len(call.args[0]) for call in framed.call_args_list] == kept  # no cell that is empty

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
 import minillava.anyres
@@ -157,11 +156,11 @@ def test_every_shape_comment_is_true_and_is_reached():
     assert len(every) > 40
 
 
-@pytest.mark.parametrize("true, false", [("B, H, N, Dh", "B, Hkv, N, Dh"), ("B, N, D", "B, D, N"), ("L, B", "B, L")])
-def test_a_shape_comment_that_lies_is_caught(true, false):
+def test_a_shape_comment_that_lies_is_caught():
+    lies = {"B, H, N, Dh": "B, Hkv, N, Dh", "B, N, D": "B, D, N", "L, B": "B, L"}
     tracer = Tracer(SOURCES)
     for found in tracer.statements.values():
         for line, (node, comment) in found.items():
-            found[line] = (node, false if comment == true else comment)
+            found[line] = (node, lies.get(comment, comment))
     run(tracer)
-    assert tracer.wrong
+    assert all(any(f"# [{lie}]" in wrong for wrong in tracer.wrong) for lie in lies.values())
