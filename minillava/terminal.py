@@ -164,8 +164,8 @@ def load_shown(args: argparse.Namespace) -> tuple[Llava, Processor]:
         chosen = choose_dtype(dtype, own)
         if needed > free and chosen != own:  # weights in the checkpoint's own dtype need not fit: see `load`
             raise LlavaError(
-                f"{args.model} in {dtype_name(chosen)} needs {human(needed)}, {human(free)} are free; try --dtype auto, which "
-                "takes 16 bits or 8 if they fit, and else reads weights from the file as they are used."
+                f"{args.model} in {dtype_name(chosen)} needs {human(needed)}, {human(free)} are free; try --dtype "
+                "auto, which takes 16 bits or 8 if they fit, and else reads weights from the file as they are used."
             )
     with progress_bar("loading", "B") as bar:
 
