@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import multiprocessing
@@ -102,8 +103,10 @@ def damage(rng: random.Random, turn: int, path: Path) -> None:
         tree = json.loads(data)
         for number in range(rng.choice((1, 1, 2, 3))):
             found = places(tree)
+            if not found:
+                break
             node, key = found[(3 * turn + number) % len(found)]
-            value = rng.choice((node.pop(key), *VALUES))
+            value = copy.deepcopy(rng.choice((node.pop(key), *VALUES)))
             if isinstance(node, list):
                 node.insert(key, value)
             elif rng.random() < 0.8:

@@ -339,7 +339,7 @@ def test_attention_matching_solves_both_least_squares(seed, length, budget):
     waiting = [(0, key[0], value[0], made.score(0, query[0], key[0], value[0]))]
     ((_, fitted, keep),) = made.compress(waiting)
     kept = keep[0]
-    weights = weights_of(query[0], key[0])[0].double()  # [H, N, N]
+    weights = weights_of(query[0], key[0])  # [H, N, N]
     times = made.log_weights[0, 0, :-1][kept].double().exp()
     flat = weights[..., kept].flatten(0, 1)  # [H * N, F]
     slope = flat.mT @ (flat @ times - 1)  # of half the squared error of the mass

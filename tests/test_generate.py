@@ -173,7 +173,7 @@ def state(cache):
         (lambda read, cache, _: read(IMAGE, cache, PIXELS.repeat(2, 1, 1, 1)), "takes images only with its prompt"),
         (lambda read, cache, _: read(IMAGE[:, :3], cache), "6 image tokens, but 0 images make 0"),
         (lambda _, cache, __: cache.reserve(-1), "is -1; expected a whole number"),
-        (lambda _, cache, __: cache.reserve(1020), "room for 1020 more exceed the model's 1024 positions"),
+        (lambda _, cache, __: cache.reserve(250), "room for 250 more exceed the model's 256 positions"),
         (lambda _, cache, other: other(IDS, cache), "made for a model of other sizes"),
     ],
 )
@@ -229,14 +229,14 @@ def test_held_and_allocated_bytes_are_both_told_and_slots_are_those_of_the_longe
 
 def test_a_prompt_longer_than_the_model_has_positions_is_refused(small):
     model = small[2]
-    long = torch.full((1, 1025), 5)
+    long = torch.full((1, 257), 5)
     for call in (model, model.generate):
-        with pytest.raises(LlavaError, match=r"1025 .*1024 positions"):
+        with pytest.raises(LlavaError, match=r"257 .*256 positions"):
             call(long)
     with pytest.raises(LlavaError, match="exceed"):
-        model.generate(long[:, :1018], max_new_tokens=7)
+        model.generate(long[:, :250], max_new_tokens=7)
     for count in (0, 6):
-        assert model.generate(long[:, :1018], max_new_tokens=count, eos_token_id=()).token_ids.shape == (1, count)
+        assert model.generate(long[:, :250], max_new_tokens=count, eos_token_id=()).token_ids.shape == (1, count)
 
 
 def test_training_through_forward_reaches_every_parameter_and_fits_a_batch(small):

@@ -256,8 +256,11 @@ def test_what_is_right_in_an_answer_and_what_a_blind_one_is_worth():
     described, asked = quality.scenes(60, 0), quality.scenes(60, 0, short=True)
     for sample in described:
         count = len(sample.scene.things)
-        assert quality.marks(sample, sample.answer) == {"found": count, "true": count, "told": count}
-        assert quality.marks(sample, "Nothing.") == {"found": 0, "true": count, "told": 0}
+        for text, found in ((sample.answer, count), ("Nothing.", 0)):
+            marks = quality.marks(sample, text)
+            assert (marks["found"], marks["true"], marks["told"]) == (found, count, found)
+            for name, number in (("found", found), ("true", count)):  # by width
+                assert sum(marks.get(f"{name} {width}", 0) for width in quality.WIDTHS) == number
         sentences = sample.answer.split(". ")
         assert quality.marks(sample, ". ".join(sentences[:2]) + ".")["found"] == 1
     for sample in asked:
