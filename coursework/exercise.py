@@ -1,4 +1,4 @@
-"""Takes functions' bodies away for COURSEWORK.md, puts them back, and grades what students hand in.
+"""Takes functions' bodies away for coursework/README.md, puts them back, and grades what students hand in.
 
     python -m coursework.exercise list
     python -m coursework.exercise remove NAME     the body becomes `raise NotImplementedError`

@@ -1,4 +1,4 @@
-"""COURSEWORK.md's exercises: a body taken away fails its tests, put back it is what it was to the byte; grades."""
+"""The coursework's exercises: a body taken away fails its tests, put back it is what it was to the byte; grades."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from coursework import exercise
 from coursework.exercise import EXERCISES, body, grade_one, gradescope, handout, main, remove, restore, solutions, swap
 from coursework.published import compress
 
-COURSEWORK = (ROOT / "COURSEWORK.md").read_text(encoding="utf-8")
+COURSEWORK = (ROOT / "coursework" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture

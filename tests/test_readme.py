@@ -75,7 +75,7 @@ def commands() -> dict[str, set[str]]:
     for name in (
         "README.md",
         "CONTRIBUTING.md",
-        "COURSEWORK.md",
+        "coursework/README.md",
         "minillava/tiny/README.md",
         "bench/results/README.md",
     ):
