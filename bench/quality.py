@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import math
 import os
 import random
 import sys
@@ -259,7 +258,9 @@ class Collector(KeepAll):
     def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
         super().begin(present, image, layers)
         self.image = image  # [B, N]
-        self.layers: list[tuple[Tensor, Tensor, Tensor]] = []  # of each: its query, key and value [B, Hkv, N, Dh]
+        self.layers: list[
+            tuple[Tensor, Tensor, Tensor]
+        ] = []  # of each: its query [B, H, N, Dh], key and value [B, Hkv, N, Dh]
 
     def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.layers.append((query, key, value))
@@ -432,10 +433,6 @@ def agreement(shares: dict[float, Tensor]) -> str:
 # ---------------------------------------------------------------- tables
 
 
-def perplexity(records: list[Record]) -> float:
-    return math.exp(min(700.0, sum(r["nll"] for r in records) / sum(r["tokens"] for r in records)))
-
-
 def digits(value: float) -> str:
     """A perplexity with three digits, so that 1.00 is not read as exact."""
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
@@ -447,11 +444,6 @@ def interval(values: Tensor, statistic: Callable[[Tensor], Tensor], resamples: i
     chosen = torch.randint(len(values), (resamples, len(values)), generator=generator)
     low, high = statistic(values[chosen]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
-
-
-def log_perplexity(values: Tensor) -> Tensor:
-    """Log-perplexities [resamples] of [resamples, samples, (nll, tokens)]."""
-    return values[..., 0].sum(-1) / values[..., 1].sum(-1)
 
 
 class Measure(NamedTuple):

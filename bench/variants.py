@@ -1,7 +1,7 @@
 """Methods of `bench.quality` beside the plain ones: one part of a method replaced, and the published code's rules.
 
     random+words      the tokens that are no image's are kept first
-    random~equal      every layer has the same size; `~prefix`: PrefixKV's search finds the sizes, from these scores
+    h2o~equal         every layer has the same size; `~prefix`: PrefixKV's search finds the sizes, from these scores
     random/queue      while decoding, PrefixKV's queue: the oldest token behind the pinned ones is dropped
     random/least      cover's rule: the token with the least attention from the question and the new words
     random/keep       nothing is dropped; fewer tokens of the prompt are kept, so that as many are held at the end
@@ -153,7 +153,7 @@ class KeyDiff(Uniform):
 
 
 class Pooled(Weighted):
-    """Every 2 x 2 patches become one: the mean of their keys and values, counted four times. Its budget is not free.
+    """Every 2 x 2 patches become one: the mean of their keys and values, counted four times, whatever the budget.
 
     All words stay, and the means stand in the slots of each square's first patch. An odd last row or column has
     smaller squares. Pictures are square.
@@ -412,6 +412,8 @@ def make(name: str, budget: float, seeds: Sequence[int] = (0,), further: int = 0
     LlavaError for a name that is none, or a budget that these tokens alone exceed.
     """
     parts = parsed(name)
+    if parts["base"] == "plan":
+        raise LlavaError(f"{name!r} is no method of its own; it needs a plan's file.")
     if parts["base"] == "full":
         return None
     base = (METHODS | VARIANTS)[parts["base"]]
@@ -433,14 +435,16 @@ def parsed(name: str) -> dict[str, str]:
     found = NAME.fullmatch(name)
     if found is None or found["base"] not in ("full", "plan", *METHODS, *VARIANTS):
         raise LlavaError(
-            f"There is no method {name!r}; known are full, {', '.join(METHODS)}, and see bench/variants.py."
+            f"There is no method {name!r}; known are full, plan, {', '.join(METHODS)}, and see bench/variants.py."
         )
     if found["bits"] and found["short"]:
         raise LlavaError(f"{name!r} asks for few bits and short positions; only one of the two can be had.")
     if found["bits"] and int(found["bits"]) not in BITS:
         raise LlavaError(f"{name!r} asks for {found['bits']} bits; known are {', '.join(map(str, BITS))}.")
-    if found["base"] == "plan" and (found["words"] or found["sizes"] or found["rule"]):
-        raise LlavaError(f"{name!r}: a plan fixes sizes only; it cannot be combined with this.")
+    if found["base"] in ("plan", "pooled") and (found["words"] or found["sizes"] or found["rule"]):
+        raise LlavaError(f"{name!r}: {found['base']} leaves nothing to choose; it can be combined with bits only.")
+    if found["words"] and (found["base"].startswith("cover") or found["base"] == "h2o as published"):
+        raise LlavaError(f"{name!r}: this method does not ask for scores when it chooses; leave out +words.")
     if found["base"] == "full" and (found["words"] or found["sizes"] or found["rule"]):
         raise LlavaError(f"{name!r} keeps every token; there is nothing to choose or to drop.")
     return found.groupdict()

@@ -2,9 +2,9 @@
 
 A class that follows a paper names it, and overrides only what the paper does differently: `score` (which tokens
 matter), `allocate` (how many each layer keeps), `choose` (which), `victim` and `attend` (what is dropped later). All
-keep as many tokens as PrefixKV does at the same budget. All but H2O, Local and Cover also evict as PrefixKV does, so
-that only the choice of tokens differs; Elastic also merges tokens. In every method the heads of a layer share one set
-of kept tokens. `METHODS` has their names on the command line.
+keep as many tokens as PrefixKV does at the same budget (Local at least its four first). All but H2O, Local and Cover
+evict as PrefixKV does. Elastic merges tokens, and AttentionMatching fits values and weights. In every method the
+heads of a layer share one set of kept tokens. `METHODS` has their names on the command line.
 """
 
 from __future__ import annotations
@@ -380,10 +380,11 @@ class TGVKV(PrefixKV):
 
 
 class MixKV(SnapKV):
-    """SnapKV's scores mixed with diversity: how far a key points away from the mean of its head's keys.
+    """SnapKV's scores mixed with diversity: how far a key points away from its head's mean direction.
 
     MixKV (arXiv 2510.20707): the more alike the keys of a head are (the mean cosine of two of them), the more its
-    diversity counts. Diversity is scaled to 0 .. 1, and then to the mean of the scores. Heads share their tokens here.
+    diversity counts. The least diverse key counts 0, and all are scaled to the mean of the scores. Here, heads share
+    their tokens.
     """
 
     def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """An nn.Linear whose weight has 8 bits. It computes in the dtype of its input, and cannot be trained."""
+    """An nn.Linear whose weight has 8 bits. It computes in its input's dtype, as its bias has it; no training."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -138,7 +138,7 @@ class Packed:
         return x.unflatten(-1, (-1, self.group))
 
     def pack(self, x: Tensor) -> None:
-        """Quantises all slots [B, Hkv, S, Dh]. What was quantised before is on its grid, and stays but for rounding."""
+        """Quantises all slots [B, Hkv, S, Dh]. A group whose range has not changed stays but for rounding."""
         used = self.used[:, None, :, None].expand(self.shape)
         codes, self.scale, self.zero = quantise(self.groups(x), self.bits, self.groups(used))  # 1 in place of G
         self.codes = pack_bits(codes, self.bits)  # the codes of a group in G * bits / 8 bytes

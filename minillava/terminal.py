@@ -114,7 +114,7 @@ def progress_bar(title: str, unit: str, total: int | None = None) -> tqdm:
 def human(count: int) -> str:
     """A number of bytes in a few characters."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= size:
+        if count >= 0.9995 * size:  # what three digits would round to the next unit
             return f"{count / size:.3g} {unit}"
     return f"{count} B"
 
@@ -151,7 +151,7 @@ def fitting_dtype(folder: Path, free: int) -> tuple[str, str]:
 
 def load_shown(args: argparse.Namespace) -> tuple[Llava, Processor]:
     """Loads what `add_model_options` say, with a bar; raises LlavaError if the weights do not fit into memory so."""
-    from weights import choose_dtype, find, find_device, load, memory_needed  # it stands on minillava, not vice versa
+    from weights import choose_dtype, find, find_device, load, memory_needed  # which imports this folder's files
 
     device, dtype = find_device(args.device), None if args.dtype == "auto" else args.dtype or "default"
     folder, on_cpu = find(args.model), device.type == "cpu"
