@@ -354,7 +354,8 @@ def measure(
             seeds = [args.seed + index for index in indices]
             compressor = (PrefixKV(plan=plans[budget]) if parsed(method)["base"] == "plan" else
                           make(method, budget, seeds, further, int(prompt.present.sum(-1).min())))  # fmt: skip
-        except LlavaError:  # nothing is left for the prompt
+        except LlavaError as error:  # nothing is left for the prompt
+            print(f"{error} This run is left out.", file=sys.stderr)
             continue
         if isinstance(compressor, KVzip):
             scores = twice(model, inputs) if scores is None else scores

@@ -24,6 +24,7 @@ from bench.parity import FAMILY, GRIDS, IMAGE_ID, random_model
 from minillava import TINY, anyres, explore, verify
 from minillava.checks import LlavaError
 from minillava.config import TextConfig
+from minillava.convert import convert
 from minillava.model import rope_frequencies
 from minillava.processor import Processor, Tokenizer, TokenizerJson, open_image, read_template
 from minillava.template import render
@@ -595,6 +596,14 @@ def test_converting_and_inspecting(family, kind, tmp_path, capsys):
     assert theirs.chat([("What?", None)], 1) == texts[0]
     for name, tensor in processor(texts, pictures).items():
         assert torch.equal(theirs(texts, pictures)[name], tensor), name
+
+
+def test_converting_keeps_the_added_tokens_that_a_tokenizer_config_names(family, tmp_path):
+    *_, model, processor = family("SigLIP, Qwen2")
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"7": {"content": "<|head|>"}}}')
+    convert(model, processor, tmp_path, tmp_path / "out")
+    added = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert {number: token["content"] for number, token in added.items()} == {"7": "<|head|>", str(IMAGE_ID): "<image>"}
 
 
 @pytest.mark.parametrize("strategy, cells", [("full", list(range(16))), ("default", [None, *range(15)])])

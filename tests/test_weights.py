@@ -252,7 +252,8 @@ def test_a_config_that_cannot_be_used_is_refused_by_name(folder, change, sentenc
     "top, text, generation, pad, eos",
     [({}, {}, {}, 0, ()), ({"pad_token_id": None}, {"pad_token_id": 7}, {}, 7, ()),
      ({}, {}, {"pad_token_id": 9}, 9, ()),
-     ({"pad_token_id": -1}, {}, {"eos_token_id": [5, 6]}, 5, (5, 6)), ({}, {"eos_token_id": 4}, {}, 4, (4,))],
+     ({"pad_token_id": -1}, {"eos_token_id": 3}, {}, 3, (3,)), ({}, {}, {"eos_token_id": [5, 6]}, 5, (5, 6)),
+     ({}, {"eos_token_id": 4}, {}, 4, (4,))],
 )  # fmt: skip
 def test_pad_and_end_of_qwen2_are_none_unless_a_file_names_them(small, top, text, generation, pad, eos):
     raw = json.loads((small[0] / "config.json").read_text())
@@ -271,6 +272,13 @@ def test_key_value_heads_that_a_file_does_not_name_are_those_of_its_kind(small, 
     assert weights.parse_config(raw, {}).text.kv_heads == heads
     raw["text_config"]["num_key_value_heads"] = None
     assert weights.parse_config(raw, {}).text.kv_heads == 64
+
+
+@pytest.mark.parametrize("top, text, tied", [(True, None, True), (True, False, True), (False, True, True),
+                                             (False, None, False), (None, None, False)])  # fmt: skip
+def test_the_config_or_its_text_part_may_tie_the_output_layer(folder, top, text, tied):
+    edit(folder / "config.json", {"tie_word_embeddings": top, "text_config": {"tie_word_embeddings": text}})
+    assert weights.read_config(folder).text.tie_word_embeddings == tied
 
 
 @pytest.mark.parametrize("text, positions", [
@@ -342,22 +350,25 @@ def test_a_hub_id_is_read_from_the_cache_and_without_network_refused_in_a_senten
     assert same(weights.load("someone/a-model", revision=commit)[0], small[2])
 
 
-def test_only_weights_configs_and_the_tokenizer_are_downloaded(monkeypatch, small):
+@pytest.mark.parametrize("pickled", [False, True])
+def test_only_weights_configs_and_the_tokenizer_are_downloaded_and_pickles_where_nothing_else_is(
+    monkeypatch, folder, pickled
+):
     import huggingface_hub
 
-    asked = {}
+    asked, rest = [], ["*.json", "*.jinja", "tokenizer.model"]
 
     def fake(name, revision, allow_patterns):
-        asked.update(name=name, revision=revision, patterns=allow_patterns)
-        return str(small[0])
+        asked.append((name, revision, allow_patterns))
+        return str(folder)
 
+    if pickled:
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
     weights.load("someone/a-model", revision="v1")
-    assert asked == {
-        "name": "someone/a-model",
-        "revision": "v1",
-        "patterns": ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"],
-    }
+    patterns = [["*.safetensors", *rest], ["*.bin", *rest]][: 1 + pickled]
+    assert asked == [("someone/a-model", "v1", pattern) for pattern in patterns]
 
 
 MEASURE = """
