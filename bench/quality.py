@@ -258,9 +258,8 @@ class Collector(KeepAll):
     def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
         super().begin(present, image, layers)
         self.image = image  # [B, N]
-        self.layers: list[
-            tuple[Tensor, Tensor, Tensor]
-        ] = []  # of each: its query [B, H, N, Dh], key and value [B, Hkv, N, Dh]
+        # Of each layer, its query [B, H, N, Dh], key and value [B, Hkv, N, Dh].
+        self.layers: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.layers.append((query, key, value))
