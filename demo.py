@@ -81,7 +81,8 @@ def answer(
     ids, ended = terminal.write(processor, model.decode(logits, cache, **args.sampling), show=not args.json)
     if not args.json:
         print()
-    token_bytes = sum(2 * key.shape[1] * key.shape[3] * logits.element_size() for key in cache.key)
+    size = logits.element_size() if bits else cache.key[0].element_size()  # of a number in the full cache
+    token_bytes = sum(2 * key.shape[1] * key.shape[3] * size for key in cache.key)
     return Run(
         method=method,
         budget=1.0 if compressor is None else compressor.budget,

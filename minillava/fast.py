@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from minillava.checks import LlavaError, check_logits, check_no_training, check_read
 from minillava.config import TextConfig
+from minillava.files import free_memory
 from minillava.model import (
     Attention,
     Compressor,
@@ -44,6 +45,7 @@ from minillava.quantised import PART, Int8Linear
 from prefixkv import PrefixKV
 
 HALF = (torch.float16, torch.bfloat16)
+FREE_PART = 8  # a cache held in float32 takes at most the free memory divided by this
 INT8_KERNEL = getattr(torch, "_weight_int8pack_mm", None)  # not public: a version of torch may lack it
 
 
@@ -189,7 +191,7 @@ class FastAttention(Attention):
         if key.dtype != torch.float32 and not torch.compiler.is_compiling():
             context = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)  # [B, Hkv, G, Dh]
         else:
-            scores = matvec(key, grouped * query.shape[3] ** -0.5)  # [B, Hkv, G, S]
+            scores = matvec(key, grouped.to(key.dtype) * query.shape[3] ** -0.5)  # [B, Hkv, G, S]
             if mask is not None:
                 scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
             context = matvec(value.mT, scores.softmax(-1)).to(query.dtype)  # [B, Hkv, G, Dh]
@@ -232,16 +234,21 @@ class FastKVCache(KVCache):
     """Stores values in the order in which `matvec` reads them, and does less for a single token.
 
     compiled: the step is compiled. Each layer then reads all its slots under a mask, so that shapes stay the same from
-    step to step.
+    step to step. widen: a CPU holds keys and values of 16 bits in float32, where there is memory for it, since
+    products in 16 bits would take more than twice as long. `held_bytes` counts what is held.
     """
 
-    def __init__(self, config: TextConfig, room: int, compressor: Compressor | None = None, compiled: bool = False):
+    def __init__(self, config: TextConfig, room: int, compressor: Compressor | None = None, compiled: bool = False,
+                 widen: bool = False):  # fmt: skip
         super().__init__(config, room, compressor)
+        self.widen = widen
         self.attends = type(self.compressor).attend not in (Compressor.attend, PrefixKV.attend)
         self.compiled = compiled and not self.attends  # torch.compile may not handle what a method does there
 
     def new_slots(self, key: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """As `KVCache.new_slots`."""
+        if self.widen and key.is_cpu and key.dtype in HALF:
+            key, value = key.float(), value.float()
         keys, values = super().new_slots(key, value, kept)
         slots = keys.shape[2]
         if values.dtype == torch.float32 or self.compiled:  # `matvec` reads one dimension of all slots, then the next
@@ -251,6 +258,14 @@ class FastKVCache(KVCache):
         if self.compiled and self.position.shape[2] == slots:
             self.position = F.pad(self.position, (0, 1), value=-1)
         return keys, values
+
+    def begin(self, present: Tensor, image: Tensor) -> Tensor:
+        """As `KVCache.begin`; asks whether there is memory for float32."""
+        if self.widen:
+            width = 2 * self.config.num_hidden_layers * self.config.kv_heads * self.config.head_size  # of a token
+            size = 4 * width * len(present) * (present.shape[1] + self.room)  # bytes, if all tokens are kept
+            self.widen = size <= (free_memory() or 0) / FREE_PART
+        return super().begin(present, image)
 
     def advance(self, count: int) -> Tensor:
         """As `KVCache.advance`; counts the filled slots of all layers at once."""
@@ -262,6 +277,8 @@ class FastKVCache(KVCache):
 
     def update(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `KVCache.update`. A single token is the latest, so it sees every slot that is filled."""
+        if layer < len(self.key):  # a turn or a token; those of the prompt change the dtype as they are stored
+            query, key, value = (x.to(self.key[layer].dtype) for x in (query, key, value))
         if self.slot is None or layer >= len(self.key):
             return super().update(layer, query, key, value)
         keys, values, row, slot = self.key[layer], self.value[layer], self.row, self.slot[layer]
@@ -291,7 +308,9 @@ class FastLlava(Llava):
 
     def new_cache(self, room: int = 128, compressor: Compressor | None = None) -> KVCache:
         """An empty FastKVCache, for compiled steps after `compile_steps`."""
-        return FastKVCache(self.config.text, room, compressor, self.compiled_step is not None)
+        compiled = self.compiled_step is not None
+        widen = not compiled and all(type(each.self_attn) is FastAttention for each in self.language_model.layers)
+        return FastKVCache(self.config.text, room, compressor, compiled, widen)
 
     @torch.inference_mode()
     def read(self, input_ids: Tensor, cache: KVCache, pixel_values: Tensor | None = None,

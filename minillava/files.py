@@ -1,4 +1,4 @@
-"""Files: the folder of a checkpoint, as given or downloaded, and files that are written whole or not at all."""
+"""Files: the folder of a checkpoint, as given or downloaded; files that are written whole or not at all; free memory."""
 
 from __future__ import annotations
 
@@ -70,3 +70,12 @@ def write_file(path: str | Path, content: bytes) -> None:
 def write_json(path: Path, value: object) -> None:
     """Writes JSON, whole or not at all."""
     write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def free_memory() -> int | None:
+    """Bytes that a program may take without the system swapping; None where Linux' /proc is not there."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None

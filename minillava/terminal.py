@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from minillava import TINY
 from minillava.checks import LlavaError
+from minillava.files import free_memory
 from minillava.model import KVCache, Llava
 from minillava.processor import Processor, open_image
 from minillava.scenes import DESCRIBE, draw, make_scene
@@ -117,15 +118,6 @@ def human(count: int) -> str:
         if count >= 0.9995 * size:  # what three digits would round to the next unit
             return f"{count / size:.3g} {unit}"
     return f"{count} B"
-
-
-def free_memory() -> int | None:
-    """Bytes that a program may take without the system swapping; None where Linux' /proc is not there."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -22,7 +22,7 @@ from PIL import Image
 import demo
 import weights
 from bench import plan
-from minillava import terminal
+from minillava import files, terminal
 from minillava.compressors import METHODS
 from minillava.model import Llava
 from minillava.scenes import describe, draw, make_scene
@@ -81,7 +81,7 @@ def test_auto_takes_what_leaves_room_and_says_why(monkeypatch, megabytes, own, c
 
 
 def test_the_free_memory_is_less_than_there_is():
-    free = terminal.free_memory()
+    free = files.free_memory()
     assert free is None or 0 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

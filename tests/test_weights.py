@@ -419,7 +419,8 @@ def mapped_files(model) -> set[str]:
 def test_weights_are_mapped_where_they_need_no_conversion_and_copied_by_fast_if_they_are_few(small):
     folder = small[0]
     mapped = str(folder / "model.safetensors")
-    for dtype, fast, expected in ((None, False, mapped), (None, True, ""), (torch.float16, False, "")):
+    kinds = ((None, False, mapped), (None, True, ""), (torch.float16, False, ""), (torch.int8, False, ""))
+    for dtype, fast, expected in kinds:
         assert mapped_files(weights.load_model(folder, dtype=dtype, fast=fast)) == {expected}
 
 
