@@ -1,4 +1,4 @@
-"""Files: the folder of a checkpoint, as given or downloaded; files that are written whole or not at all; free memory."""
+"""Files: the folder of a checkpoint, as given or downloaded; files written whole or not at all; free memory."""
 
 from __future__ import annotations
 
