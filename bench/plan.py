@@ -53,8 +53,8 @@ def plot(processor: Processor, inputs: dict[str, Tensor], kept: dict[str, list[s
     image, columns, cells = explore.drawn(inputs, processor)
     rows, ids = len(cells) // columns, inputs["input_ids"][0].tolist()
     first = ids.index(processor.config.image_token_id)
-    words = [(at, (processor.tokenizer.piece(id) or "").replace("\u2581", " ").replace("<0x0A>", "\u23ce")) for at, id in enumerate(ids)
-             if at > first and id != processor.config.image_token_id]  # fmt: skip
+    pieces = {at: processor.tokenizer.piece(id) or "" for at, id in enumerate(ids) if at > first}
+    words = {at: piece.replace("\u2581", " ").replace("<0x0A>", "\u23ce") for at, piece in pieces.items()}
     layers = len(next(iter(kept.values())))
     shown = sorted({round(i * (layers - 1) / (SHOWN - 1)) for i in range(SHOWN)})
     figure, axes = plt.subplots(len(kept), 1 + len(shown), squeeze=False, layout="constrained",
@@ -75,7 +75,7 @@ def plot(processor: Processor, inputs: dict[str, Tensor], kept: dict[str, list[s
             axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor="#2f8fff", linewidth=0.6))
             axis.set_title(f"layer {layer}: {len(by_layer[layer])} of {len(ids)} tokens", fontsize=9)
             x, y = 0.0, 1.02 * rows
-            for at, word in words:  # after the picture: black where it is kept
+            for at, word in words.items():  # after the picture: black where it is kept
                 width = columns * len(word) / LETTERS
                 x, y = (x, y) if x + width <= columns else (0.0, y + 0.06 * rows)
                 axis.text(x, y, word, fontsize=7, family="monospace", va="top",
