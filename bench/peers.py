@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from bench import real
 from bench.speed import PRESETS, peak, write_checkpoint
 from minillava.checks import require
 from minillava.fast import compile_steps, optimize
-from minillava.model import Llava
+from minillava.model import KVCache, Llava
 from minillava.quantised import to_int8
 from weights import load_model
 
@@ -84,6 +85,37 @@ def write_gguf(model: Llava, path: Path, kind: str) -> None:
     writer.close()
 
 
+Reader = tuple[Callable[[], object], Callable[[list[int]], Tensor]]  # begins anew; reads tokens -> logits [V]
+
+
+def theirs(name: str, path: str, prompt: int, new: int, threads: int) -> Reader:
+    """llama.cpp on a GGUF file."""
+    import llama_cpp
+
+    peer: Any = llama_cpp.Llama(path, n_ctx=prompt + new + 8, n_batch=prompt, n_ubatch=512, n_threads=threads,
+                                n_threads_batch=threads, verbose=False)  # fmt: skip
+
+    def read(tokens: list[int]) -> Tensor:
+        peer.eval(tokens)
+        return torch.tensor(llama_cpp.llama_get_logits(peer.ctx)[: peer.n_vocab()])
+
+    return peer.reset, read
+
+
+def ours(name: str, path: str, prompt: int, new: int, threads: int) -> Reader:
+    """This project's decoder on the same file, or on a folder."""
+    model = our_model(name, path)
+    caches: list[KVCache] = []
+
+    def begin() -> None:
+        caches[:] = [model.new_cache(new)]
+
+    def read(tokens: list[int]) -> Tensor:
+        return model.read(torch.tensor([tokens]), caches[0])[0].float()
+
+    return begin, read
+
+
 def our_model(name: str, path: str) -> Llava:
     """A decoder from a GGUF file or a folder, fast, in the dtype that a contender's name has."""
     dtype = name.split()[1]
@@ -102,28 +134,8 @@ def work(name: str, path: str, prompt: int, new: int, threads: int) -> dict[str,
     torch.set_num_threads(threads)
     rng = random.Random(0)
     ids = [rng.randrange(3, 30_000) for _ in range(prompt + new)]
-    if name.startswith("llama.cpp"):
-        import llama_cpp
-
-        peer: Any = llama_cpp.Llama(path, n_ctx=prompt + new + 8, n_batch=prompt, n_ubatch=512, n_threads=threads,
-                                    n_threads_batch=threads, verbose=False)  # fmt: skip
-
-        def read(tokens: list[int]) -> Tensor:
-            peer.eval(tokens)
-            return torch.tensor(llama_cpp.llama_get_logits(peer.ctx)[: peer.n_vocab()])
-
-        begin = peer.reset
-    else:
-        model = our_model(name, path)
-
-        def begin() -> None:
-            nonlocal cache
-            cache = model.new_cache(new)
-
-        def read(tokens: list[int]) -> Tensor:
-            return model.read(torch.tensor([tokens]), cache)[0].float()
-
-        cache = model.new_cache(new)
+    begin, read = (theirs if name.startswith("llama.cpp") else ours)(name, path, prompt, new, threads)
+    begin()
     read(ids[:prompt])  # to warm up, and to compile
     for token in ids[:3]:
         read([token])
@@ -164,9 +176,8 @@ def compare(args: argparse.Namespace) -> None:
         for decoder in args.decoders:
             files: dict[str, str] = {}
             if decoder == "smollm2":
-                path = real.find()
-                require(path, f"The pretrained decoder is not installed; to measure it: {real.INSTALL}")
-                files = dict.fromkeys((*THEIRS[decoder], *OURS[decoder]), str(path))
+                require(real.find(), f"The pretrained decoder is not installed; to measure it: {real.INSTALL}")
+                files = dict.fromkeys((*THEIRS[decoder], *OURS[decoder]), str(real.find()))
             else:
                 config = PRESETS["laptop-1b"].model
                 assert config is not None
