@@ -1,7 +1,7 @@
-"""A page that shows what PrefixKV keeps of an image and its prompt: `python -m minillava.explore page.html`.
+"""A page of what a model looks at in a picture, and what is kept of it: `python -m minillava.explore page.html`.
 
-It is one file without network: patches by layer, budget and method, importance and rank of a patch in every
-layer, the layers' curves with the threshold that cuts them, kept shares, and the answers side by side.
+It is one file without network: the patches that the question leads to, those that every method keeps by layer and
+budget, the answers side by side, a patch's importance in every layer, and the curves whose threshold sets the sizes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,40 +29,48 @@ from torch import Tensor
 
 from minillava import terminal
 from minillava.checks import LlavaError
-from minillava.compressors import H2O, Cover, Recorder, SnapKV
+from minillava.compressors import METHODS, Recorder, SnapKV
 from minillava.model import Llava
 from minillava.processor import IMAGE_TOKEN, Processor
-from prefixkv import PrefixKV, priority, search
+from prefixkv import PrefixKV, attention_weights, priority, search
 
 SHARES = tuple(step / 20 for step in range(1, 21))  # stops of the budget's slider
+ANSWERED = (0.05, 0.1, 0.2, 0.5)  # budgets at which methods answer
 POINTS = 101  # of every curve
-SHOWN: dict[str, type[PrefixKV]] = {"PrefixKV": PrefixKV, "cover": Cover, "H2O": H2O, "SnapKV": SnapKV}
 
 
 class Beside(Recorder):
-    """Keeps everything, as a Recorder, and asks other compressors what they would keep."""
+    """Keeps everything, as a Recorder. Notes where the last token looks, and asks methods what they would keep."""
 
-    def __init__(self, others: Sequence[PrefixKV]):
-        self.others = others
-        self.found: list[list[Tensor]] = [[] for _ in others]  # of each one, its scores by layer
+    def __init__(self, methods: Sequence[str], budgets: Sequence[float]):
+        self.methods = [[METHODS[name](budget) for budget in budgets] for name in methods]
+        self.found: list[list[list[Tensor]]] = [[] for _ in methods]  # of each method, by layer: scores by budget
+        self.looks: list[Tensor] = []  # of each layer, the last token's attention, mean over heads: [N]
 
     def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
         super().begin(present, image, layers)
-        for other in self.others:
-            other.begin(present, image, layers)
+        for method in itertools.chain(*self.methods):
+            method.begin(present, image, layers)
 
     def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         own = super().score(layer, query, key, value)
-        for other, found in zip(self.others, self.found):  # the slow score, of every key by every query, is made once
-            found.append(own if type(other).score is PrefixKV.score else other.score(layer, query, key, value))
+        self.looks.append(attention_weights(query[:, :, -1:], key, None).mean((0, 1, 2)))
+        for methods, found in zip(self.methods, self.found):
+            if type(methods[0]).score is PrefixKV.score:  # slow: of every key by every query
+                found.append([own])
+            else:  # only SnapKV's window depends on the budget
+                asked = methods if isinstance(methods[0], SnapKV) else methods[:1]
+                found.append([method.score(layer, query, key, value) for method in asked])
         return own
 
-    def choices(self) -> list[list[Tensor]]:
-        """What each of the others keeps of each layer of the first prompt: bool [N]."""
-        return [
-            [other.choose(layer, *pair)[0] for layer, pair in enumerate(zip(found, other.allocate(torch.stack(found))))]
-            for other, found in zip(self.others, self.found)
-        ]
+    def choices(self) -> Iterator[list[Tensor]]:
+        """What each layer keeps of the prompt, bool [N]: by the first method at each budget, then by the next."""
+        for methods, found in zip(self.methods, self.found):
+            for number, method in enumerate(methods):
+                vars(method).update(vars(methods[0]) | {"budget": method.budget})  # with what `score` has noted
+                scores = [by_budget[number % len(by_budget)] for by_budget in found]
+                sizes = method.allocate(torch.stack(scores))
+                yield [method.choose(layer, *pair)[0] for layer, pair in enumerate(zip(scores, sizes))]
 
 
 def seen_image(pixels: Tensor, processor: Processor, patch: int) -> Image.Image:
@@ -118,14 +126,8 @@ def words(left: str, right: str) -> tuple[list[tuple[bool, str]], list[tuple[boo
 
 
 @torch.no_grad()
-def collect(
-    model: Llava,
-    processor: Processor,
-    prompt: str,
-    images: Sequence[Image.Image],
-    budgets: Sequence[float],
-    name: str = "",
-) -> dict[str, Any]:
+def collect(model: Llava, processor: Processor, prompt: str, images: Sequence[Image.Image], budgets: Sequence[float],
+            name: str = "", methods: Sequence[str] = ("prefixkv",)) -> dict[str, Any]:  # fmt: skip
     """What page and picture show, without the answers, in plain Python values; of several images the first is shown.
 
     Raises LlavaError for a prompt without an image.
@@ -134,17 +136,17 @@ def collect(
         raise LlavaError("There is nothing to explore without an image; give one, and <image> in the prompt.")
     inputs = encode(model, processor, prompt, images)
     stops = sorted({*SHARES, *budgets})
-    recorder = Beside([method(stop) for method in SHOWN.values() for stop in stops])
+    recorder = Beside(methods, stops)
     terminal.read(model, inputs, model.new_cache(1, recorder))
-    scores = recorder.scores[:, 0].cpu()  # [L, N]
+    scores, looks = recorder.scores[:, 0].cpu(), torch.stack(recorder.looks).cpu()  # [L, N] each
     layers, length = scores.shape
     prefixes = priority(scores)  # [L, N + 1]
     thresholds = [search(prefixes, *PrefixKV(stop).limits(layers, length))[0] for stop in stops]
-    choices = iter(recorder.choices())
-    methods = [
-        {"name": method, "kept": [[bits(row) for row in rows] for rows in itertools.islice(choices, len(stops))]}
-        for method in SHOWN
-    ]
+    shown: list[dict[str, Any]] = [{"name": method, "kept": []} for method in methods]
+    with terminal.progress_bar("choosing", "budget", len(methods) * len(stops)) as bar:
+        for number, rows in enumerate(recorder.choices()):
+            shown[number // len(stops)]["kept"].append([bits(row) for row in rows])
+            bar.update()
     ids = inputs["input_ids"][0].tolist()
     places = [position for position, id in enumerate(ids) if id == model.config.image_token_id]
     image, columns, cells = drawn(inputs, processor)
@@ -152,7 +154,7 @@ def collect(
     picture = io.BytesIO()
     image.save(picture, "PNG")
     at = torch.linspace(0, length, POINTS).round().long()
-    data: dict[str, Any] = {
+    return {
         "model": Path(name).name or name,
         "prompt": prompt,
         "image": "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode(),
@@ -160,41 +162,36 @@ def collect(
         "tiled": "image_sizes" in inputs,
         "patches": [None if cell is None else places[cell] for cell in cells],
         "words": text,
+        "looks": [[round(value, 5) for value in row] for row in looks.tolist()],
         "importance": [[round(value, 5) for value in row] for row in scores.tolist()],
         "curves": [[round(value, 4) for value in row] for row in prefixes[:, at].tolist()],
         "budgets": stops,
-        "start": stops.index(min(budgets)),
+        "start": stops.index(min(budgets, key=lambda budget: abs(budget - 0.2))),
         "thresholds": [round(threshold, 5) for threshold in thresholds],
-        "methods": methods,
+        "methods": shown,
+        "layer": int(looks[:, places].topk(min(10, len(places))).values.sum(-1).argmax()),  # which looks most sharply
     }
-    kept = torch.tensor(counts(data, data["start"]))
-    return data | {"layer": int((kept - min(budgets) * length).abs().argmax())}
 
 
-def answers(
-    model: Llava,
-    processor: Processor,
-    prompt: str,
-    images: Sequence[Image.Image],
-    budgets: Sequence[float],
-    max_new_tokens: int = 128,
-) -> dict[str, Any]:
+def answers(model: Llava, processor: Processor, prompt: str, images: Sequence[Image.Image], budgets: Sequence[float],
+            max_new_tokens: int = 128, methods: Sequence[str] = ("prefixkv",)) -> dict[str, Any]:  # fmt: skip
     """The rest of what the page shows: the full cache's answer, and beside it that of every method at every budget."""
     inputs = encode(model, processor, prompt, images)
-    runs = [(number, budget) for number in range(len(SHOWN)) for budget in budgets]
-    compressors = [None, *(list(SHOWN.values())[number](budget) for number, budget in runs)]
-    found = []
-    with terminal.progress_bar("answering", "answer", len(compressors)) as bar:
-        for compressor in compressors:
+    runs: list[dict[str, Any]] = []
+    with terminal.progress_bar("answering", "answer", len(methods) * len(budgets) + 1) as bar:
+
+        def answer(name: str, compressor: PrefixKV | None) -> dict[str, Any]:
+            bar.set_description(f"answering: {name}")
             made = model.generate(**inputs, max_new_tokens=max_new_tokens, compressor=compressor)
-            found.append((processor.decode(made.token_ids[0]).strip(), made.cache_bytes))
             bar.update()
-    (full, used), *others = found
-    shown = []
-    for (number, budget), (text, size) in zip(runs, others):
-        left, right = words(full, text)
-        shown.append({"method": number, "budget": budget, "left": left, "right": right, "bytes": size})
-    return {"full": {"text": full, "bytes": used}, "runs": shown}
+            return {"text": processor.decode(made.token_ids[0]).strip(), "bytes": made.cache_bytes}
+
+        full = answer("full cache", None)
+        for (number, name), budget in itertools.product(enumerate(methods), budgets):
+            run = answer(f"{name} {budget:.0%}", METHODS[name](budget))
+            left, right = words(full["text"], run["text"])
+            runs.append({"method": number, "budget": budget, "left": left, "right": right, "bytes": run["bytes"]})
+    return {"full": full, "runs": runs}
 
 
 def encode(model: Llava, processor: Processor, prompt: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -240,7 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
     terminal.add_picture_options(parser)
     terminal.add_model_options(parser)
     parser.add_argument("--budget", action="append", type=terminal.parse_budget, metavar="SHARE",
-                        help="share of the cache for answers, like 20%%; repeatable (default: 50%%, 20%%)")  # fmt: skip
+                        help="share of the cache for answers; repeatable (default: 5%%, 10%%, 20%%, 50%%)")  # fmt: skip
+    parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME",
+                        help="method to show; repeatable (default: all)")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=terminal.whole_number(1), default=128, metavar="N",
                         help="longest answer, in tokens (default: 128)")  # fmt: skip
     args = parser.parse_args(arguments)
@@ -248,12 +247,13 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         from weights import write_file  # it stands on minillava, not the other way round
 
-        start, budgets = time.perf_counter(), args.budget or [0.5, 0.2]
+        start = time.perf_counter()
+        budgets, methods = args.budget or ANSWERED, args.method or [*reversed(METHODS)]
         _, images = terminal.pictures(args.image, args.scene)
         model, processor = terminal.load_shown(args)
         prompt = terminal.prompt_of(processor, args.prompt, len(images))
-        data = collect(model, processor, prompt, images, budgets, args.model)
-        data |= answers(model, processor, prompt, images, budgets, args.max_new_tokens)
+        data = collect(model, processor, prompt, images, budgets, args.model, methods)
+        data |= answers(model, processor, prompt, images, budgets, args.max_new_tokens, methods)
         write_file(args.out, page(data).encode())
         print(f"{args.out}, with {len(data['runs']) + 1} answers, in {time.perf_counter() - start:.0f} s.")
 

@@ -1,4 +1,4 @@
-"""The explorer: what it shows is what PrefixKV does, texts stay texts, and the page works in a browser."""
+"""The explorer: what it shows is what the model and the methods do, texts stay texts, the page works in a browser."""
 
 from __future__ import annotations
 
@@ -23,56 +23,52 @@ import weights
 from bench import plan
 from minillava import explore
 from minillava.checks import LlavaError
+from minillava.compressors import METHODS
+from minillava.model import manual_attention
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
 NASTY = '</script><script>document.title="owned"</script><img src=x onerror=\'document.title="owned"\'>'
+IMAGE = Image.open(TINY / "examples" / "scene_1.png")
+SHOWN = ["prefixkv", *(name for name in METHODS if name != "prefixkv")]
 
 
 @pytest.fixture(scope="module")
-def image():
-    return Image.open(TINY / "examples" / "scene_1.png")
+def data(small):
+    """All that a page shows of a random model, whose prompt and name try to be HTML."""
+    _, _, model, processor = small
+    prompt, budgets = f"USER: <image>\n{NASTY} ASSISTANT:", (0.5, 0.2)
+    found = explore.collect(model, processor, prompt, [IMAGE], budgets, f"somewhere/{NASTY[-9:]}", SHOWN)
+    return found | explore.answers(model, processor, prompt, [IMAGE], budgets, 4, SHOWN)
 
 
-@pytest.fixture(scope="module")
-def data(tiny, image):
-    model, processor = tiny
-    prompt = processor.chat([("Describe the image in detail.", None)], 1)
-    return shown(model, processor, prompt, image, (0.5, 0.2), 12, "somewhere/tiny")
-
-
-def shown(model, processor, prompt, image, budgets, new_tokens, name=""):
-    """All that a page shows."""
-    found = explore.collect(model, processor, prompt, [image], budgets, name)
-    return found | explore.answers(model, processor, prompt, [image], budgets, new_tokens)
-
-
-@pytest.mark.parametrize("number", range(4))
-def test_the_tokens_shown_are_those_that_a_cache_keeps(tiny, image, data, number, sweep):
-    model, processor = tiny
-    method = list(explore.SHOWN.values())[number]
-    inputs = processor(data["prompt"], [image])
-    budgets = data["budgets"]
-    for stop, budget in enumerate(budgets):
-        if not sweep and budget not in (budgets[0], 0.2, 0.5, 1.0):
+@pytest.mark.parametrize("number", range(len(SHOWN)), ids=SHOWN)
+def test_the_tokens_shown_are_those_that_a_cache_keeps(small, data, number):
+    _, _, model, processor = small
+    for stop, budget in enumerate(data["budgets"]):
+        if budget not in (0.05, 0.2, 0.35, 1.0):
             continue
-        cache = model.new_cache(1, method(budget))
-        model.read(**inputs, cache=cache)
+        cache = model.new_cache(1, METHODS[SHOWN[number]](budget))
+        model.read(**processor(data["prompt"], [IMAGE]), cache=cache)
         assert cache.kept[:, 0].tolist() == explore.counts(data, stop, number)
-        for layer in range(8):
-            positions = set(cache.position[layer, 0][cache.position[layer, 0] >= 0].tolist())
-            found = explore.kept(data, layer, stop, number)
-            assert {j for j, here in enumerate(found) if here} == positions
+        for layer, position in enumerate(cache.position[:, 0]):
+            kept = explore.kept(data, layer, stop, number)
+            assert [j for j, here in enumerate(kept) if here] == sorted(position[position >= 0].tolist())
 
 
-def test_the_page_names_the_model(data):
-    assert data["model"] == "tiny"
-
-
-def test_the_page_opens_on_the_layer_that_is_farthest_from_the_budget(data):
-    kept = explore.counts(data, data["start"])
-    away = [abs(count - data["budgets"][data["start"]] * len(data["importance"][0])) for count in kept]
-    assert away[data["layer"]] == max(away)
+def test_where_the_model_looks_is_the_last_tokens_attention_and_the_page_opens_where_it_is_sharpest(small, data):
+    _, _, model, processor = small
+    inputs = processor(data["prompt"], [IMAGE])
+    hidden, rope = (
+        model.embed(inputs["input_ids"], inputs["pixel_values"]),
+        model.language_model.cos_sin(torch.arange(len(data["looks"][0]))[None]),
+    )
+    sharp = []
+    for layer, looks in zip(model.language_model.layers, data["looks"]):
+        heads = manual_attention(*layer.self_attn.project(layer.input_layernorm(hidden), rope), None)[1]
+        assert looks == pytest.approx(heads[0, :, -1].mean(0).tolist(), abs=2e-5)
+        sharp.append(sum(sorted((looks[position] for position in data["patches"]), reverse=True)[:10]))
+        hidden = layer(hidden, rope)
+    assert sharp[data["layer"]] == max(sharp)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
@@ -81,30 +77,21 @@ def test_bits_say_which_tokens_are_kept(keep):
     assert explore.kept(made, 0, 0) == keep
 
 
-def test_every_token_is_a_patch_or_a_word_once(data):
+def test_the_page_has_the_models_name_every_token_once_and_the_picture_that_the_model_sees(small, data):
+    assert data["model"] == NASTY[-9:]
     positions = sorted(data["patches"] + [position for position, _ in data["words"]])
     assert positions == list(range(len(data["importance"][0])))
-    assert len(data["patches"]) == data["columns"] ** 2
-
-
-def test_the_picture_is_what_the_model_sees(tiny, image, data):
-    shown = Image.open(io.BytesIO(base64.b64decode(data["image"].split(",")[1])))
-    side = tiny[0].config.vision.image_size
-    assert shown.size == (side, side)
-    expected = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    assert shown.tobytes() == expected.tobytes()
-
-
-def test_a_border_narrower_than_a_patch_is_not_shown(tiny):
-    pixels = torch.zeros(3, 30, 30)
-    assert explore.seen_image(pixels, tiny[1], 8).size == (24, 24)
+    picture = Image.open(io.BytesIO(base64.b64decode(data["image"].split(",")[1])))
+    side = small[2].config.vision.image_size
+    assert picture.size == (side, side) and len(data["patches"]) == data["columns"] ** 2
+    assert picture.tobytes() == IMAGE.convert("RGB").resize((side, side), Image.Resampling.BICUBIC).tobytes()
+    assert explore.seen_image(torch.zeros(3, 30, 30), small[3], 8).size == (24, 24)  # less than a patch is cut off
 
 
 def test_curves_rise_from_0_to_1_and_the_threshold_with_the_budget(data):
     for curve in data["curves"]:
         assert curve[0] == 0 and curve[-1] == 1 and curve == sorted(curve)
-    assert data["thresholds"] == sorted(data["thresholds"])
-    assert data["thresholds"][-1] == 1
+    assert data["thresholds"] == sorted(data["thresholds"]) and data["thresholds"][-1] == 1
 
 
 def test_words_in_one_text_only_are_marked():
@@ -113,31 +100,23 @@ def test_words_in_one_text_only_are_marked():
     assert right == [(True, "a"), (False, "blue"), (True, "ring")]
 
 
-def test_the_page_needs_no_network_and_is_small(data):
-    text = explore.page(data)
-    assert len(text.encode()) < 3_000_000
+def test_the_page_needs_no_network_and_text_that_is_html_stays_text(data):
+    text = explore.page(data | {"words": [(0, NASTY)]})  # as if it were one token
+    assert "<script>document" not in text and "<img" not in text and text.count("<script") == 2
     assert not re.search(r"(src|href)\s*=\s*[\"']?https?:|@import|url\(['\"]?http", text)
 
 
-def test_text_that_is_html_stays_text(small, image):
-    _, _, model, processor = small
-    made = shown(model, processor, f"USER: <image>\n{NASTY} ASSISTANT:", image, (0.5,), 4, NASTY)
-    made["words"].append((0, NASTY))  # as if it were one token
-    text = explore.page(made)
-    assert "<script>document" not in text and "<img" not in text
-    assert text.count("<script") == 2
-
-
-def test_without_an_image_there_is_nothing_to_explore(tiny):
+def test_without_an_image_there_is_nothing_to_explore(small):
     with pytest.raises(LlavaError, match="without an image"):
-        explore.collect(*tiny, "Hello", [], [0.2])
+        explore.collect(*small[2:], "Hello", [], [0.2])
 
 
 # ---------------------------------------------------------------- the commands
 
 COMMANDS = pytest.mark.parametrize(
     "command",
-    [lambda path, *more: explore.main([path, *more]), lambda path, *more: plan.main(["--save", path, *more]),
+    [lambda path, *more: explore.main([path, "--max-new-tokens", "1", "--method", "h2o", *more]),
+     lambda path, *more: plan.main(["--save", path, *more]),
      lambda path, *more: plan.main(["--plot", path, *more])],
     ids=["explore", "save", "plot"],
 )  # fmt: skip
@@ -151,47 +130,33 @@ def refused(command, *arguments):
         return stop.code == 2
 
 
-def test_the_commands_write_page_plan_and_picture(tmp_path, capsys):
+def test_the_commands_write_page_plan_and_picture_and_how_far_they_are(tmp_path, capsys, small, monkeypatch):
     page, saved, picture = (str(tmp_path / name) for name in ("a.html", "a.json", "a.png"))
-    assert explore.main([page, "--max-new-tokens", "4", "--scene", "7"]) == 0
-    assert re.fullmatch(rf"{page}, with 9 answers, in \d+ s\.\n", capsys.readouterr().out)
+    monkeypatch.setattr(explore.terminal, "SLOW", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert explore.main([page, "--model", str(small[0]), "--max-new-tokens", "2", "--scene", "7"]) == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch(rf"{page}, with 53 answers, in \d+ s\.\n", out)
+    for part in ("loading: ", "reading the prompt: ", "choosing: ", "answering: cover 20%: ", "/53 ["):
+        assert part in err
     assert plan.main(["--save", saved, "--plot", picture]) == 0
     assert os.path.getsize(page) > 10_000 and Image.open(picture).width > 1000
     found = weights.read_plan(saved)
     assert found.budget == 0.2 and sum(found.ratios) / 8 == pytest.approx(0.2, abs=1e-3)
+    assert plan.main(["--save", saved, "--method", "h2o", "--budget", "40%"]) == 0
+    ratios = weights.read_plan(saved).ratios
+    assert max(ratios) - min(ratios) < 0.002 < max(found.ratios) - min(found.ratios)  # as many in every layer
     assert sorted(os.listdir(tmp_path)) == ["a.html", "a.json", "a.png"]
 
 
-def test_a_plan_is_saved_for_every_method(tmp_path):
-    path = str(tmp_path / "plan.json")
-    assert plan.main(["--save", path, "--method", "h2o", "--budget", "40%"]) == 0
-    ratios = weights.read_plan(path).ratios
-    assert len(ratios) == 8 and max(ratios) - min(ratios) < 0.002  # as many in every layer; PrefixKV's are 0.09 apart
-
-
-def test_how_far_it_is_shows_on_a_terminal(tmp_path, capsys, small, monkeypatch):
-    monkeypatch.setattr(explore.terminal, "SLOW", 0.0)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert explore.main([str(tmp_path / "a.html"), "--model", str(small[0]), "--max-new-tokens", "2"]) == 0
-    err = capsys.readouterr().err
-    assert "loading: " in err and "reading the prompt: " in err and "answering: " in err and "/9 [" in err
-
-
 @COMMANDS
-def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path, capsys, small, command):
-    for name in ("no/a.png", ".", "x" * 249 + ".png", "x" * 5000 + ".png"):  # 253: too long for the name it gets first
-        assert refused(command, str(tmp_path / name), "--model", str(small[0]))
-        assert "cannot be written" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
-@COMMANDS
-def test_a_write_that_fails_ends_with_2_and_leaves_nothing(tmp_path, capsys, small, command, monkeypatch):
+def test_a_file_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path, capsys, small, command, monkeypatch):
     monkeypatch.setattr("minillava.files.secrets.token_hex", lambda count: "x")
-    (tmp_path / "a.png.x.part").symlink_to("/dev/full")  # no space is left there
-    assert refused(command, str(tmp_path / "a.png"), "--model", str(small[0]))
-    assert "cannot be written" in capsys.readouterr().err
+    if os.path.exists("/dev/full"):
+        (tmp_path / "full.png.x.part").symlink_to("/dev/full")  # no space is left there
+    for name in ("no/a.png", ".", "x" * 249 + ".png", *(["full.png"] if os.path.exists("/dev/full") else [])):
+        assert refused(command, str(tmp_path / name), "--model", str(small[0]))  # 253: too long for the name at first
+        assert "cannot be written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -215,31 +180,32 @@ const errors = [];
 addEventListener("error", event => errors.push(event.message));
 for (const name of ["error", "warn"]) console[name] = text => errors.push(String(text));
 addEventListener("load", () => {
-  const result = {};
+  const result = {}, texts = ["kept-text", "looks-text", "layer-out", "budget-out", "patch-text", "compressed", "story",
+    "run-name", "question"];
   const look = () => ({
-    dropped: document.querySelectorAll("#grid .dropped").length, text: $("kept-text").textContent,
+    ...Object.fromEntries(texts.map(id => [id, $(id).textContent])),
+    dropped: document.querySelectorAll("#grid .dropped").length,
+    bright: [...$("looks").children].findIndex(cell => /, 0\\)$/.test(cell.style.background)),
     level: document.querySelector(".level").getAttribute("y1"),
-    bar: document.querySelector(".bar.on").getAttribute("height"),
-    words: document.querySelectorAll("#prompt .kept").length, layer: $("layer-out").textContent,
-    budget: $("budget-out").textContent, rows: $("patch-rows").children.length, patch: $("patch-text").textContent,
-    answer: $("compressed").textContent, story: $("story").textContent, name: $("run-method").textContent,
     hidden: document.querySelector(".level").getAttribute("visibility"),
-    marks: document.querySelectorAll("mark").length,
+    bar: document.querySelector(".bar.on").getAttribute("height"),
+    words: document.querySelectorAll("#prompt .kept").length, rows: $("patch-rows").children.length,
   });
-  const move = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("input")); };
+  const move = (id, value) => {
+    $(id).value = value;
+    $(id).dispatchEvent(new Event(id === "method" ? "change" : "input"));
+  };
   result.start = look();
-  move("layer", 5); result.layer = look();
+  result.bottom = Math.max(...["looks-text", "kept-text"].map(id => $(id).getBoundingClientRect().bottom));
+  move("layer", 3); result.layer = look();
   move("budget", data.budgets.length - 1); result.all = look();
   document.querySelector("#grid button").focus();
   for (const key of ["ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp", "ArrowUp", "ArrowDown"])
     document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
   result.keys = look();
-  const run = number => { $("run").value = number; $("run").dispatchEvent(new Event("change")); };
-  run(0); result.first = look();
-  run(1);
-  move("budget", data.start);
-  $("method").value = 1; $("method").dispatchEvent(new Event("change")); result.method = look();
-  result.width = document.documentElement.scrollWidth; result.inner = innerWidth;
+  move("budget", data.start); move("method", data.methods.length - 1); result.method = look();
+  if (innerWidth < 640) document.body.style.width = "360px";
+  result.width = innerWidth < 640 ? document.body.scrollWidth : document.documentElement.scrollWidth;
   result.labels = [...document.querySelectorAll("input, select")].every(field => field.labels.length);
   result.title = document.title; result.errors = errors;
   document.body.innerHTML = "";
@@ -251,54 +217,49 @@ addEventListener("load", () => {
 </script>"""
 
 
-def visit(page: str, folder, width: int) -> dict:
-    """Opens a page in headless Chromium, uses it, and returns what was seen."""
-    path = folder / "page.html"
-    path.write_text(page.replace("</head>", HARNESS + "</head>"), encoding="utf-8")
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+@pytest.mark.parametrize("width, most", [(1280, 1280), (500, 360)])  # no window is narrower than 500; its body is
+def test_the_page_works_in_a_browser_without_a_message(tmp_path, data, width, most):
+    path = tmp_path / "page.html"
+    path.write_text(explore.page(data).replace("</head>", HARNESS + "</head>"), encoding="utf-8")
     done = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}",
+         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
          f"--window-size={width},900", "--virtual-time-budget=4000", "--dump-dom", path.as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stdout[-1000:] + done.stderr[-1000:]
-    return json.loads(html.unescape(found[1]))
-
-
-@browser
-@pytest.mark.parametrize("width", [1280, 500])  # headless Chromium makes no window narrower than 500
-def test_the_page_works_in_a_browser_without_a_message(tmp_path, data, width):
-    seen = visit(explore.page(data), tmp_path, width)
-    assert seen["errors"] == []
-    assert seen["width"] <= seen["inner"]  # nothing to scroll sideways
-    assert seen["labels"]
-    start, layer, everything = seen["start"], seen["layer"], seen["all"]
-    stop = data["start"]
+    seen = json.loads(html.unescape(found[1]))
+    assert seen["title"] == "What is kept of a KV cache" and seen["start"]["question"] == f"{NASTY} ASSISTANT:"
+    assert seen["errors"] == [] and seen["labels"] and seen["width"] <= most  # nothing to scroll sideways
+    assert width < 1280 or seen["bottom"] <= 800  # what the question leads to is seen without scrolling
+    start, layer, everything, other, stop = *(seen[name] for name in ("start", "layer", "all", "method")), data["start"]
 
     def dropped(layer: int, method: int = 0) -> int:
         here = explore.kept(data, layer, stop, method)
         return sum(not here[position] for position in data["patches"])
 
-    lowest = " ".join(text for _, text in data["runs"][1]["right"]).split()  # as the slider's budget
-    assert start["answer"].split() == lowest != seen["first"]["answer"].split()
-    assert start["dropped"] == dropped(data["layer"]) and start["layer"] == str(data["layer"])
+    def answer(method: int, budget: float) -> list[str]:
+        (run,) = (run for run in data["runs"] if (run["method"], run["budget"]) == (method, budget))
+        return " ".join(text for _, text in run["right"]).split()
+
+    looks = [data["looks"][data["layer"]][position] for position in data["patches"]]
+    row, column = divmod(looks.index(max(looks)), data["columns"])
+    assert start["bright"] == looks.index(max(looks))
+    assert f"layer {data['layer']}, mean" in start["looks-text"]
+    assert f"row {row + 1}, column {column + 1};" in start["looks-text"]
+    assert start["dropped"] == dropped(data["layer"]) and start["layer-out"] == str(data["layer"])
+    assert start["compressed"].split() == answer(0, 0.2) and start["run-name"].endswith("prefixkv at 20 %")
     assert start["story"].startswith("Layer ") and "its attention is spread over many keys. Layer " in start["story"]
-    assert layer["dropped"] == dropped(5) and layer["layer"] == "5"
-    assert f"keeps {explore.counts(data, stop)[5]} of" in layer["text"]
-    assert everything["dropped"] == 0 and everything["budget"] == "100 %"
-    assert everything["words"] == len(data["words"])
+    assert layer["dropped"] == dropped(3) and layer["layer-out"] == "3"
+    assert f"layer 3 keeps {explore.counts(data, stop)[3]} of" in layer["kept-text"]
+    assert everything["dropped"] == 0 and everything["budget-out"] == "100 %"
+    assert everything["compressed"].split() == answer(0, 0.5) and everything["run-name"].endswith("at 50 %")
+    assert "get 100 % of" in everything["kept-text"] and everything["words"] == len(data["words"])
     assert float(everything["level"]) < float(layer["level"]) and float(everything["bar"]) == 250
-    assert seen["keys"]["patch"].startswith("Patch in row 2, column 1;") and seen["keys"]["rows"] == 8
-    other = seen["method"]
-    assert other["dropped"] == dropped(5, 1) and other["name"] == "cover" and other["hidden"] == "hidden"
-    assert other["story"] == "cover keeps 20 % in every layer."
-    assert other["answer"].split() == " ".join(text for _, text in data["runs"][3]["right"]).split()
-
-
-@browser
-def test_a_prompt_that_is_html_does_nothing_in_a_browser(tmp_path, small, image):
-    _, _, model, processor = small
-    made = shown(model, processor, f"USER: <image>\n{NASTY} ASSISTANT:", image, (0.5, 0.2), 4, NASTY)
-    seen = visit(explore.page(made), tmp_path, 800)
-    assert seen["title"] == "What is kept of a KV cache" and seen["errors"] == []
+    assert seen["keys"]["patch-text"].startswith("Patch in row 2, column 1;")
+    assert seen["keys"]["rows"] == len(data["importance"])
+    last = len(SHOWN) - 1
+    assert other["dropped"] == dropped(3, last) and other["hidden"] == "hidden"
+    assert other["story"].startswith(f"{SHOWN[last]} keeps") and other["compressed"].split() == answer(last, 0.2)
