@@ -106,69 +106,56 @@ def trap(save):
 LLAMA3 = {"rope_type": "llama3", "factor": 2, "low_freq_factor": 3, "high_freq_factor": 3,
           "original_max_position_embeddings": 9}  # fmt: skip
 TILED = {"model_type": "llava_next", "image_grid_pinpoints": [[28, 56]]}
-CONFIG = [
-    ({"model_type": "paligemma"}, "model_type = 'paligemma'"), ({"model_type": None}, "model_type = None"),
-    ({"model_type": []}, r"model_type = \[\]"), ({"model_type": "llava_onevision"}, "llava_onevision.*anyres_max_9"),
+WRONG = {  # values of config.json and of its parts, each refused by its name and as it stands
+    None: {"model_type": ["paligemma", None, []], "vision_feature_layer": [-9, [-2, -3]], "text_config": [[], "llama"],
+           "vision_feature_select_strategy": ["some"], "projector_hidden_act": ["relu"],
+           "multimodal_projector_bias": ["no"]},
+    "text_config": {"model_type": ["qwen3"], "hidden_size": [-4, 2**62, "big", True], "vocab_size": [-5],
+                    "num_hidden_layers": [0, 10**9], "head_dim": [0], "hidden_act": ["relu6"],
+                    "rms_norm_eps": ["small", float("inf")], "partial_rotary_factor": [0.5], "rope_parameters": [[1]]},
+    "vision_config": {"model_type": ["dinov2"], "num_hidden_layers": [10**9], "image_size": [10**12],
+                      "patch_size": [99]},
+}  # fmt: skip
+CONFIG = [  # what else is said
+    ({"model_type": "llava_onevision"}, "llava_onevision.*anyres_max_9"), ({"text_config": 1}, "expected an object"),
     ({"model_type": "llava_next_video"}, "frames"), ({"model_type": "video_llava"}, "two vision towers"),
     ({"model_type": "vipllava"}, "several vision layers"),
-    ({"text_config": []}, r"text_config = \[\]; expected an object"), ({"text_config": "llama"}, "text_config"),
-    ({"text_config": {"model_type": "qwen3"}}, "model_type = 'qwen3'; expected one of llama, mistral, qwen2"),
-    ({"vision_config": {"model_type": "dinov2"}}, "vision_config.model_type = 'dinov2'"),
-    ({"text_config": {"hidden_size": -4}}, "text_config.hidden_size = -4"),
-    ({"text_config": {"hidden_size": 2**62}}, "text_config.hidden_size"),
-    ({"text_config": {"hidden_size": "big"}}, "hidden_size = 'big'; expected a value of type int"),
-    ({"text_config": {"hidden_size": True}}, "hidden_size = True; expected a value of type int"),
+    ({"text_config": {"model_type": "phi"}}, "expected one of llama, mistral, qwen2"),
+    ({"text_config": {"hidden_size": 2.0}}, "expected a value of type int"),
     ({"text_config": {"hidden_size": 66, "head_dim": None}}, "hidden_size = 66; expected a multiple of its 4 heads"),
-    ({"text_config": {"num_hidden_layers": 0}}, "num_hidden_layers = 0"),
-    ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers = 1000000000; .*up to 1024"),
-    ({"vision_config": {"num_hidden_layers": 10**9}}, "vision_config.num_hidden_layers"),
-    ({"text_config": {"vocab_size": -5}}, "vocab_size"), ({"vision_config": {"image_size": 10**12}}, "image_size"),
-    ({"text_config": {"num_key_value_heads": 3}}, "3 key-value heads"),
-    ({"text_config": {"head_dim": 15}}, "odd"), ({"text_config": {"head_dim": 0}}, "head_dim = 0"),
-    ({"text_config": {"model_type": "mistral", "sliding_window": "64"}}, "sliding_window = '64'"),
-    ({"text_config": {"model_type": "mistral", "sliding_window": 64.0}}, "sliding_window = 64.0"),
-    ({"text_config": {"model_type": "mistral", "sliding_window": True}}, "sliding_window = True"),
-    ({"text_config": {"hidden_act": "relu6"}}, "hidden_act = 'relu6'; expected one of .*silu"),
-    ({"text_config": {"rms_norm_eps": "small"}}, "rms_norm_eps"),
-    ({"text_config": {"rms_norm_eps": float("inf")}}, "rms_norm_eps"),
-    ({"text_config": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
-    ({"text_config": {"rope_parameters": [1]}}, r"rope_parameters = \[1\]; expected an object"),
+    ({"text_config": {"num_hidden_layers": 2000}}, "a number above 0, up to 1024"),
+    ({"text_config": {"num_key_value_heads": 3}}, "3 key-value heads"), ({"text_config": {"head_dim": 15}}, "odd"),
+    *(({"text_config": {"model_type": "mistral", "sliding_window": window}}, f"sliding_window = {window!r}")
+      for window in ("64", 64.0, True)),
     ({"text_config": {"rope_parameters": {"rope_type": "yarn", "factor": 2}}}, "rope_type = 'yarn'"),
     ({"text_config": {"rope_parameters": None, "rope_scaling": {"rope_type": [1]}}}, r"rope_type = \[1\]"),
-    ({"text_config": {"rope_parameters": {"rope_type": "linear"}}}, "factor"),
-    ({"text_config": {"rope_parameters": {**LLAMA3, "low_freq_factor": None}}}, "low_freq_factor"),
+    ({"text_config": {"rope_parameters": {"rope_type": "linear"}}}, "factor for RoPE = None"),
+    ({"text_config": {"rope_parameters": {**LLAMA3, "low_freq_factor": None}}}, "low_freq_factor for RoPE = None"),
     ({"text_config": {"rope_parameters": LLAMA3}}, "the lower one first"),
-    ({"vision_config": {"patch_size": 99}}, "patch_size = 99; expected at most image_size, 28"),
     ({"vision_config": {"num_attention_heads": 5}}, "hidden_size = 48; expected a multiple of its 5 heads"),
     ({"vision_config": {"patch_size": 28, "model_type": "siglip_vision_model"}}, "the only patch is dropped"),
-    ({"vision_feature_layer": -9}, "vision_feature_layer = -9"),
-    ({"vision_feature_layer": [-2, -3]}, "vision_feature_layer"),
-    ({"vision_feature_select_strategy": "some"}, "vision_feature_select_strategy = 'some'"),
-    ({"projector_hidden_act": "relu"}, "projector_hidden_act"), ({"image_token_index": 10**6}, "image token 1000000"),
-    ({"image_token_index": "x"}, "image_token"), ({"pad_token_id": 10**6}, "pad token 1000000"),
-    ({"text_config": {"eos_token_id": "x"}}, "eos_token_id is x"),
-    ({"multimodal_projector_bias": "no"}, "multimodal_projector_bias"),
-    ({**TILED, "image_grid_pinpoints": [[28]]}, r"\[\[28\]\]; expected pairs"),
-    ({**TILED, "image_grid_pinpoints": 5}, "expected pairs"), ({**TILED, "image_grid_pinpoints": []}, "expected pairs"),
+    ({"image_token_index": 10**6}, "image token 1000000"), ({"pad_token_id": 10**6}, "pad token 1000000"),
+    ({"image_token_index": "x"}, "image_token"), ({"text_config": {"eos_token_id": "x"}}, "eos_token_id is x"),
+    *(({**TILED, "image_grid_pinpoints": pairs}, "expected pairs") for pairs in ([[28]], 5, [])),
     ({**TILED, "image_grid_pinpoints": [[28, 56], [28, 40]]}, r"\[28, 40\]; expected multiples of image_size 28"),
     ({**TILED, "image_grid_pinpoints": [[28, 2828]]}, "at most 100 tiles"),
     ({**TILED, "vision_feature_select_strategy": "full"}, "'full'; expected default, since tiles"),
+    *(({name: value} if part is None else {part: {name: value}}, re.escape(f"{name} = {value!r}"))
+      for part, names in WRONG.items() for name, values in names.items() for value in values),
 ]  # fmt: skip
 ORIGINAL = [
-    ({"mm_vision_tower": 3}, "mm_vision_tower = 3"), ({"model_type": "llava_mpt"}, "'llava_mpt'; expected llava or"),
-    ({"mm_vision_tower": "../../etc"}, "Hub id"), ({"mm_vision_tower": "llava"}, "no folder .llava. in"),
-    ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature"), ({"vocab_size": "many"}, "vocab_size"),
-    ({"mm_vision_select_feature": ["patch"]}, "mm_vision_select_feature"), ({"vocab_size": 10**400}, "vocab_size"),
-    ({"mm_projector_type": "resampler"}, "mm_projector_type"), ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio"),
-    ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
-    ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type .spatial.: LLaVA-1.6"),
+    ({"model_type": "llava_mpt"}, "'llava_mpt'; expected llava or"), ({"mm_vision_tower": "../../etc"}, "Hub id"),
+    ({"mm_vision_tower": "llava"}, "no folder .llava. in"), ({"mm_patch_merge_type": "spatial"}, "LLaVA-1.6"),
+    *(({name: value}, name) for name, values in {
+        "mm_vision_tower": [3], "mm_vision_select_feature": ["cls", ["patch"]], "vocab_size": ["many", 10**400],
+        "mm_projector_type": ["resampler"], "image_aspect_ratio": ["anyres"], "mm_use_im_start_end": [True],
+      }.items() for value in values),
 ]  # fmt: skip
-IMAGES = [  # each is refused by its name
-    {"size": 0}, {"size": {"height": 4, "shortest_edge": None}}, {"size": "large"}, {"size": 10**9}, {"resample": 17},
-    {"crop_size": {"height": -1, "width": 3}}, {"rescale_factor": 10**400}, {"rescale_factor": True},
-    {"rescale_factor": "a"}, {"image_mean": [10**400, 1, 1]}, {"image_mean": [1, 2]}, {"image_mean": "grey"},
-    {"image_std": [0, 1, 1]}, {"do_resize": "no"},
-]  # fmt: skip
+IMAGES = {  # each is refused by its name
+    "size": [0, {"height": 4, "shortest_edge": None}, "large", 10**9], "crop_size": [{"height": -1, "width": 3}],
+    "rescale_factor": [10**400, True, "a"], "image_mean": [[10**400, 1, 1], [1, 2], "grey"], "image_std": [[0, 1, 1]],
+    "resample": [17], "do_resize": ["no"],
+}  # fmt: skip
 NORM, EMBEDDING = "language_model.model.norm.weight", "language_model.model.embed_tokens.weight"
 UNEXPECTED = "language_model.model.layers.9.mlp.up_proj.weight"
 TENSORS = [
@@ -206,7 +193,8 @@ ADDED = [
 ]  # fmt: skip
 SMALL = [
     *((config(**change), sentence) for change, sentence in CONFIG),
-    *((changed("preprocessor_config.json", **change), next(iter(change))) for change in IMAGES),
+    *((changed("preprocessor_config.json", **{name: value}), name)
+      for name, values in IMAGES.items() for value in values),
     *((tensors(change), sentence) for change, sentence in TENSORS),
     *((as_pickle(name, change), f"{name} {kind}") for name in (NORM, EMBEDDING) for change, kind in NOT_NUMBERS),
     *((put("model.safetensors.index.json", content), sentence) for content, sentence in INDEX),
@@ -218,7 +206,8 @@ SMALL = [
         "", "{", "[]", "null", b"\xed\xa0\x80", "[" * 10**5)),
     *((grown(name), f"{name} has 1000000000000 bytes") for name in (
         "config.json", "tokenizer.model", "tokenizer_config.json")),
-    *((gone(name), name) for name in ("config.json", "model.safetensors", "tokenizer.model")),
+    (gone("config.json"), "no config.json"), (gone("model.safetensors"), "neither model.safetensors nor"),
+    (gone("tokenizer.model"), "neither tokenizer.model nor tokenizer.json"),
     *((put("tokenizer.model", content), r"tokenizer\.model") for content in (b"", b"junk", b"\x0a\x05hello")),
     *((several(gone("tokenizer.model"), put("tokenizer.json", content)), r"tokenizer\.json") for content in (
         b"{}", b"[1]", b"\xff", b'{"model": {"type": "BPE", "vocab": 3}}')),

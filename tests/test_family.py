@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from checkpoints import edit, picture, same_weights
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.collections import PatchCollection
 from PIL import Image, ImageOps
@@ -229,22 +229,6 @@ def test_tokens_are_counted_before_as_they_are_packed_after(height, width, pinpo
     assert torch.equal(packed, expected[0]) and int(counts[0]) == tiling.tokens
 
 
-@settings(max_examples=25)
-@given(sides, sides, grids)
-def test_tiles_are_those_of_transformers(height, width, pinpoints):
-    import numpy as np
-    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-
-    image = picture(width, height)
-    processor = LlavaNextImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    array = np.asarray(image).transpose(2, 0, 1)
-    expected = processor.get_image_patches(array, [list(p) for p in pinpoints], (28, 28), 28, Image.Resampling.BICUBIC)
-    found = anyres.cut(image, pinpoints, 28, (28, 28), int(Image.Resampling.BICUBIC))
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected):
-        assert np.array_equal(np.asarray(ours).transpose(2, 0, 1), theirs)
-
-
 def test_a_picture_of_more_tokens_than_positions_is_refused_with_both_numbers(family):
     *_, processor = family("LLaVA-NeXT, Llama")
     text = replace(processor.config.text, max_position_embeddings=60)
@@ -274,7 +258,6 @@ def test_tokens_and_tiles_that_do_not_fit_are_refused_with_both_numbers(family, 
 words = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(["<image>", "<|eot|>", " a", "\n"])), max_size=6)
 
 
-@settings(max_examples=50)
 @given(words.map("".join), st.lists(st.integers(0, IMAGE_ID + 9), max_size=8))
 def test_ids_and_text_of_a_tokenizer_json_are_those_of_transformers(family, words, others):
     for kind in FAMILY[:2]:
@@ -315,19 +298,15 @@ def test_sentencepiece_is_used_where_it_is(tmp_path, family, monkeypatch):
     shutil.copy(folder / "tokenizer.json", tmp_path)
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     assert not isinstance(Tokenizer.from_folder(tmp_path, IMAGE_ID).library, TokenizerJson)
-    (tmp_path / "tokenizer.model").unlink()
-    (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(LlavaError, match=r"neither tokenizer.model nor tokenizer.json"):
-        Tokenizer.from_folder(tmp_path, IMAGE_ID)
 
 
 def test_tokens_that_only_other_files_name_are_added(tmp_path, family):
     folder = family("SigLIP, Qwen2")[0]
     raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != "<image>"]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    decoder = {str(IMAGE_ID + 1): {"content": "<pad>", "rstrip": True, "special": False}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    others = [token for token in raw["added_tokens"] if token["content"] != "<image>"]
+    edit(tmp_path / "tokenizer.json", **{**raw, "added_tokens": others})
+    pad = {"content": "<pad>", "rstrip": True, "special": False}
+    edit(tmp_path / "tokenizer_config.json", added_tokens_decoder={IMAGE_ID + 1: pad})
     made = Tokenizer.from_folder(tmp_path, IMAGE_ID)
     assert made.encode("a<image><pad>  b")[-3:] == [IMAGE_ID, IMAGE_ID + 1, *made.encode("b")]
     assert made.decode([IMAGE_ID, IMAGE_ID + 1]) == made.piece(IMAGE_ID + 1) == "<pad>"
