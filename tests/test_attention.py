@@ -21,9 +21,8 @@ def drawn(seed, batch, heads, queries, keys):
 
 
 def fused(heads):
-    return Attention(
-        TextConfig(hidden_size=8, num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8), 0
-    )
+    config = TextConfig(hidden_size=8, num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8)
+    return Attention(config, 0)
 
 
 @given(seeds, st.integers(1, 3), heads, st.integers(1, 40))

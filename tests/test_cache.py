@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from PIL import Image
 
 from minillava.config import TextConfig
 from minillava.fast import FastKVCache
@@ -186,10 +185,11 @@ def test_a_text_in_blocks_has_the_logits_of_one_prompt(model, seed, lengths, siz
 
 
 @pytest.mark.parametrize("budget", [None, 0.4])
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(st.integers(1, 30), st.integers(0, 2))
-def test_room_reserved_before_any_block_is_as_room_from_the_start(model, small, budget, more, when):
-    inputs = small[3](["USER: What is in the image? ASSISTANT:", "two red"])
+def test_room_reserved_before_any_block_is_as_room_from_the_start(small, budget, more, when):
+    _, _, model, processor = small
+    inputs = processor(["USER: What is in the image? ASSISTANT:", "two red"])
     blocks = [inputs, *({"input_ids": ids} for ids in torch.arange(3, 15).view(2, 2, 3))]
 
     def answer(room, when):
@@ -202,23 +202,6 @@ def test_room_reserved_before_any_block_is_as_room_from_the_start(model, small, 
         return tokens.tolist(), cache.allocated_bytes, cache.held_bytes
 
     assert answer(6, when) == answer(6 + more, None)
-
-
-@pytest.mark.parametrize("images", [0, 1])
-def test_a_full_budget_is_bit_for_bit_no_compressor(small, images):
-    _, _, model, processor = small
-    pictures = [Image.effect_noise((40, 40), 90).convert("RGB")] * images
-    inputs = processor(["<image>\n" * images + "describe it in detail", "yes no"], pictures)
-    cache, compressed = model.new_cache(25), model.new_cache(25, PrefixKV(1.0))
-    plain, full = model.read(**inputs, cache=cache), model.read(**inputs, cache=compressed)
-    assert torch.equal(plain, full)
-    for count in (1, 1, 5, *[1] * 18):
-        ids = plain.topk(count).indices
-        plain, full = model.read(ids, cache), model.read(ids, compressed)
-        assert torch.equal(plain, full)
-    for one, other in zip((*cache.key, *cache.value), (*compressed.key, *compressed.value)):
-        assert torch.equal(one, other)
-    assert cache.held_bytes == compressed.held_bytes
 
 
 @pytest.mark.parametrize("planned", [True, False])

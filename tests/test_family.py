@@ -13,7 +13,8 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from checkpoints import edit, picture, same_weights
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.collections import PatchCollection
 from PIL import Image, ImageOps
@@ -27,7 +28,7 @@ from minillava.config import TextConfig
 from minillava.convert import convert
 from minillava.model import rope_frequencies
 from minillava.processor import Processor, Tokenizer, TokenizerJson, open_image, read_template
-from minillava.template import render
+from minillava.template import render, run
 from prefixkv import PrefixKV
 
 LOGITS = 1e-5  # as in test_parity
@@ -118,29 +119,9 @@ def family(tmp_path_factory):
     return get
 
 
-@pytest.fixture
-def edited(family, tmp_path):
-    """Writes a copy of a kind's checkpoint without its weights, in which a file has other values: its folder."""
-
-    def edit(kind, name, **values):
-        for path in family(kind)[0].iterdir():
-            if path.suffix != ".safetensors":
-                shutil.copy(path, tmp_path)
-        path = tmp_path / name
-        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))
-        return tmp_path
-
-    return edit
-
-
-def picture(height, width, seed=0):
-    noise = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return Image.fromarray(noise.numpy())
-
-
-ONE = (["USER: <image>\nWhat is in the image? ASSISTANT:"], [(40, 75)])
-SEVERAL = (["USER: <image> and <image>, please. ASSISTANT:"], [(40, 75), (90, 31)])
-BATCH = (["a <image> cat", "USER: What?", "<image><image> a red dog and a cat."], [(28, 200), (60, 60), (3, 120)])
+ONE = ["USER: <image>\nWhat is in the image? ASSISTANT:"]
+SEVERAL = ["USER: <image> and <image>, please. ASSISTANT:"]
+BATCH = ["a <image> cat", "USER: What?", "<image><image> a red dog and a cat."]
 
 
 def draw_file(path, rng):
@@ -155,11 +136,12 @@ def draw_file(path, rng):
     return path
 
 
-@pytest.mark.parametrize("kind", FAMILY)
-def test_from_picture_files_to_logits_and_tokens_all_is_as_in_transformers(family, kind, tmp_path, sweep, new_tokens):
+@pytest.mark.parametrize("kind", ["CLIP, Llama", *FAMILY])
+def test_from_picture_files_through_three_turns_all_is_as_in_transformers(family, kind, tmp_path, sweep):
+    """Inputs, logits of the prompt and of further blocks, greedy tokens and their text."""
     _, theirs, processor, model, ours = family(kind)
-    rng = random.Random(kind)
-    for number, (texts, _) in enumerate((ONE, ONE, SEVERAL, BATCH) * (15 if sweep else 1)):
+    rng, generator = random.Random(kind), torch.Generator().manual_seed(0)
+    for number, texts in enumerate((ONE, ONE, SEVERAL, BATCH) * (8 if sweep else 1)):
         count = "".join(texts).count("<image>")
         files = [draw_file(tmp_path / f"{number} {index}", rng) for index in range(count)]
         turned = [ImageOps.exif_transpose(Image.open(path)) for path in files]
@@ -170,34 +152,28 @@ def test_from_picture_files_to_logits_and_tokens_all_is_as_in_transformers(famil
             expected["pixel_values"] = torch.cat([row[:own] for row, own in zip(expected["pixel_values"], tiles)])
         assert inputs.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in inputs.items())
-        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        mask, cache, past, made = inputs["attention_mask"], model.new_cache(60, PrefixKV(1.0)), None, []
+        turns = [torch.randint(3, 300, (len(mask), count), generator=generator) for count in (9, 14)]
         with torch.no_grad():
-            logits = theirs(**inputs, position_ids=positions).logits
-            made = theirs.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
-            apart = float((model(**inputs) - logits)[inputs["attention_mask"].bool()].abs().max())
-        assert apart == 0 if texts is ONE[0] else apart < LOGITS  # no bit differs, unless sums are in another order
-        made = made[:, inputs["input_ids"].shape[1] :]
-        found = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=(), compressor=PrefixKV(1.0))
-        assert torch.equal(found.token_ids, made)
+            logits = theirs(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+            apart = float((model(**inputs) - logits)[mask.bool()].abs().max())
+        assert apart == 0 if texts is ONE else apart < LOGITS  # no bit differs, unless sums are in another order
+        for block in (inputs["input_ids"], *turns):
+            for _ in range(4):  # the turn, then three greedy tokens
+                if past is not None:
+                    inputs, mask = {"input_ids": block}, torch.cat([mask, torch.ones_like(block)], dim=1)
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -block.shape[1] :]
+                named = {**inputs, "attention_mask": mask, "position_ids": positions, "past_key_values": past}
+                with torch.no_grad():
+                    answer = theirs(**named, use_cache=True, logits_to_keep=1)
+                found, past, logits = model.read(**inputs, cache=cache), answer.past_key_values, answer.logits[:, -1]
+                # In a batch, theirs holds the padding and ours does not.
+                assert float((found - logits).abs().max()) < (2 * LOGITS if texts is BATCH else LOGITS)
+                block = logits.argmax(-1, keepdim=True)
+                assert torch.equal(found.argmax(-1, keepdim=True), block)
+                made.append(block)
+        made = torch.cat(made, dim=1)
         assert processor.batch_decode(made, skip_special_tokens=True) == ours.decode(made)
-
-
-def test_logits_are_equal_wherever_in_the_file_the_weights_begin(tmp_path):
-    """Alignment decides how products are summed; both map the file as it lies."""
-    made = random_model("CLIP, Llama 3", 2)
-    made.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    size = int.from_bytes(path.read_bytes()[:8], "little")
-    header, data = path.read_bytes()[8 : 8 + size], path.read_bytes()[8 + size :]
-    for start in (0, 8, 16, 40):
-        padded = header + b" " * ((start - 8 - size) % 64)
-        path.unlink()  # what is mapped stays as it was
-        path.write_bytes(len(padded).to_bytes(8, "little") + padded + data)
-        theirs, ours = type(made).from_pretrained(tmp_path).eval(), weights.load_model(tmp_path)
-        assert ours.lm_head.weight.data_ptr() % 64 == theirs.lm_head.weight.data_ptr() % 64
-        for ids in (torch.tensor([[5]]), torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))):
-            with torch.no_grad():
-                assert torch.equal(ours(ids), theirs(input_ids=ids).logits)
 
 
 @given(
@@ -215,36 +191,11 @@ def test_llama_3s_angles_are_those_of_transformers(factor, low, more, original, 
     assert torch.equal(rope_frequencies(config), LlamaRotaryEmbedding(theirs).inv_freq)
 
 
-@pytest.mark.parametrize("kind, kv_heads", [("CLIP, Llama", 4), *((kind, 2) for kind in FAMILY)])
-def test_three_turns_on_one_cache_give_the_logits_and_tokens_of_transformers(family, kind, kv_heads):
-    _, theirs, _, ours, processor = family(kind, kv_heads)
-    generator, apart = torch.Generator().manual_seed(0), 0.0
-    for texts, sizes in (ONE, BATCH):
-        inputs = processor(texts, [picture(*size) for size in sizes])
-        mask, cache, past = inputs["attention_mask"], ours.new_cache(60), None
-        turns = [torch.randint(3, 300, (len(mask), count), generator=generator) for count in (9, 14)]
-        for block in (inputs["input_ids"], *turns):
-            for _ in range(4):  # the turn, then three greedy tokens
-                if past is not None:
-                    inputs, mask = {"input_ids": block}, torch.cat([mask, torch.ones_like(block)], dim=1)
-                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -block.shape[1] :]
-                named = {**inputs, "attention_mask": mask, "position_ids": positions, "past_key_values": past}
-                with torch.no_grad():
-                    expected = theirs(**named, use_cache=True, logits_to_keep=1)
-                found = ours.read(**inputs, cache=cache)
-                past, logits = expected.past_key_values, expected.logits[:, -1]
-                apart = max(apart, float((found - logits).abs().max()))
-                assert torch.equal(found.argmax(-1), logits.argmax(-1))
-                block = logits.argmax(-1, keepdim=True)
-        # With one text no bit differs. In a batch, theirs holds the padding and ours does not: sums in another order.
-        assert apart < (LOGITS if len(texts) == 1 else 2 * LOGITS)
-
-
 @pytest.mark.parametrize("kind", FAMILY)
 def test_bfloat16_gives_the_tokens_of_transformers(family, kind, new_tokens):
     folder, theirs, _, _, processor = family(kind)
     theirs = type(theirs).from_pretrained(folder, dtype=torch.bfloat16).eval()
-    inputs = processor(SEVERAL[0], [picture(*size) for size in SEVERAL[1]])
+    inputs = processor(SEVERAL, [picture(75, 40), picture(31, 90)])
     inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
     made = theirs.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
     model = weights.load_model(folder, dtype=torch.bfloat16)
@@ -278,26 +229,10 @@ def test_tokens_are_counted_before_as_they_are_packed_after(height, width, pinpo
     assert torch.equal(packed, expected[0]) and int(counts[0]) == tiling.tokens
 
 
-@settings(max_examples=25)
-@given(sides, sides, grids)
-def test_tiles_are_those_of_transformers(height, width, pinpoints):
-    import numpy as np
-    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-
-    image = picture(height, width)
-    processor = LlavaNextImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    array = np.asarray(image).transpose(2, 0, 1)
-    expected = processor.get_image_patches(array, [list(p) for p in pinpoints], (28, 28), 28, Image.Resampling.BICUBIC)
-    found = anyres.cut(image, pinpoints, 28, (28, 28), int(Image.Resampling.BICUBIC))
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected):
-        assert np.array_equal(np.asarray(ours).transpose(2, 0, 1), theirs)
-
-
-def test_a_picture_of_more_tokens_than_positions_is_refused_with_both_numbers(family, edited):
-    text = json.loads((family("LLaVA-NeXT, Llama")[0] / "config.json").read_text())["text_config"]
-    text["max_position_embeddings"] = 60
-    processor = weights.load_processor(edited("LLaVA-NeXT, Llama", "config.json", text_config=text))
+def test_a_picture_of_more_tokens_than_positions_is_refused_with_both_numbers(family):
+    *_, processor = family("LLaVA-NeXT, Llama")
+    text = replace(processor.config.text, max_position_embeddings=60)
+    processor = replace(processor, config=replace(processor.config, text=text))
     with pytest.raises(LlavaError, match=r"An image of 56 x 56 pixels becomes 88 tokens.* 60 positions"):
         processor("<image>", [picture(56, 56)])
 
@@ -312,30 +247,9 @@ def test_a_picture_of_more_tokens_than_positions_is_refused_with_both_numbers(fa
 )  # fmt: skip
 def test_tokens_and_tiles_that_do_not_fit_are_refused_with_both_numbers(family, change, sentence):
     *_, model, processor = family("LLaVA-NeXT, Llama")
-    inputs = processor(ONE[0], [picture(56, 56)])
+    inputs = processor(ONE, [picture(56, 56)])
     with pytest.raises(LlavaError, match=sentence):
         model(**{**inputs, **change(inputs)})
-
-
-@pytest.mark.parametrize(
-    "kind, name, value, sentence",
-    [("SigLIP, Qwen2", "processor_config.json", {"image_processor": "x"}, "no object"),
-     ("SigLIP, Qwen2", "preprocessor_config.json", {"rescale_factor": "a"}, "rescale_factor = 'a'"),
-     ("SigLIP, Qwen2", "preprocessor_config.json", {"do_resize": "no"}, "do_resize = 'no'; expected true or false"),
-     ("LLaVA-NeXT, Llama", "preprocessor_config.json", {"image_grid_pinpoints": [[28, 28]]}, "different checkpoints")],
-)  # fmt: skip
-def test_an_image_processors_config_that_does_not_fit_is_refused(edited, kind, name, value, sentence):
-    with pytest.raises(LlavaError, match=sentence):
-        weights.load_processor(edited(kind, name, **value))
-
-
-def test_a_tied_qwen2_without_an_output_layer_loads(tmp_path):
-    theirs, ids = random_model("SigLIP, Qwen2", 2, tied=True), torch.arange(3, 30)[None]
-    theirs.save_pretrained(tmp_path)
-    model = weights.load_model(tmp_path)
-    with torch.no_grad():
-        assert float((model(ids) - theirs(input_ids=ids).logits).abs().max()) < LOGITS
-    assert model.lm_head.weight is model.language_model.embed_tokens.weight
 
 
 # ---------------------------------------------------------------- text
@@ -344,7 +258,6 @@ def test_a_tied_qwen2_without_an_output_layer_loads(tmp_path):
 words = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(["<image>", "<|eot|>", " a", "\n"])), max_size=6)
 
 
-@settings(max_examples=50)
 @given(words.map("".join), st.lists(st.integers(0, IMAGE_ID + 9), max_size=8))
 def test_ids_and_text_of_a_tokenizer_json_are_those_of_transformers(family, words, others):
     for kind in FAMILY[:2]:
@@ -362,14 +275,13 @@ def test_a_token_is_shown_as_text_with_its_space(family):
 
 
 def test_truncation_and_padding_that_a_tokenizer_json_was_saved_with_are_off(tmp_path, family):
-    folder = family("SigLIP, Qwen2")[0]
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    raw["padding"] = {"strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2,
-                      "pad_type_id": 0, "pad_token": "<|eot|>"}  # fmt: skip
-    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    made = Tokenizer.from_folder(tmp_path, IMAGE_ID)
-    assert made.encode(ONE[0][0]) == family("SigLIP, Qwen2")[4].tokenizer.encode(ONE[0][0])
+    folder, *_, processor = family("SigLIP, Qwen2")
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    edit(tmp_path / "tokenizer.json",
+         truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+         padding={"strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2,
+                  "pad_type_id": 0, "pad_token": "<|eot|>"})  # fmt: skip
+    assert Tokenizer.from_folder(tmp_path, IMAGE_ID).encode(ONE[0]) == processor.tokenizer.encode(ONE[0])
 
 
 @pytest.mark.parametrize("sentencepiece", [True, False])
@@ -383,35 +295,24 @@ def test_sentencepiece_is_used_where_it_is(tmp_path, family, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)  # as if not installed
     with pytest.raises(LlavaError, match=r"pip install -c constraints.txt -e '.\[hub\]'"):
         Tokenizer.from_folder(folder, IMAGE_ID)
-    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
     assert not isinstance(Tokenizer.from_folder(tmp_path, IMAGE_ID).library, TokenizerJson)
-    (tmp_path / "tokenizer.model").unlink()
-    (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(LlavaError, match=r"neither tokenizer.model nor tokenizer.json"):
-        Tokenizer.from_folder(tmp_path, IMAGE_ID)
 
 
 def test_tokens_that_only_other_files_name_are_added(tmp_path, family):
     folder = family("SigLIP, Qwen2")[0]
     raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != "<image>"]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    decoder = {str(IMAGE_ID + 1): {"content": "<pad>", "rstrip": True, "special": False}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    others = [token for token in raw["added_tokens"] if token["content"] != "<image>"]
+    edit(tmp_path / "tokenizer.json", **{**raw, "added_tokens": others})
+    pad = {"content": "<pad>", "rstrip": True, "special": False}
+    edit(tmp_path / "tokenizer_config.json", added_tokens_decoder={IMAGE_ID + 1: pad})
     made = Tokenizer.from_folder(tmp_path, IMAGE_ID)
     assert made.encode("a<image><pad>  b")[-3:] == [IMAGE_ID, IMAGE_ID + 1, *made.encode("b")]
     assert made.decode([IMAGE_ID, IMAGE_ID + 1]) == made.piece(IMAGE_ID + 1) == "<pad>"
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(LlavaError, match=rf"gives <image> the id {IMAGE_ID}, others 319; .* different checkpoints"):
         Tokenizer.from_folder(tmp_path, 319)
-
-
-@pytest.mark.parametrize("content", [b"{}", b"[1]", b"\xff", b'{"model": {"type": "BPE", "vocab": 3}}'])
-def test_a_damaged_tokenizer_json_is_refused(tmp_path, content):
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(LlavaError, match=r"tokenizer\.json"):
-        Tokenizer.from_folder(tmp_path, IMAGE_ID)
 
 
 # ---------------------------------------------------------------- templates
@@ -459,10 +360,8 @@ def test_whatever_a_template_uses_it_renders_as_in_transformers(family, monkeypa
     _, _, theirs, _, ours = family("LLaVA-NeXT, Llama")
     template = "|".join([*LANGUAGE, LLAVA])
     monkeypatch.setattr(ours, "template", template)
-    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
-    expected = theirs.apply_chat_template(
-        [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
-    )
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    expected = theirs.apply_chat_template(talk, chat_template=template, add_generation_prompt=True, tokenize=False)
     assert ours.chat([("What?", None)], 1) == expected
 
 
@@ -474,13 +373,24 @@ def test_without_a_template_the_form_is_llava_15s(family):
 
 @pytest.mark.parametrize(
     "template, sentence",
-    [("{% set a = 'x' * 10 ** 6 %}{% for i in a %}{% for j in a %}{% endfor %}{% endfor %}", "did not end within 1 s"),
-     ("{{ 7 ** (10 ** 9) }}", "did not end within 1 s"),  # one operation, which no clock in its process interrupts
-     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"), ("{% for i in range(10 ** 6) %}", "endfor"),
-     ("{% for i in range(10 ** 6) %}{% endfor %}", "Range too big"), ("{{ 'x' * 10 ** 11 }}", "too much memory"),
+    [("{{ 7 ** (10 ** 9) }}", "did not end within"),  # one operation, which no clock in its process interrupts
+     ("{{ 'x' * 10 ** 11 }}", "too much memory"), ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+     ("{{ raise_exception('x\n' * 10 ** 6) }}", "x x x"), ("Hello", "leaves out an image or a question")],
+)  # fmt: skip
+def test_a_template_that_fails_or_runs_away_is_refused_in_a_sentence(family, monkeypatch, template, sentence):
+    monkeypatch.setattr("minillava.template.SECONDS", 1)
+    processor = family("SigLIP, Qwen2")[4]
+    monkeypatch.setattr(processor, "template", template)
+    with pytest.raises(LlavaError, match=f"chat template cannot be used: .*{sentence}") as caught:
+        processor.chat([("What?", None)], 1)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [("{% for i in range(10 ** 6) %}", "endfor"), ("{% for i in range(10 ** 6) %}{% endfor %}", "Range too big"),
      ("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}", "more than 1,000,000 characters"),
-     ("{% for m in messages %}{% if m.role != 'system' %}{{ raise_exception('unknown role ' + m.role) }}"
-      "{% endif %}{% endfor %}", "unknown role user"), ("{{ raise_exception('x\n' * 10 ** 6) }}", "x x x"),
+     ("{% for m in messages %}{{ raise_exception('unknown role ' + m.role) }}{% endfor %}", "unknown role user"),
      ("{{ undefined.name }}", "undefined"), ("{{ 1 | tojson(default=range) }}", "default"),
      ("{{ messages.append(1) }}", "unsafe"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
      ("{{ dict.update(messages[0]) }}", "no attribute"), ("{{ dict.mro() }}", "no attribute"),
@@ -488,16 +398,11 @@ def test_without_a_template_the_form_is_llava_15s(family):
      ("{{ namespace({'_a': 1}) }}", "underscore"), ("{{ namespace(_a=1) }}", "underscore"),
      ("{% set ns = namespace() %}{% set ns.__class__ = 3 %}", "underscore"),
      ("{{ '{0.__class__.__mro__}'.format(1) }}", "unsafe"), ("{% include '/etc/passwd' %}", "no loader"),
-     ("{% for %}", "Expected an expression"), ("Hello", "leaves out an image or a question")],
+     ("{% for %}", "Expected an expression")],
 )  # fmt: skip
-def test_a_template_that_fails_or_runs_away_is_refused_in_a_sentence(family, monkeypatch, template, sentence):
-    if "within" in sentence:
-        monkeypatch.setattr("minillava.template.SECONDS", 1)
-    processor = family("SigLIP, Qwen2")[4]
-    monkeypatch.setattr(processor, "template", template)
-    with pytest.raises(LlavaError, match=f"chat template cannot be used: .*{sentence}") as caught:
-        processor.chat([("What?", None)], 1)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+def test_the_sandbox_lets_no_template_out(template, reason):
+    with pytest.raises(Exception, match=reason):
+        run(template, {"messages": [{"role": "user", "content": "What?"}]})
 
 
 @pytest.mark.parametrize("installed", [[], [SimpleNamespace(version="3.1.5")]])
@@ -507,77 +412,54 @@ def test_without_a_jinja_whose_sandbox_holds_no_template_is_rendered(monkeypatch
         render("", {})
 
 
-JSON_ONE = {"chat_template.json": {"chat_template": "J"}}
-NAMED = [{"name": "tools", "template": "x"}, {"name": "default", "template": "T"}, "?", {"name": ["default"]}]
-
-
 @pytest.mark.parametrize(
     "files, template",
-    [({"chat_template.jinja": "é", **JSON_ONE, "tokenizer_config.json": {"chat_template": "T"}}, "é"),
-     ({**JSON_ONE, "tokenizer_config.json": {"chat_template": "T"}}, "J"),
+    [({"chat_template.jinja": "é", "chat_template.json": {"chat_template": "J"}}, "é"),
+     ({"chat_template.json": {"chat_template": "J"}, "tokenizer_config.json": {"chat_template": "T"}}, "J"),
      ({"tokenizer_config.json": {"chat_template": "T"}}, "T"),
-     ({"tokenizer_config.json": {"chat_template": NAMED}}, "T"), ({}, None)],
+     ({"tokenizer_config.json": {"chat_template": [{"name": "tools", "template": "x"}, "?", {"name": ["default"]},
+                                                   {"name": "default", "template": "T"}]}}, "T"), ({}, None)],
 )  # fmt: skip
-def test_a_template_is_found_where_checkpoints_keep_it(tmp_path, files, template):
+def test_a_template_and_special_tokens_are_found_where_checkpoints_keep_them(tmp_path, files, template):
     for name, content in files.items():
         text = content if name.endswith("jinja") else json.dumps(content)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    assert read_template(tmp_path) == (template, {})
-
-
-def test_special_tokens_are_found_by_name(tmp_path):
-    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "x"}')
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": {"content": "</s>"}}')
-    assert read_template(tmp_path) == (None, {"bos_token": "<s>", "eos_token": "</s>"})
+    edit(tmp_path / "special_tokens_map.json", bos_token="<s>", eos_token="x")
+    edit(tmp_path / "tokenizer_config.json", bos_token=None, eos_token={"content": "</s>"})
+    assert read_template(tmp_path) == (template, {"bos_token": "<s>", "eos_token": "</s>"})
 
 
 @pytest.mark.parametrize("name", ["tool_use", ["default"], 7])
 def test_of_several_templates_without_a_default_none_is_used_in_silence(tmp_path, name):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": name, "template": LLAVA}]}))
+    edit(tmp_path / "tokenizer_config.json", chat_template=[{"name": name, "template": LLAVA}])
     template, _ = read_template(tmp_path)
     with pytest.raises(ValueError, match="there are several, and none has the name default"):
         render(template, {})
 
 
-@pytest.mark.parametrize(
-    "name, content, sentence",
-    [("tokenizer_config.json", b'{"chat_template": 3}', "template is int"),
-     ("chat_template.jinja", b"\xff", "not UTF-8")],
-)  # fmt: skip
-def test_a_template_that_is_no_text_is_refused(tmp_path, name, content, sentence):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(LlavaError, match=sentence):
-        read_template(tmp_path)
-
-
 # ---------------------------------------------------------------- the rest of the project on it
-
-
-@pytest.mark.parametrize("kind", FAMILY)
-def test_verify_agrees_in_every_stage(family, kind, tmp_path, capsys):
-    picture(40, 75).save(tmp_path / "picture.png")
-    arguments = ["--model", str(family(kind)[0]), "--image", str(tmp_path / "picture.png"), "--new-tokens", "8"]
-    assert verify.main(arguments) == 0
-    shown = capsys.readouterr().out
-    assert "not compared" not in shown
-    assert ("tiles" in shown) == ("newline" in shown) == ("packed features" in shown) == kind.startswith("LLaVA-NeXT")
 
 
 PACK = anyres.pack
 
 
 @pytest.mark.parametrize(
-    "wrong, stage",
-    [(lambda f, t, newline: PACK(f, t, torch.zeros_like(newline)), "newline"),
-     (lambda f, t, newline: PACK(f.roll(-1, 0), t, newline), "packed features")],
+    "kind, wrong, said",
+    [("SigLIP, Qwen2", None, "stages agree"), ("LLaVA-NeXT, Llama", None, "stages agree"),
+     ("LLaVA-NeXT, Llama", lambda f, t, newline: PACK(f, t, 0 * newline), "that differs is newline."),
+     ("LLaVA-NeXT, Llama", lambda f, t, newline: PACK(f.roll(-1, 0), t, newline), "that differs is packed features.")],
 )  # fmt: skip
-def test_verify_names_the_stage_where_packing_goes_wrong(family, tmp_path, monkeypatch, capsys, wrong, stage):
-    picture(40, 75).save(tmp_path / "picture.png")
-    arguments = ["--model", str(family("LLaVA-NeXT, Llama")[0]), "--image", str(tmp_path / "picture.png"),
-                 "--new-tokens", "4"]  # fmt: skip
-    monkeypatch.setattr("minillava.model.pack", wrong)
-    assert verify.main(arguments) == 1
-    assert f"first stage that differs is {stage}." in capsys.readouterr().out
+def test_verify_compares_every_stage_of_every_kind_and_names_the_one_where_packing_goes_wrong(
+    family, kind, tmp_path, monkeypatch, capsys, wrong, said
+):
+    picture(75, 40).save(tmp_path / "picture.png")
+    arguments = ["--model", str(family(kind)[0]), "--image", str(tmp_path / "picture.png"), "--new-tokens", "4"]
+    if wrong is not None:
+        monkeypatch.setattr("minillava.model.pack", wrong)
+    assert verify.main(arguments) == (wrong is not None)
+    shown = capsys.readouterr().out
+    assert said in shown and ("not compared" not in shown or wrong is not None)
+    assert ("tiles" in shown) == ("newline" in shown) == ("packed features" in shown) == kind.startswith("LLaVA-NeXT")
 
 
 @pytest.mark.parametrize("kind", FAMILY)
@@ -588,11 +470,11 @@ def test_converting_and_inspecting(family, kind, tmp_path, capsys):
     assert weights.main(["convert", str(folder), str(tmp_path / "out")]) == 0
     from transformers import AutoProcessor
 
-    AutoProcessor.from_pretrained(tmp_path / "out")(text=["<image>"], images=[picture(40, 75)], return_tensors="pt")
+    AutoProcessor.from_pretrained(tmp_path / "out")(text=["<image>"], images=[picture(75, 40)], return_tensors="pt")
     converted, theirs = weights.load(tmp_path / "out")
     assert converted.config == model.config
-    assert all(torch.equal(tensor, converted.state_dict()[name]) for name, tensor in model.state_dict().items())
-    texts, pictures = [processor.chat([("What?", None)], 1)], [picture(40, 75)]
+    assert same_weights(model, converted)
+    texts, pictures = [processor.chat([("What?", None)], 1)], [picture(75, 40)]
     assert theirs.chat([("What?", None)], 1) == texts[0]
     for name, tensor in processor(texts, pictures).items():
         assert torch.equal(theirs(texts, pictures)[name], tensor), name
@@ -600,7 +482,7 @@ def test_converting_and_inspecting(family, kind, tmp_path, capsys):
 
 def test_converting_keeps_the_added_tokens_that_a_tokenizer_config_names(family, tmp_path):
     *_, model, processor = family("SigLIP, Qwen2")
-    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"7": {"content": "<|head|>"}}}')
+    edit(tmp_path / "tokenizer_config.json", added_tokens_decoder={"7": {"content": "<|head|>"}})
     convert(model, processor, tmp_path, tmp_path / "out")
     added = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     assert {number: token["content"] for number, token in added.items()} == {"7": "<|head|>", str(IMAGE_ID): "<image>"}
@@ -629,9 +511,9 @@ def test_bos_that_a_template_writes_out_stands_once(family, monkeypatch):
 
 def test_the_page_shows_tiles(family):
     *_, model, processor = family("LLaVA-NeXT, Llama")
-    image = picture(40, 75)
-    inputs = processor(ONE[0], [image])
-    data = explore.collect(model, processor, ONE[0][0], [image], (0.2,))
+    image = picture(75, 40)
+    inputs = processor(ONE, [image])
+    data = explore.collect(model, processor, ONE[0], [image], (0.2,))
     tiling = model.config.tiling((40, 75))
     cells = [position for position in data["patches"] if position is not None]
     assert len(cells) == tiling.tokens and cells == sorted(cells)  # overview first, then row by row

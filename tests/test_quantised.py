@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import write
+from checkpoints import edit_weights, same_weights, write
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from bench.parity import random_model
 from bench.quality import scenes
@@ -21,6 +19,7 @@ from minillava.checks import LlavaError
 from minillava.compressors import METHODS
 from minillava.config import TextConfig
 from minillava.fast import FastInt8Linear, optimize
+from minillava.model import KeepAll
 from minillava.quantised import (
     BITS,
     GROUP,
@@ -37,7 +36,7 @@ from minillava.quantised import (
 from minillava.scenes import short_question
 from prefixkv import PrefixKV
 from train.evaluate import answers, held_out
-from weights import load, load_model, main, memory_needed
+from weights import load_model, main, memory_needed
 
 seeds = st.integers(0, 2**32)
 bits_ = st.sampled_from(BITS)
@@ -93,18 +92,44 @@ def test_numbers_beyond_float16_become_its_largest(bits):
     assert dequantise(*quantise(x, bits, torch.ones_like(x, dtype=torch.bool))).abs().max() < 1.01 * 65504
 
 
-@pytest.mark.parametrize("method", [None, *METHODS])
-def test_eight_bits_write_what_the_full_numbers_write(tiny, method, sweep):
+class Both(KeepAll):
+    """Keeps everything, and gives another cache the same, so that both have read one prompt."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def begin(self, present, image, layers):
+        super().begin(present, image, layers)
+        self.other.begin(present, image)
+
+    def compress(self, waiting):
+        for key, value, keep in super().compress(waiting):
+            self.other.store(key, value, keep)
+            yield key, value, keep
+
+
+def test_eight_bits_write_what_the_full_numbers_write(tiny, sweep):
     model, processor = tiny
-    chosen = scenes(3 if method else 50 if sweep else 6, seed=3)
+    chosen = scenes(50 if sweep else 6, seed=3)
     inputs = processor([sample.prompt(processor) for sample in chosen], [sample.image() for sample in chosen])
-    made = []
-    for kind in (model.new_cache, lambda *args: QuantisedKVCache(model.config.text, *args, bits=8)):
-        cache = kind(24, method and METHODS[method](0.5))
+    few = QuantisedKVCache(model.config.text, 12, bits=8)
+    full = model.new_cache(12, Both(few))
+    logits = model.read(**inputs, cache=full)
+    made = [torch.stack(list(model.decode(logits, cache))) for cache in (full, few)]
+    assert (made[0] == made[1]).float().mean() > 0.999  # a near tie may turn
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_every_method_eight_bits_write_what_the_full_numbers_write(tiny, method):
+    model, processor = tiny
+    (sample,), made = scenes(1, seed=3), []
+    inputs = processor(sample.prompt(processor), [sample.image()])
+    for cache in (
+        model.new_cache(12, METHODS[method](0.5)), QuantisedKVCache(model.config.text, 12, METHODS[method](0.5), bits=8)
+    ):  # fmt: skip
         logits = model.read(**inputs, cache=cache)
-        made.append((torch.stack(list(model.decode(logits, cache)), dim=1), cache.kept))
-    assert torch.equal(made[0][1], made[1][1])
-    assert (made[0][0] == made[1][0]).float().mean() > (0.999 if method is None else 0.97)  # a near tie may turn
+        made.append((torch.stack(list(model.decode(logits, cache))), cache.kept))
+    assert torch.equal(made[0][1], made[1][1]) and torch.equal(made[0][0], made[1][0])
 
 
 @given(seeds, st.lists(st.integers(2, 70), min_size=1, max_size=3), bits_, st.sampled_from([None, 0.3]),
@@ -157,16 +182,14 @@ def test_a_fork_more_room_and_further_turns_go_on_as_with_a_cache_of_full_number
     assert cache.position.shape[2] < twin.position.shape[2]
 
 
-@pytest.mark.parametrize("bits", [0, 1, 5, 16, 4.0, "4", None])
-def test_other_numbers_of_bits_are_refused(small, bits):
-    with pytest.raises(LlavaError, match=r"expected 2, 3, 4, 8"):
-        QuantisedKVCache(small[2].config.text, 8, bits=bits)
-
-
-@pytest.mark.parametrize("size", [4, 12, 40])
-def test_heads_that_do_not_fall_into_groups_are_refused(size):
-    with pytest.raises(LlavaError, match=f"Heads of {size} numbers"):
-        QuantisedKVCache(TextConfig(head_dim=size), 8)
+@pytest.mark.parametrize(
+    "size, bits, sentence",
+    [*((16, bits, r"expected 2, 3, 4, 8") for bits in (0, 1, 5, 16, 4.0, "4", None)),
+     *((size, 8, f"Heads of {size} numbers") for size in (4, 12, 40))],
+)  # fmt: skip
+def test_other_bits_and_heads_that_do_not_fall_into_groups_are_refused(size, bits, sentence):
+    with pytest.raises(LlavaError, match=sentence):
+        QuantisedKVCache(TextConfig(head_dim=size), 8, bits=bits)
 
 
 # ---------------------------------------------------------------- weights
@@ -214,18 +237,6 @@ def test_a_product_is_that_of_the_widened_weight(kernel, seed, batch, tokens, ou
     assert ((quick.double() - exact).abs() <= unit * (2 * exact.abs() + bias) * 1.01 + sums).all()
 
 
-def widened(model):
-    """The int8 model with layers of the same weights in bfloat16."""
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, Int8Linear):
-                layer = torch.nn.Linear(*child.weight.shape[::-1], bias=False, dtype=torch.bfloat16)
-                layer.weight.data, layer.bias = (child.weight * child.scale.float()[:, None]).bfloat16(), child.bias
-                setattr(parent, name, layer)
-    return model
-
-
 @pytest.fixture(scope="module")
 def int8_models(small):
     """The small model in 8 bits, plain and fast."""
@@ -233,42 +244,11 @@ def int8_models(small):
     return plain, optimize(copy.deepcopy(plain))
 
 
-def two_pictures(processor):
-    """A batch of two lengths."""
-    return processor(["a cat <image>", "<image> describe it in detail"], [s.image() for s in scenes(2, seed=3)])
-
-
-@pytest.mark.parametrize("method", [None, *METHODS])
-def test_a_model_in_8_bits_writes_what_its_widened_weights_write(small, int8_models, method):
-    """In 16 bits the plain one, and in float32 the fast one: an answer, and a second turn on the same cache."""
-    plain, quick = int8_models
-    inputs, turn = two_pictures(small[-1]), torch.tensor([[5, 6, 7], [8, 9, 10]])
-    for pair in ((plain, widened(plain)), (copy.deepcopy(plain).float(), copy.deepcopy(quick).float())):
-        made = []
-        for model in pair:
-            cache = model.new_cache(20, method and METHODS[method](0.5))
-            first = list(model.decode(model.read(**inputs, cache=cache), cache, eos_token_id=()))
-            cache.reserve(10)
-            second = list(model.decode(model.read(turn, cache), cache, eos_token_id=()))
-            made.append(torch.stack(first + second))
-        assert torch.equal(*made)
-
-
-def test_fast_logits_in_8_bits_are_as_near_to_those_of_float32_as_the_plain_ones(small, int8_models):
-    inputs, found = two_pictures(small[-1]), []
-    for model in (copy.deepcopy(int8_models[0]).float(), *int8_models):
-        cache = model.new_cache(8)
-        blocks = [model.read(**inputs, cache=cache), *(model.read(torch.tensor([[t], [9]]), cache) for t in range(8))]
-        found.append(torch.stack(blocks).float())
-    plain, quick = ((logits - found[0]).pow(2).mean().sqrt() for logits in found[1:])
-    assert 0 < quick <= 1.1 * plain  # they round at other places
-
-
 def test_the_embedded_model_in_8_bits_answers_as_in_float32(tiny):
     model, processor = tiny
-    asked = [(scene, short_question(rng, scene).text) for rng, scene in (held_out("question", i) for i in range(20))]
-    expected, found = (answers(m, processor, asked, 16) for m in (model, optimize(to_int8(copy.deepcopy(model)))))
-    assert sum(one == other for one, other in zip(found, expected)) >= 19
+    asked = [(scene, short_question(rng, scene).text) for rng, scene in (held_out("question", i) for i in range(8))]
+    expected, found = (answers(m, processor, asked, 8) for m in (model, optimize(to_int8(copy.deepcopy(model)))))
+    assert found == expected
 
 
 @pytest.mark.parametrize("change", ["half", "float", "double", "bfloat16"])
@@ -303,11 +283,6 @@ def test_training_in_8_bits_is_refused_and_reading_is_not(int8_models):
 # ---------------------------------------------------------------- checkpoints in 8 bits
 
 
-def equal(one, other) -> bool:
-    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
-    return all(a == b and x.dtype == y.dtype and torch.equal(x, y) for (a, x), (b, y) in pairs)
-
-
 @pytest.mark.parametrize("kind, tied, dtype", [
     ("CLIP, Llama", False, torch.float32), ("CLIP, Llama", True, torch.float16),
     ("SigLIP, Qwen2", True, torch.bfloat16),
@@ -317,8 +292,8 @@ def test_a_converted_checkpoint_is_the_freshly_rounded_one_to_the_bit(tmp_path, 
     folder, out = write(random_model(kind, 2, tied=tied).to(dtype), tmp_path / "16", "disk5"), tmp_path / "8"
     assert main(["convert", str(folder), str(out), "--dtype", "int8"]) == 0
     fresh, converted = load_model(folder, dtype="int8"), load_model(out)
-    assert equal(fresh, converted) and equal(fresh, to_int8(load_model(folder, dtype=None)))
-    assert equal(converted, load_model(out, dtype=None)) and equal(converted, load_model(out, dtype=torch.int8))
+    assert same_weights(fresh, converted) and same_weights(fresh, to_int8(load_model(folder, dtype=None)))
+    assert all(same_weights(converted, load_model(out, dtype=dtype)) for dtype in (None, torch.int8))
     matrices = {name for name, parameter in converted.named_parameters() if parameter.dtype == torch.int8}
     assert matrices == {name.replace(".scale", ".weight") for name in converted.state_dict() if "scale" in name}
     assert len(matrices) == 4 * 7 + 1 and not any("vision" in name for name in matrices)
@@ -332,56 +307,9 @@ def test_a_converted_checkpoint_is_the_freshly_rounded_one_to_the_bit(tmp_path, 
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def folder8(small, tmp_path_factory):
-    """The small checkpoint in 8 bits."""
-    out = tmp_path_factory.mktemp("8") / "out"
-    assert main(["convert", str(small[0]), str(out), "--dtype", "int8"]) == 0
-    return out
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "float16"])
-def test_a_checkpoint_in_8_bits_is_loaded_in_no_other_dtype(folder8, dtype):
-    with pytest.raises(LlavaError, match=r"has weights in 8 bits, and torch.\w+ was asked for"):
-        load(folder8, dtype=dtype)
-
-
-SCALE = "language_model.model.layers.1.mlp.up_proj.scale"
-
-
-def put(value):
-    return lambda state: state[SCALE].__setitem__(3, value)
-
-
-@pytest.mark.parametrize("change, sentence", [
-    (lambda state: state.pop(SCALE), f"missing {SCALE}"),
-    (lambda state: state.update({SCALE: state[SCALE][:-1].clone()}), f"{SCALE} has shape"),
-    (lambda state: state.update({SCALE: state[SCALE].float()}), f"{SCALE} is torch.float32, .* dense torch.bfloat16"),
-    (lambda state: state.update({SCALE[:-5] + "weight": state[SCALE[:-5] + "weight"].half()}), "dense torch.int8"),
-    *((put(value), f"{SCALE} is not finite and above 0") for value in (0, -1e-3, float("nan"), float("inf"))),
-])  # fmt: skip
-def test_wrong_scales_are_refused(folder8, tmp_path, change, sentence):
-    folder = shutil.copytree(folder8, tmp_path / "copy")
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors")
-    with pytest.raises(LlavaError, match=sentence):
-        load(folder)
-
-
-def test_a_scale_may_be_0_where_the_row_is(folder8, small, tmp_path):
-    folder = shutil.copytree(folder8, tmp_path / "copy")
-    state = load_file(folder / "model.safetensors")
-    state[SCALE][3] = state[SCALE[:-5] + "weight"][3] = 0
-    save_file(state, folder / "model.safetensors")
-    for model in (load_model(folder), load_model(folder, fast=True)):
-        model.generate(**small[-1](["a cat"]), max_new_tokens=2)  # raises if a logit is not finite
-
-
-def test_weights_that_are_not_finite_are_not_rounded(small, tmp_path, capsys):
-    folder = shutil.copytree(small[0], tmp_path / "copy")
-    state = load_file(folder / "model.safetensors")
-    next(tensor for name, tensor in state.items() if name.endswith("up_proj.weight"))[2, 5] = float("nan")
-    save_file(state, folder / "model.safetensors")
-    assert main(["convert", str(folder), str(tmp_path / "8"), "--dtype", "int8"]) == 2
-    assert "up_proj.scale is not finite" in capsys.readouterr().err and not (tmp_path / "8").exists()
+def test_a_scale_may_be_0_where_the_row_is(small, tmp_path):
+    scale = "language_model.model.layers.1.mlp.up_proj.scale"
+    assert main(["convert", str(small[0]), str(tmp_path / "8"), "--dtype", "int8"]) == 0
+    edit_weights(tmp_path / "8", lambda state: (state[scale][3:4].zero_(), state[scale[:-5] + "weight"][3].zero_()))
+    for quick in (False, True):  # raises if a logit is not finite
+        load_model(tmp_path / "8", fast=quick).generate(**small[-1](["a cat"]), max_new_tokens=2)
