@@ -119,6 +119,24 @@ def test_scenes_are_drawn_by_their_numbers_and_described_one_after_the_other(cap
     assert "==" not in run(capsys, "--scene", "7", *short)[1]
 
 
+def test_a_saved_scene_is_told_as_it_is(tmp_path, capsys):
+    path = tmp_path / "scene.png"
+    code, out, _ = run(capsys, "--scene", "7", "--save-scene", str(path), "--max-new-tokens", "1")
+    scene = make_scene(random.Random(7))
+    assert code == 0 and " ".join(out.split()).startswith(f"scene 7, as it is {describe(scene)} full cache")
+    assert Image.open(path).tobytes() == draw(scene, oversample=4)[0].tobytes()
+
+
+def test_compiling_says_first_what_it_costs_and_needs_a_compiler(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr("minillava.fast.compile_steps", asked.append)
+    for compiler, code, word in ((sys.executable, 0, "about 2 min later"), ("nothing", 2, "there is no nothing")):
+        monkeypatch.setenv("CXX", compiler)
+        found = run(capsys, "--compile", "--max-new-tokens", "1")
+        assert found[0] == code and word in found[2]
+    assert len(asked) == 1
+
+
 def test_the_embedded_model_says_what_it_knows_before_it_describes_a_picture_of_ones_own(tmp_path, capsys):
     photo = tmp_path / "photo.png"
     picture(64, 48).save(photo)
@@ -399,7 +417,8 @@ PICTURE = str(TINY / "examples" / "scene_1.png")
      (["--temperature", "-1"], "temperature"), (["--temperature", "nan"], "temperature"), (["--top-p", "0"], "top-p"),
      (["--seed", str(2**70)], "--seed"), (["--seed", "-1"], "--seed"), (["--scene", "-1"], "--scene"),
      (["--scene", str(2**63)], "--scene"), (["--scene", "7", "--image", "a.png"], "--scene"),
-     (["--scene", "1", "--scene", "2", "--json"], "--scene"), (["--scene", "1", "--scene", "2", "--chat"], "--scene"),
+     (["--save-scene", "a.png"], "give one --scene"), (["--scene", "1", "--scene", "2", "--json"], "--scene"),
+     (["--scene", "1", "--scene", "2", "--chat"], "--scene"),
      (["--image", "missing.png"], "no image at missing.png"),
      (["--image", "README.md"], "is not an image that can be read"),
      (["--model", "tests"], "no config.json"), (["--model", "nowhere at all"], "no folder"),

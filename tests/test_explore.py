@@ -163,7 +163,7 @@ def test_a_file_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path, 
 @pytest.mark.parametrize(
     "arguments, word",
     [([], "nothing to write"), (["--plot", "kept.pgf"], ".png, .pdf, .svg"), (["--plot", "a.png"], "needs matplotlib"),
-     (["--plot", "a.png", "--method", "h2o"], "--method"), (["--save", "a", "--budget", "2"], "is not a budget"),
+     (["--save", "a", "--budget", "2"], "is not a budget"),
      (["--save", "a.json", "--scene", "1", "--image", "b.png"], "--scene")],
 )  # fmt: skip
 def test_bad_options_of_a_plan_are_refused(capsys, monkeypatch, arguments, word):

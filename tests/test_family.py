@@ -523,7 +523,8 @@ def test_the_page_shows_tiles(family):
     positions = (inputs["input_ids"][0] == IMAGE_ID).nonzero().flatten()
     assert ends == [int(positions[token]) for token in tiling.newlines]
     assert "null" in explore.page(data)
+    kept = {"h2o": plan.kept_tokens(model, inputs, "h2o", 0.5)}
     with mock.patch("matplotlib.collections.PatchCollection", wraps=PatchCollection) as framed:
-        assert plan.plot(data)[:4] == b"\x89PNG"
-    kept = [sum(explore.kept(data, layer, data["start"])[position] for position in cells) for layer in range(4)]
-    assert [len(call.args[0]) for call in framed.call_args_list] == kept  # no cell that is empty
+        assert plan.plot(processor, inputs, kept, ".png")[:4] == b"\x89PNG"
+    shown = [len(layer.intersection(cells)) for layer in kept["h2o"]]
+    assert [len(call.args[0]) for call in framed.call_args_list] == shown  # no cell that is empty
