@@ -127,10 +127,10 @@ def report(args: argparse.Namespace, scratch: Path) -> str:
     folder, device = find(args.model), find_device(args.device)
     load_processor(folder)  # a checkpoint without one is refused now, not after the comparison
     needed, own = memory_needed(folder, args.dtype or "default")
-    free = terminal.free_memory() if device.type == "cpu" else None
-    if free is not None and args.dtype is None and needed + terminal.ROOM > free:
-        args.dtype = terminal.fitting_dtype(folder, free)[0]
-    args.dtype = terminal.dtype_name(choose_dtype(args.dtype or "default", own))
+    free = terminal.free_memory() if device.type == "cpu" else None  # None: not known
+    if args.dtype is None and free is not None and needed + terminal.ROOM <= free:
+        args.dtype = terminal.dtype_name(choose_dtype("default", own))
+    args.dtype = args.dtype or terminal.fitting_dtype(folder, free or 10**15)[0]
     print(f"Beside transformers, in {args.dtype} ...", file=sys.stderr, flush=True)
     stages = compared(folder, paths[0], args.dtype, args.device)
     model, processor = terminal.load_shown(args)
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=terminal.output_file, default="report.md", metavar="FILE")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, mps")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8"],
-                        help="of the weights (default: float32 if it fits into memory, else what does)")  # fmt: skip
+                        help="of the weights (default: float32 where it fits into memory, else what does)")  # fmt: skip
     args = parser.parse_args(arguments)
 
     def work() -> None:
