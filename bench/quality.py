@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from minillava.command import end_quietly, run_command  # isort: skip
@@ -79,6 +80,7 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
 Record = dict[str, Any]
+Run = tuple[str, str, str, float]  # kind, protocol, method, budget
 
 
 # ---------------------------------------------------------------- data
@@ -90,7 +92,7 @@ class Sample:
 
     question: str
     answer: str
-    image: Callable[[], Image.Image]
+    image: Callable[[], Image.Image] = Image.Image  # text has none
     system: str = ""  # empty, or with a space at its end
     kind: str = "description"  # or that of a short question
     earlier: tuple[str, str] | None = None  # another question about the picture, and its answer
@@ -116,11 +118,6 @@ class Sample:
         return f"{self.system}USER: {self.question} ASSISTANT:"
 
 
-def no_picture() -> Image.Image:
-    """For samples of text."""
-    raise LlavaError("There is no picture.")
-
-
 def scenes(
     count: int, seed: int, split: str = "quality", short: bool = False, smallest: float = SIZES["small"][0]
 ) -> list[Sample]:
@@ -136,10 +133,8 @@ def scenes(
         if not short:  # one wording for all, so that the turns of a batch are equally long
             earlier = Question("count", "How many objects are there?", f"{NUMBERS[len(scene.things)]}.", ())
         picture = lambda scene=scene: draw(scene)[0]  # noqa: E731
-        samples.append(
-            Sample(f"<image>\n{asked.text}", asked.answer, picture, kind=asked.kind, scene=scene,
-                   earlier=(earlier.text, earlier.answer))
-        )  # fmt: skip
+        samples.append(Sample(f"<image>\n{asked.text}", asked.answer, picture, kind=asked.kind, scene=scene,
+                              earlier=(earlier.text, earlier.answer)))  # fmt: skip
     return samples
 
 
@@ -183,8 +178,7 @@ def read_samples(path: Path, images: Path, count: int) -> tuple[list[Sample], li
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             bad.append(f"{path}, entry {name}: not in a published format ({type(error).__name__}: {error})")
         else:
-            image = lambda at=picture: open_image(at)  # noqa: E731
-            samples.append(Sample(question, answer, image, f"{SYSTEM} ", earlier=earlier))
+            samples.append(Sample(question, answer, partial(open_image, picture), f"{SYSTEM} ", earlier=earlier))
     return samples, bad
 
 
@@ -421,7 +415,7 @@ def estimate(
 
 def agreement(shares: dict[float, Tensor]) -> str:
     """A table of how far the plans of single samples, and of two halves of them, are apart."""
-    lines = ["| budget | spread between samples | largest in a layer | halves differ by at most |", "|---|---|---|---|"]
+    lines = ["| budget | spread between samples | largest in a layer | halves differ by at most |", "|---" * 4 + "|"]
     for budget, share in shares.items():
         deviation = share.std(0) if len(share) > 1 else torch.zeros(share.shape[1])
         half = len(share) // 2
@@ -462,6 +456,14 @@ MEASURES = {
 }
 
 
+def grouped(records: list[Record]) -> dict[Run, list[Record]]:
+    """The records of each run, by sample."""
+    by_run: dict[Run, list[Record]] = {}
+    for record in sorted(records, key=lambda record: record["sample"]):
+        by_run.setdefault((record["kind"], record["protocol"], record["method"], record["budget"]), []).append(record)
+    return by_run
+
+
 def values_of(rows: list[Record], measure: str) -> Tensor:
     """What a measure is made of, (numerator, denominator) of each sample: [samples, 2], float64."""
     _, _, top, bottom = MEASURES[measure]
@@ -500,9 +502,10 @@ def blind(samples: list[Sample], measure: str, seed: int) -> dict[str, Tensor]:
     return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in floors.items()}
 
 
-def sizes_table(by_run: dict[tuple[str, str, str, float], list[Record]], order: Callable[[str], Any]) -> list[str]:
+def sizes_table(by_run: dict[Run, list[Record]]) -> list[str]:
     """Markdown lines: objects named truly by their width, for scenes that have the smaller ones."""
-    runs = sorted((run for run in by_run if run[0] == "description"), key=lambda run: (run[1], run[3], order(run[2])))
+    described = [run for run in by_run if run[0] == "description"]
+    runs = sorted(described, key=lambda run: (run[1], run[3], order_of(run[2])))
     lines = ["**Objects named truly by their width in patches, in per cent**", "",
              "| protocol | budget | | " + " | ".join(WIDTHS) + " |", "|---" * (len(WIDTHS) + 3) + "|"]  # fmt: skip
     for run in runs:
@@ -517,9 +520,7 @@ def sizes_table(by_run: dict[tuple[str, str, str, float], list[Record]], order: 
 
 def tables(records: list[Record], samples: dict[str, list[Sample]], seed: int) -> str:
     """Markdown: a table for each measure and protocol, by method and budget, and one by bytes for each protocol."""
-    by_run: dict[tuple[str, str, str, float], list[Record]] = {}
-    for record in sorted(records, key=lambda record: record["sample"]):
-        by_run.setdefault((record["kind"], record["protocol"], record["method"], record["budget"]), []).append(record)
+    by_run = grouped(records)
     methods = sorted({method for *_, method, _ in by_run if not method.startswith("full")}, key=order_of)
     budgets = sorted({budget for *_, method, budget in by_run if not method.startswith("full")})
     lines: list[str] = []
@@ -555,12 +556,8 @@ def tables(records: list[Record], samples: dict[str, list[Sample]], seed: int) -
     for protocol in [p for p in PROTOCOLS if any(run[1] == p for run in by_run)]:
         lines += [f"**By bytes held at the end; protocol {protocol}**", "",
                   "| | budget | bytes | questions | objects | perplexity |", "|---|---|---|---|---|---|"]  # fmt: skip
-        shares: dict[tuple[str, float], list[float]] = {}
-        for (_, own, method, budget), rows in by_run.items():
-            if own == protocol:
-                shares.setdefault((method, budget), []).extend(
-                    row["share"] for row in rows if row["kind"] == "description"
-                )
+        shares = {run[2:]: [row["share"] for row in by_run.get(("description", *run[1:]), [])]
+                  for run in by_run if run[1] == protocol}  # fmt: skip
         for (method, budget), share in sorted(shares.items(), key=lambda item: sum(item[1]) / max(1, len(item[1]))):
             cells = []
             for measure, (_, kind, top, _) in MEASURES.items():
@@ -569,27 +566,30 @@ def tables(records: list[Record], samples: dict[str, list[Sample]], seed: int) -
             mean = f"{100 * sum(share) / len(share):.1f} %" if share else ""
             lines.append(f"| {method} | {budget:.0%} | {mean} | " + " | ".join(cells) + " |")
         lines.append("")
-    lines += sizes_table(by_run, order_of)
+    lines += sizes_table(by_run)
     note = (
         "In brackets 95 % by bootstrap over samples; + better, − worse, = neither than random at the budget, in pairs."
     )
     return "\n".join([note, "", *lines])
 
 
+def shares_kept(records: list[Record]) -> dict[float, list[float]]:
+    """What PrefixKV kept of each layer, by budget."""
+    return {
+        budget: torch.stack([torch.tensor(row["kept"]) / row["prompt"] for row in rows]).mean(0).tolist()
+        for (*run, budget), rows in sorted(grouped(records).items())
+        if run == ["description", "known", "prefixkv"]
+    }
+
+
 def layer_table(curve: Tensor, records: list[Record]) -> str:
     """Markdown: how concentrated each layer's importance is, and what PrefixKV kept of it."""
-    kept: dict[float, list[Tensor]] = {}
-    for record in records:
-        if (record["method"], record["protocol"], record["kind"]) == ("prefixkv", "known", "description"):
-            kept.setdefault(record["budget"], []).append(torch.tensor(record["kept"]) / record["prompt"])
-    shares = {budget: torch.stack(rows).mean(0) for budget, rows in sorted(kept.items())}
+    shares = shares_kept(records)
     lines = ["**Layers: Gini coefficient of importance, and share that PrefixKV keeps by budget**", ""]
     lines += ["| layer | Gini | " + " | ".join(f"{budget:.0%}" for budget in shares) + " |"]
     lines += ["|---" * (len(shares) + 2) + "|"]
     for layer, value in enumerate(gini(curve).tolist()):
-        lines.append(
-            f"| {layer} | {value:.3f} | " + " | ".join(f"{float(s[layer]):.3f}" for s in shares.values()) + " |"
-        )
+        lines.append(f"| {layer} | {value:.3f} | " + " | ".join(f"{s[layer]:.3f}" for s in shares.values()) + " |")
     return "\n".join([*lines, ""])
 
 
@@ -603,9 +603,7 @@ def plot(records: list[Record], curve: Tensor, folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    by_run: dict[tuple[str, str, str, float], list[Record]] = {}
-    for record in records:
-        by_run.setdefault((record["kind"], record["protocol"], record["method"], record["budget"]), []).append(record)
+    by_run = grouped(records)
     protocols = [protocol for protocol in PROTOCOLS if any(run[1] == protocol for run in by_run)]
     measures = [name for name, measure in MEASURES.items()
                 if any(run[0] == measure.kind and measure.top in rows[0] for run, rows in by_run.items())]  # fmt: skip
@@ -635,12 +633,11 @@ def plot(records: list[Record], curve: Tensor, folder: Path) -> None:
         left.plot([index / (len(line) - 1) for index in range(len(line))], line, color=colour, label=f"layer {layer}")
     left.set(xlabel="share of the keys, most important first", ylabel="share of the importance")
     left.legend(fontsize=7)
-    for (kind, protocol, method, budget), part in sorted(by_run.items()):
-        if (kind, protocol, method) == ("description", "known", "prefixkv"):
-            kept = torch.stack([torch.tensor(r["kept"]) / r["prompt"] for r in part]).mean(0).tolist()
-            right.plot(range(len(kept)), kept, marker="o", markersize=3, label=f"{budget:.0%}")
+    for budget, kept in shares_kept(records).items():
+        right.plot(range(len(kept)), kept, marker="o", markersize=3, label=f"{budget:.0%}")
     right.set(xlabel="layer", ylabel="share of the prompt kept by PrefixKV")
-    right.legend(fontsize=7, title="budget")
+    if right.lines:  # PrefixKV was measured
+        right.legend(fontsize=7, title="budget")
     figure.savefig(folder / "layers.png", dpi=110)
     plt.close(figure)
 
@@ -677,38 +674,18 @@ def fingerprint(folder: Path) -> str:
 
 
 def settle(args: argparse.Namespace, weights: Path) -> None:
-    """Notes what the results in `--out` are of, or refuses to mix two kinds of results."""
-    names = (
-        "model",
-        "data",
-        "images",
-        "smaller",
-        "samples",
-        "questions",
-        "batch_size",
-        "max_new_tokens",
-        "dtype",
-        "device",
-        "seed",
-        "plans",
-    )
+    """Notes what the results in `--out` are of; raises LlavaError if there are results of other settings."""
+    names = ("model", "data", "images", "smaller", "samples", "questions", "batch_size", "max_new_tokens", "dtype",
+             "device", "seed", "plans")  # fmt: skip
     settings = {name: str(getattr(args, name)) for name in names} | {"weights": fingerprint(weights)}
-    keep_apart(args.out, settings)
-
-
-def keep_apart(folder: Path, settings: dict[str, str]) -> None:
-    """Writes the settings of a folder's results beside them; raises LlavaError if they are of other settings."""
-    path = folder / "settings.json"
+    path = args.out / "settings.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [
-            f"{name} {before.get(name)} → {value}" for name, value in settings.items() if before.get(name) != value
-        ]
-        if changed:
-            raise LlavaError(
-                f"{folder} holds results of other settings ({', '.join(changed)}); choose another --out or delete it."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
+        changed = [f"{name} {before.get(name)} → {value}" for name, value in settings.items()
+                   if before.get(name) != value]  # fmt: skip
+        require(not changed, f"{args.out} holds results of other settings ({', '.join(changed)}); choose another --out "
+                "or delete it.")  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("RANK", 0)) == 0:
         write_json(path, settings)
 
@@ -745,13 +722,14 @@ def evaluate(args: argparse.Namespace) -> int:
             raise LlavaError(f"The pretrained decoder is not installed: {real.INSTALL}")
         model, tokenizer = real.load(place)
         model.language_model.to(device), model.lm_head.to(device)
-        processor, weights = real.TextProcessor(tokenizer), place.parent
+        processor = SimpleNamespace(decode=lambda ids: tokenizer.decode_batch(ids.tolist()))
+        weights = place.parent
         if args.data == "prose":
             texts = [(text, "") for text in real.passage(tokenizer, args.samples)]
         else:
             texts = real.facts(tokenizer, args.questions, args.seed)
         kind = "description" if args.data == "prose" else "question"
-        samples[kind] = [Sample("", answer, no_picture, kind=kind, text=text) for text, answer in texts]
+        samples[kind] = [Sample("", answer, kind=kind, text=text) for text, answer in texts]
     elif args.data == "scenes":
         smallest = SMALLEST if args.smaller else SIZES["small"][0]
         samples = {"question": scenes(args.questions, args.seed, "asked", True, smallest),

@@ -65,7 +65,7 @@ def unpermute(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
-def load(path: Path, fast: bool = True) -> tuple[Llava, Any]:
+def load(path: Path) -> tuple[Llava, Any]:
     """The model in float32, and its tokenizer (of the library `tokenizers`), from a GGUF file of a Llama decoder.
 
     It reads text alone: its vision tower has no weights. Raises LlavaError for a file of another architecture, with
@@ -116,7 +116,7 @@ def load(path: Path, fast: bool = True) -> tuple[Llava, Any]:
     wrong = found.unexpected_keys + [name for name, weight in model.named_parameters()
                                      if weight.is_meta and name.startswith(("language_model", "lm_head"))]  # fmt: skip
     require(not wrong, f"{path} has too many or too few weights: {', '.join(wrong[:5])}; expected a Llama decoder's.")
-    return optimize(model.eval()) if fast else model.eval(), read_tokenizer(field)
+    return optimize(model.eval()), read_tokenizer(field)
 
 
 def read_tokenizer(field: Any) -> Any:
@@ -186,17 +186,6 @@ class Text:
         said = self.earlier[1] if protocol == "second" and self.earlier else []
         ids = before + said + self.question
         return ids, len(ids) if protocol == "known" else len(before)
-
-
-class TextProcessor:
-    """What bench.quality needs of a processor, for a decoder that reads no pictures."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-
-    def decode(self, ids: Tensor) -> list[str]:
-        """Texts of token ids [B, N]."""
-        return [self.tokenizer.decode(row) for row in ids.tolist()]
 
 
 def passage(tokenizer: Any, count: int) -> list[Text]:

@@ -350,6 +350,14 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     return asdict(measure(task["contender"], task["folder"], preset))
 
 
+def run(task: dict[str, Any], contender: str) -> Result:
+    """What a contender takes, measured in a process of its own."""
+    done = Result(**in_a_process({**task, "contender": contender}))
+    found = f"prefill {done.prefill_seconds:.2f} s, {done.step_milliseconds:.2f} ms a step"
+    print(f"{contender}, {task['changes'] or task['preset']}: {found}", file=sys.stderr, flush=True)
+    return done
+
+
 def median(results: list[Result]) -> Result:
     """The median of every figure over rounds."""
     figures = zip(*(list(asdict(result).values())[1:] for result in results))
@@ -359,14 +367,10 @@ def median(results: list[Result]) -> Result:
 def table(results: list[Result], speed: float, preset: Preset) -> str:
     """Markdown: what each contender took, against the full cache and against t_min."""
     by_name = {result.contender: result for result in results}
-    lines = [
-        f"Batch {preset.batch}, {preset.prompt} prompt + {preset.new} new tokens, {preset.dtype} on "
-        f"{device_name(preset.device)}; memory read at {speed / 1e9:.1f} GB/s.",
-        "",
-        "| | prefill s | ms a step | t_min ms | step / t_min | tokens/s | all s | KV MB | peak MB | all MB | gain "
-        "| allowed |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = "step / t_min | tokens/s | all s | KV MB | peak MB | all MB | gain | allowed"
+    lines = [f"Batch {preset.batch}, {preset.prompt} prompt + {preset.new} new tokens, {preset.dtype} on "
+             f"{device_name(preset.device)}; memory read at {speed / 1e9:.1f} GB/s.", "",
+             f"| | prefill s | ms a step | t_min ms | {columns} |", "|---" * 12 + "|"]  # fmt: skip
     for r in results:
         least = 1000 * (r.weight_bytes + r.kv_bytes) / speed
         gain = allowed = ""
@@ -390,34 +394,26 @@ def device_name(device: str) -> str:
     return f"{torch.get_num_threads()} CPU threads"
 
 
-def growth(args: argparse.Namespace, folder: str) -> str:
+GROWTH = {"prompt tokens": [(1, 512 * 2**step) for step in range(6)], "batch": [(2**step, 1024) for step in range(6)]}
+
+
+def growth(folder: str, rounds: int) -> str:
     """Markdown: time and memory of prompts without an image by length and by batch, with the exponents of growth."""
     lines = []
-    for name, shapes in (
-        ("prompt tokens", [(1, 512 * 2**step) for step in range(6)]),
-        ("batch", [(2**step, 1024) for step in range(6)]),
-    ):
-        lines.append(f"| {name} | prefill s | with scoring s | ms a step | peak MB | with scoring MB |")
-        lines.append("|---" * 6 + "|")
+    for name, shapes in GROWTH.items():
+        lines += [f"| {name} | prefill s | with scoring s | ms a step | peak MB | with scoring MB |", "|---" * 6 + "|"]
         rows = []
         for batch, prompt in shapes:
             changes = {"batch": batch, "prompt": prompt, "new": 9, "image": False}
             task = {"preset": "cpu", "folder": folder, "changes": changes}
-            plain, scored = (
-                median([Result(**in_a_process({**task, "contender": contender})) for _ in range(args.rounds)])
-                for contender in ("full", "PrefixKV 20%")
-            )
+            plain, scored = (median([run(task, name) for _ in range(rounds)]) for name in ("full", "PrefixKV 20%"))
             rows.append((batch * prompt, plain.prefill_seconds, scored.prefill_seconds, plain.step_milliseconds,
                          plain.peak_bytes / 1e6, scored.peak_bytes / 1e6))  # fmt: skip
             shown = " | ".join(f"{value:.3g}" for value in rows[-1][1:])
-            lines.append(f"| {prompt if name != 'batch' else batch} | {shown} |")
-            print(lines[-1], file=sys.stderr, flush=True)
-        for label, low in (("exponent", 0), ("exponent, last doubling", len(rows) - 2)):
-            slopes = [
-                math.log(rows[-1][column] / rows[low][column]) / math.log(rows[-1][0] / rows[low][0])
-                for column in range(1, 6)
-            ]
-            lines.append(f"| {label} | " + " | ".join(f"{slope:.2f}" for slope in slopes) + " |")
+            lines.append(f"| {batch if name == 'batch' else prompt} | {shown} |")
+        for label, first in (("exponent", rows[0]), ("exponent, last doubling", rows[-2])):
+            size, *slopes = [math.log(after / before) for before, after in zip(first, rows[-1])]
+            lines.append(f"| {label} | " + " | ".join(f"{slope / size:.2f}" for slope in slopes) + " |")
         lines.append("")
     return "\n".join(lines)
 
@@ -533,18 +529,14 @@ def measure_all(args: argparse.Namespace) -> None:
         elif args.scoring:
             text = scoring_table(scoring(args.scoring, folder, preset, args.rounds), preset)
         elif args.growth:
-            text = growth(args, folder)
+            text = growth(folder, args.rounds)
         else:
             rounds: dict[str, list[Result]] = {name: [] for name in args.contenders}
-            speeds = []
-            for number in range(args.rounds):
+            speeds, task = [], {"preset": args.preset, "folder": folder, "changes": changes}
+            for _ in range(args.rounds):
                 speeds.append(in_a_process({"contender": "bandwidth", "device": preset.device})["bandwidth"])
                 for name in args.contenders:
-                    task = {"contender": name, "preset": args.preset, "folder": folder, "changes": changes}
-                    rounds[name].append(Result(**in_a_process(task)))
-                    done = rounds[name][-1]
-                    print(f"round {number + 1}: {name}: prefill {done.prefill_seconds:.2f} s, "
-                          f"{done.step_milliseconds:.2f} ms a step", file=sys.stderr, flush=True)  # fmt: skip
+                    rounds[name].append(run(task, name))
             results = [median(rounds[name]) for name in args.contenders]
             text = table(results, statistics.median(speeds), preset)
             found = {name: [asdict(result) for result in each] for name, each in rounds.items()}

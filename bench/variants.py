@@ -9,8 +9,8 @@
     random!           new tokens stand at the positions that the published code gives them
 
 Parts of a name stand in this order, as in `vlcache+words/least@8`. `VARIANTS` has further methods: cover with one of
-its parts taken out or replaced; other scores; two methods as ElasticCache's code has them; `pooled`, the plainest way
-to cover a picture; and `kvzip`, which reads the picture twice.
+its parts taken out or replaced; two methods as ElasticCache's code has them; `pooled`, the plainest way to cover a
+picture; and `kvzip`, which reads the picture twice.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from minillava.compressors import (
     Cover,
     Elastic,
     Random,
-    Uniform,
     Weighted,
     equally,
     last_n,
@@ -59,24 +58,6 @@ class WithoutWords(Cover):
     def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
         super().begin(present, image, layers)
         self.words = torch.zeros_like(present)
-
-
-class WithoutAttention(Cover):
-    """Everything but the words is evenly spaced; eviction still goes by attention."""
-
-    LOOKED_AT = 0.0
-
-
-class WithoutSpacing(Cover):
-    """Everything but the words is chosen by the attention of those behind the image."""
-
-    LOOKED_AT = 1.0
-
-
-class WithoutShift(Cover):
-    """The spacing is the same in every layer."""
-
-    TURNS = 0.0
 
 
 class WithoutWeights(Cover):
@@ -126,30 +107,6 @@ class WithTwoWays(Cover):
 
 
 # ---------------------------------------------------------------- further methods
-
-
-class Mean(Uniform):
-    """The mean attention of the queries that see a key (kvpress, ObservedAttention), in place of the sum."""
-
-    def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        behind = self.present.long().flip(1).cumsum(1).flip(1).clamp(min=1)  # [B, N]: queries that see a key
-        return super().score(layer, query, key, value) / behind
-
-
-class ValueNorm(Uniform):
-    """The sum of attention times the norm of the value (CriticalKV's idea, arXiv 2502.03805, without W_o)."""
-
-    def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return super().score(layer, query, key, value) * value.float().norm(dim=(1, 3))
-
-
-class KeyDiff(Uniform):
-    """How far a key points away from the mean key (KeyDiff, arXiv 2504.15364); no query is looked at."""
-
-    def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        middle = (key.float() * self.present[:, None, :, None]).sum(2, keepdim=True)
-        apart = 1 - torch.cosine_similarity(key.float(), middle, dim=-1)  # [B, Hkv, N]
-        return apart.mean(1).clamp(min=0).masked_fill(~self.present, 0.0)
 
 
 class Pooled(Weighted):
@@ -306,17 +263,17 @@ class ShortPositions(FastKVCache):
 
 VARIANTS: dict[str, type[PrefixKV]] = {
     "cover without words": WithoutWords,
-    "cover without attention": WithoutAttention,
-    "cover without spacing": WithoutSpacing,
-    "cover without shift": WithoutShift,
+    # Everything but the words is evenly spaced; eviction still goes by attention.
+    "cover without attention": type("WithoutAttention", (Cover,), {"LOOKED_AT": 0.0}),
+    # Everything but the words is chosen by the attention of those behind the image.
+    "cover without spacing": type("WithoutSpacing", (Cover,), {"LOOKED_AT": 1.0}),
+    # The spacing is the same in every layer.
+    "cover without shift": type("WithoutShift", (Cover,), {"TURNS": 0.0}),
     "cover without weights": WithoutWeights,
     "cover without squares": WithoutSquares,
     "cover without looking": WithoutLooking,
     "cover, random patches": WithRandomPatches,
     "cover, even both ways": WithTwoWays,
-    "mean": Mean,
-    "value": ValueNorm,
-    "keydiff": KeyDiff,
     "pooled": Pooled,
     "kvzip": KVzip,
     "h2o as published": PublishedH2O,

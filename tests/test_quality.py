@@ -44,9 +44,9 @@ def quick_model(tmp_path_factory):
     return folder
 
 
-RUNS = [("full", 1.0), ("full@2", 1.0), *((m, b) for m in ("local", "prefixkv", "plan") for b in (0.3, 0.6))]
+RUNS = [("full", 1.0), ("full@2", 1.0), *((m, b) for m in ("h2o", "prefixkv", "plan") for b in (0.3, 0.6))]
 QUICK = ["--samples", "3", "--questions", "4", "--batch-size", "2", "--budgets", "0.3", "0.6", "--max-new-tokens", "12",
-         "--methods", "full", "local", "prefixkv", "plan", "full@2"]  # fmt: skip
+         "--methods", "full", "h2o", "prefixkv", "plan", "full@2"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_likelihood_of_the_full_cache_is_that_of_one_forward_pass(tiny):
     cache = model.new_cache()
     logits = model.read(**quality.together(model, processor, samples), cache=cache)
     found, kept = likelihood(model, logits, cache, answers), cache.kept.T.tolist()
-    for sample, answer, loss in zip(samples, answers, found):
+    for sample, answer, loss, counts in zip(samples, answers, found, kept):
         inputs = processor(sample.prompt(processor), [sample.image()])
         length = inputs["input_ids"].shape[1]
         ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], 1)
@@ -72,8 +72,7 @@ def test_likelihood_of_the_full_cache_is_that_of_one_forward_pass(tiny):
             logits = model(ids, inputs["pixel_values"])[0, length - 1 : -1].double()
         expected = -logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].sum()
         # float32 logits of up to 30, about 100 of them summed, each a few units in the last place off
-        assert loss == pytest.approx(float(expected), abs=2e-3)
-    assert kept == [[processor(s.prompt(processor), [s.image()])["input_ids"].shape[1]] * 8 for s in samples]
+        assert loss == pytest.approx(float(expected), abs=2e-3) and counts == [length] * 8
 
 
 @pytest.mark.parametrize("method", [None, *METHODS])
@@ -103,50 +102,36 @@ def test_every_run_is_there_once_and_the_tables_show_each(quick):
         if record["method"] == "prefixkv":
             assert sum(record["kept"]) == round(record["budget"] * 2 * record["prompt"])
         share = {"full": 1.0, "full@2": 3 / 16}.get(record["method"], record["budget"])
-        # The texts are short: rounding counts, and up to 31 of the newest tokens in full.
-        assert share - 0.05 < record["share"] < share + (0.6 if record["method"] == "full@2" else 0.05)
+        # The texts are short: rounding counts, h2o's notes, and up to 31 of the newest tokens in full.
+        assert share - 0.05 < record["share"] < share + (0.6 if record["method"] == "full@2" else 0.08)
     text = (quick / "table.md").read_text()
-    for row in ("| local |", "| prefixkv |", "| plan |", "| full@2 |", "| 1 |", "*another scene's description*"):
+    for row in ("| h2o |", "| prefixkv |", "| plan |", "| full@2 |", "| 1 |", "*another scene's description*"):
         assert row in text
     assert text.count("Short questions answered exactly") == text.count("By bytes held at the end") == 3
     for picture in ("quality.png", "layers.png"):
         assert Image.open(quick / picture).size[0] > 500
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_table(quick, quick_model, tmp_path, capsys):
+def test_a_run_that_was_stopped_goes_on_in_two_processes_to_the_same_table(quick, quick_model, tmp_path):
     (tmp_path / "settings.json").write_bytes((quick / "settings.json").read_bytes())
     lines = (quick / "results-0.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "results-0.jsonl").write_text("".join(lines[:7]) + lines[7][:30])
-    assert main([*QUICK, "--model", str(quick_model), "--out", str(tmp_path)]) == 0
-    assert "damaged" in capsys.readouterr().err
-    assert (tmp_path / "table.md").read_bytes() == (quick / "table.md").read_bytes()
-    assert sorted((tmp_path / "results-0.jsonl").read_text().splitlines()) == sorted(line.strip() for line in lines)
-
-
-def test_two_processes_make_the_table_of_one(quick, quick_model, tmp_path):
-    program = [sys.executable, "-m", "bench.quality", *QUICK, "--model", quick_model, "--out", tmp_path]
+    (tmp_path / "results-0.jsonl").write_text("".join(lines[:-40]) + lines[-40][:30])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # what torch.distributed.run says
-    options = {"cwd": ROOT, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    environments = [{**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    both = [
-        subprocess.Popen(program, env=environment, preexec_fn=ends_with_this_process, **options)
-        for environment in environments
-    ]
-    for process in both:
-        _, err = process.communicate()
-        assert process.returncode == 0, err
-    assert {path.name for path in tmp_path.glob("*.jsonl")} == {"results-0.jsonl", "results-1.jsonl"}
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # as torch.distributed.run
+    program = [sys.executable, "-m", "bench.quality", *QUICK, "--model", quick_model, "--out", tmp_path]
+    options = {"cwd": ROOT, "preexec_fn": ends_with_this_process, "text": True, "stdout": subprocess.DEVNULL}
+    running = [
+        subprocess.Popen(program, env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE,
+                         **options) for rank in "01"
+    ]  # fmt: skip
+    errors = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
+    assert "damaged" in errors[0]
     assert (tmp_path / "table.md").read_bytes() == (quick / "table.md").read_bytes()
-
-
-def test_data_without_an_entry_that_can_be_used_end_with_2(tmp_path, capsys):
-    entries = [{"question": "What?", "answer": "a.", "image": "none.png"}]
-    (tmp_path / "data.json").write_text(json.dumps(entries))
-    assert main(["--data", str(tmp_path / "data.json"), "--out", str(tmp_path / "out")]) == 2
-    assert "no entry that can be used" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    found = [path.read_text().splitlines() for path in sorted(tmp_path.glob("results-*.jsonl"))]
+    assert len(found) == 2 and all(found)
+    assert sorted(itertools.chain(*found)) == sorted(line.strip() for line in lines)
 
 
 def test_results_of_other_settings_are_not_mixed(quick, quick_model, tmp_path, capsys):
@@ -179,28 +164,17 @@ def published(folder):
     ]
 
 
-def test_bad_entries_are_named_and_the_rest_is_evaluated(tmp_path, capsys):
+@pytest.mark.parametrize("kind", [list, dict])
+def test_bad_entries_are_named_and_the_rest_is_evaluated(kind, quick_model, tmp_path, capsys):
     entries = published(tmp_path)
-    (tmp_path / "data.json").write_text(json.dumps(entries))
+    (tmp_path / "data.json").write_text(json.dumps(entries if kind is list else dict(enumerate(entries))))
     code = main(["--data", str(tmp_path / "data.json"), "--images", str(tmp_path), "--out", str(tmp_path / "out"),
-                 "--methods", "full", "prefixkv", "--budgets", "0.5", "--max-new-tokens", "5"])  # fmt: skip
+                 "--methods", "full", "--max-new-tokens", "5", "--model", str(quick_model)])  # fmt: skip
     assert code == 1
     shown = capsys.readouterr()
-    for index in range(3, 9):
-        assert f"entry {index}:" in shown.err
-    assert "entry 2:" not in shown.err
+    assert [f"entry {index}:" in shown.err for index in range(9)] == [False] * 3 + [True] * 6
     assert "Perplexity of the true description; protocol first, 3 samples." in shown.out
     assert "protocol second" not in shown.out and "Short questions" not in shown.out
-
-
-def test_an_object_of_entries_is_read_like_a_list(tmp_path, tiny):
-    entries = published(tmp_path)
-    (tmp_path / "list.json").write_text(json.dumps(entries))
-    (tmp_path / "object.json").write_text(json.dumps({f"v1_{i}": entry for i, entry in enumerate(entries)}))
-    (ours, _), (theirs, bad) = (quality.read_samples(tmp_path / f"{n}.json", tmp_path, 99) for n in ("list", "object"))
-    assert [sample.question for sample in ours] == [sample.question for sample in theirs]
-    assert "v1_3" in bad[0]
-    assert ours[1].prompt(tiny[1]) == f"{quality.SYSTEM} USER: What is it?\n<image> ASSISTANT:"
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -219,37 +193,20 @@ def test_a_protocol_says_after_which_tokens_the_cache_is_cut(tiny, protocol):
             assert f"{asked} ASSISTANT:" in before and told in after and f"{question} ASSISTANT:" in after
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("method", ["h2o", "cover@8"])
-def test_answers_are_those_of_reading_cutting_and_asking_one_by_one(tiny, tmp_path, protocol, method):
-    model, processor = tiny
-    out = [
-        "--samples",
-        "2",
-        "--questions",
-        "3",
-        "--methods",
-        "full",
-        method,
-        "--budgets",
-        "0.3",
-        "--out",
-        str(tmp_path),
-    ]
-    assert main([*out, "--protocols", protocol]) == 0
-    found = {(r["kind"], r["sample"]): r["text"] for r in read_results(tmp_path) if r["method"] == method}
-    for kind, samples in (
-        ("question", quality.scenes(3, 0, "asked", short=True)),
-        ("description", quality.scenes(2, 0)),
-    ):
-        for index, sample in enumerate(samples):
-            inputs, ids, cut = quality.split(processor, sample, protocol)
-            cache = empty_cache(method, model, 200, make(method, 0.3))
-            logits = model.read(torch.tensor([ids[:cut]]), cache, inputs["pixel_values"])
-            if ids[cut:]:
-                logits = model.read(torch.tensor([ids[cut:]]), cache)
-            tokens = list(itertools.islice(model.decode(logits, cache), 24 if kind == "question" else 160))
-            assert processor.decode(torch.cat(tokens)).strip() == found[kind, index]
+def test_answers_are_those_of_reading_cutting_and_asking_one_by_one(quick, quick_model):
+    model, processor = weights.load(quick_model, fast=True)
+    asked = {"question": quality.scenes(4, 0, "asked", short=True), "description": quality.scenes(3, 0)}
+    for record in read_results(quick):
+        if (record["method"], record["budget"]) not in (("h2o", 0.3), ("full@2", 1.0)):
+            continue
+        sample = asked[record["kind"]][record["sample"]]
+        inputs, ids, cut = quality.split(processor, sample, record["protocol"])
+        cache = empty_cache(record["method"], model, 200, make(record["method"], record["budget"]))
+        logits = model.read(torch.tensor([ids[:cut]]), cache, inputs["pixel_values"])
+        if ids[cut:]:
+            logits = model.read(torch.tensor([ids[cut:]]), cache)
+        tokens = list(itertools.islice(model.decode(logits, cache), 24 if record["kind"] == "question" else 12))
+        assert processor.decode(torch.cat(tokens)).strip() == record["text"]
 
 
 def test_what_is_right_in_an_answer_and_what_a_blind_one_is_worth():
@@ -280,15 +237,14 @@ def test_measures_are_shares_of_all_and_perplexity_is_that_of_all_tokens(pairs):
 
 
 PUBLISHED = "Be polite. USER: What is it?\n<image> ASSISTANT:"
-# Part 0 of the content is the image, part 1 the question.
-LLAVA = "USER: <image>\n{{ messages[0]['content'][1]['text'] }} ASSISTANT:"
-QWEN = "<|im_start|>user\n<image>\n{{ messages[0]['content'][1]['text'] }}<|im_end|>\n<|im_start|>assistant"
+TEXT = "{{ messages[0]['content'][1]['text'] }}"  # part 0 is the image
 
 
 @pytest.mark.parametrize(
     "template, expected",
-    [(None, PUBLISHED), (LLAVA, PUBLISHED),
-     (QWEN, "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant")],
+    [(None, PUBLISHED), (f"USER: <image>\n{TEXT} ASSISTANT:", PUBLISHED),
+     (f"<|im_start|>user\n<image>\n{TEXT}<|im_end|>\n<|im_start|>assistant",
+      "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant")],
     ids=["none", "llava", "qwen"],
 )  # fmt: skip
 def test_a_prompt_is_the_published_one_unless_the_template_writes_another_form(tiny, template, expected):
@@ -315,28 +271,26 @@ def test_arguments_that_make_no_sense_end_with_2(arguments):
     assert error.value.code == 2
 
 
-@pytest.mark.parametrize("content", ["", "{}", "3", "[", None])
-def test_a_data_file_that_is_none_ends_with_2(tmp_path, capsys, content):
-    path = tmp_path / "data.json"
+NO_ENTRY = [{"question": "What?", "answer": "a.", "image": "none.png"}]
+ENTRY = [{"question": "What?", "answer": "a.", "image": str(TINY / "examples" / "scene_1.png")}]
+
+
+@pytest.mark.parametrize(
+    "content, options, message",
+    [*((content, [], "data.json") for content in ("", "{}", "3", "[", None)),
+     (json.dumps(NO_ENTRY), [], "no entry that can be used"),
+     (json.dumps(ENTRY), ["--methods", "plan"], "needs --plans FOLDER"),
+     (json.dumps(ENTRY), ["--protocols", "second"], "no questions for the protocol second"),
+     (json.dumps(ENTRY), ["--out", "data.json/out"], "data.json")],
+)  # fmt: skip
+def test_data_and_options_that_cannot_be_used_end_with_2(content, options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     if content is not None:
-        path.write_text(content)
-    assert main(["--data", str(path), "--out", str(tmp_path / "out")]) == 2
-    assert "data.json" in capsys.readouterr().err
+        (tmp_path / "data.json").write_text(content)
+    assert main(["--data", "data.json", "--out", "out", *options]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("bench.quality: error: ") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_plans_that_were_asked_for_and_are_not_there_are_missed(tmp_path, capsys):
-    (tmp_path / "data.json").write_text(json.dumps(published(tmp_path)))
-    arguments = ["--data", str(tmp_path / "data.json"), "--images", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--methods", "plan"]) == 2
-    assert "needs --plans FOLDER" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert main(["--out", str(tmp_path / "file" / "out")]) == 2
-    assert capsys.readouterr().err.count("error: ") == 1
 
 
 def test_plans_are_written_for_every_budget_and_say_how_far_samples_agree(quick_model, tmp_path, capsys):
@@ -349,8 +303,8 @@ def test_plans_are_written_for_every_budget_and_say_how_far_samples_agree(quick_
         assert plan.samples == 4 and len(plan.ratios) == 2 and plan.model == model
         # Half a token of the 64 that two layers have of the shortest prompt.
         assert sum(plan.ratios) / 2 == pytest.approx(budget, abs=0.5 / 64)
-    arguments = ["--budgets", "0.2", "--plans", str(plans), "--out", str(tmp_path / "out"), "--model", model]
-    assert main([*QUICK, *arguments]) == 0
+    arguments = ["--plans", str(plans), "--out", str(tmp_path / "out"), "--model", model, "--protocols", "known"]
+    assert main([*QUICK, *arguments, "--budgets", "0.2", "--methods", "plan"]) == 0
 
 
 def test_a_plan_of_one_sample_is_what_that_sample_keeps(tiny):
@@ -380,12 +334,8 @@ def test_lorenz_curves_rise_to_one_and_gini_tells_equal_from_one_hot(seed, lengt
     assert alone == pytest.approx(1 - 1 / length, abs=0.011)
 
 
-def test_intervals_hold_the_mean_and_shrink_with_samples():
-    generator = torch.Generator().manual_seed(0)
-    widths = []
-    for count in (50, 800):
-        values = torch.randn(count, generator=generator, dtype=torch.float64)
-        low, high = interval(values, lambda v: v.mean(-1))
-        assert low < values.mean() < high
-        widths.append(high - low)
-    assert widths[0] / widths[1] == pytest.approx(4, rel=0.3)  # as the square root of 16
+def test_intervals_are_those_of_a_mean_of_normal_numbers():
+    values = torch.randn(800, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = interval(values, lambda v: v.mean(-1))
+    middle, half = float(values.mean()), 1.96 * float(values.std()) / math.sqrt(800)
+    assert (low, high) == pytest.approx((middle - half, middle + half), abs=0.1 * half)

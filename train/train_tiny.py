@@ -28,7 +28,9 @@ import io
 import math
 import random
 import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -47,12 +49,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minillava.checks import LlavaError
-from minillava.compressors import Recorder, gini
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
-from minillava.convert import config_dict, save_weights
-from minillava.files import write_json
+from minillava.convert import convert
+from minillava.files import replacing, write_json
 from minillava.model import DecoderLayer, Llava, merge_heads
-from minillava.processor import ImageProcessor
+from minillava.processor import ImageProcessor, Processor, Tokenizer
 from minillava.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -70,7 +71,6 @@ from minillava.scenes import (
     plural,
     short_question,
 )
-from prefixkv import PrefixKV, priority
 from train.evaluate import commonest, evaluate
 from weights import load, load_model
 
@@ -147,19 +147,10 @@ def train_tokenizer(path: Path, seed: int) -> None:
         lines += [f"USER: {turn.text} ASSISTANT: {turn.answer}" for turn in turns]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=512,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        character_coverage=1.0,
-        split_digits=True,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        num_threads=1,
-        minloglevel=2,
-    )
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=512, hard_vocab_limit=False,
+        byte_fallback=True, character_coverage=1.0, split_digits=True, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", num_threads=1, minloglevel=2,
+    )  # fmt: skip
     path.write_bytes(model.getvalue())
 
 
@@ -361,22 +352,6 @@ def rate(step: int, steps: int, peak: float, fall_from: float) -> float:
     return peak * min(rise, max(fall, 0.0))
 
 
-@torch.no_grad()
-def heterogeneity(model: Llava, images: Tensor, ids: Tensor) -> str:
-    """How unlike the layers are: kept shares at a budget of 20 %, and Gini coefficients of importance."""
-    recorder = Recorder()
-    prompt = ids[:, : 3 + model.config.num_image_tokens + 8]  # the image and the first words of a question
-    model.read(prompt, model.new_cache(0, recorder), images)
-    method = PrefixKV(0.2)
-    method.begin(recorder.present, recorder.present, len(recorder.scores))
-    counts = method.allocate(recorder.scores).float().mean(1) / prompt.shape[1]
-    curves = torch.stack([priority(scores) for scores in recorder.scores.unbind(1)]).mean(0)  # [L, N + 1]
-    return (
-        f"kept {' '.join(f'{share:.2f}' for share in counts.tolist())} | "
-        f"gini {' '.join(f'{value:.2f}' for value in gini(curves).tolist())}"
-    )
-
-
 def look(model: Llava, images: Tensor) -> Tensor:
     """The patches' features [B, P, Dv] of images [B, 3, R, R]."""
     return model.vision_tower(images, model.config.vision_feature_layer)[:, 1:]
@@ -393,14 +368,13 @@ def finish(layer: DecoderLayer, hidden: Tensor, context: Tensor) -> Tensor:
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
+Decode = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
 def decode(
-    model: Llava,
-    hidden: Tensor,
-    rope: tuple[Tensor, Tensor],
-    mask: Tensor,
-    before: Callable[..., tuple[Tensor, Tensor, Tensor]] = project,
-    behind: Callable[..., Tensor] = finish,
-) -> tuple[Tensor, Tensor, Tensor]:
+    model: Llava, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor,
+    before: Callable[..., tuple[Tensor, Tensor, Tensor]] = project, behind: Callable[..., Tensor] = finish,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The decoder over embeddings [B, N, D]: the words' outputs [B, M, D], and of POINTER query and key [B, N, Dh].
 
     The first N - M tokens end with the picture's: plainly causal, so that they need no mask. The mask [B, 1, M, N] is
@@ -451,12 +425,7 @@ def pointing_loss(query: Tensor, key: Tensor, heads: nn.ModuleDict, columns: lis
 
 
 def answer_loss(
-    model: Llava,
-    run: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    heads: nn.ModuleDict,
-    features: Tensor,
-    columns: list[Tensor],
-    targets: Tensor,
+    model: Llava, run: Decode, heads: nn.ModuleDict, features: Tensor, columns: list[Tensor], targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a batch, for every answer [B, T] whether each of its tokens is the likeliest, and the pointing loss.
 
@@ -505,7 +474,7 @@ def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversati
         if start >= steps:
             return before
         optimizer.load_state_dict(state["optimizer"])
-    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = decode
+    run: Decode = decode
     see: Callable[..., Tensor] = look
     if args.compile:
         lead, trail = torch.compile(project, dynamic=True), torch.compile(finish, dynamic=True)
@@ -513,7 +482,6 @@ def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversati
     data = Batches(stage, start, args.seed, talk)
     loader = iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4))
     began, done, marked, saved, mean = time.process_time(), start, time.time(), time.time(), 0.0
-    tally = torch.zeros(len(ALL_KINDS), 2, dtype=torch.long, device=device)  # answers asked for, and right ones
     for step in range(start, steps):
         batch = [part.to(device) for part in next(loader)]
         for group in optimizer.param_groups:
@@ -529,8 +497,6 @@ def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversati
         if stage.kind != "vision":
             talked, right, pointing = answer_loss(model, run, heads, features, batch[2:], batch[1])
             loss = loss + talked + 0.2 * pointing
-            tally += torch.stack([torch.stack([(batch[-1] == k).sum(), (right & (batch[-1] == k)).sum()])
-                                  for k in range(len(ALL_KINDS))])  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -542,30 +508,19 @@ def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversati
         if (step + 1) % 50 == 0 or step + 1 == steps:
             pace = stage.batch * (step + 1 - done) / (time.time() - marked)
             left, done, marked = stage.batch * (steps - step - 1) / pace / 60, step + 1, time.time()
-            extra = ""
+            line = f"{stage.name} {step + 1}/{steps} loss {mean:.4f} {pace:.1f} samples/s, {left:.0f} min left"
             if stage.kind != "language":
                 shares = [(answers[n].argmax(-1) == batch[1][..., i]).float().mean() for i, n in enumerate(LABELS)]
-                extra = " " + " ".join(f"{name} {float(r):.3f}" for name, r in zip(LABELS, shares))
+                line += "".join(f" {name} {share.item():.3f}" for name, share in zip(LABELS, shares))
             if stage.kind != "vision":
-                extra += f" pointing {pointing.item():.3f} |" + "".join(
-                    f" {kind} {100 * good / max(1, all_):.0f}" for kind, (all_, good) in zip(ALL_KINDS, tally.tolist())
-                )
-                tally.zero_()
-            if stage.kind != "vision" and (step + 1) % 500 == 0:
-                extra += " " + heterogeneity(model, batch[0][:8], batch[2][:8])
-            print(
-                f"{stage.name} {step + 1}/{steps} loss {mean:.4f} {pace:.1f} samples/s, {left:.0f} min left{extra}",
-                flush=True,
-            )
+                line += f" pointing {pointing.item():.3f}, answers {right[batch[-1] >= 0].float().mean().item():.0%}"
+            print(line, flush=True)
         if time.time() - saved > 120 or step + 1 == steps:
             saved = time.time()
-            temporary = path.with_suffix(".part")
-            torch.save(
-                {"model": model.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
-                 "step": step + 1, "seconds": before + time.process_time() - began},
-                temporary,
-            )  # fmt: skip
-            temporary.replace(path)
+            state = {"model": model.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
+                     "step": step + 1, "seconds": before + time.process_time() - began}  # fmt: skip
+            with replacing(path) as temporary:
+                torch.save(state, temporary)
     return before + time.process_time() - began
 
 
@@ -578,8 +533,9 @@ pipeline_tag: image-text-to-text
 # minillava/tiny
 
 A LLaVA of {parameters:,} parameters that describes scenes of coloured shapes: a CLIP vision tower
-({side} x {side} pixels, patches of {patch}, {patches} image tokens), a two-layer projector, and a Llama decoder of
-{layers} layers with grouped-query attention ({heads} query heads, {kv_heads} key-value heads). It exists so that the
+({v.image_size} x {v.image_size} pixels, patches of {v.patch_size}, {v.num_patches} image tokens), a two-layer
+projector, and a Llama decoder of {t.num_hidden_layers} layers with grouped-query attention
+({t.num_attention_heads} query heads, {t.kv_heads} key-value heads). It exists so that the
 demo, the tests and the benchmarks of minillava run on trained weights without a download. It knows nothing but its
 scenes: up to {objects} objects on a plain background, each in a cell of a 3 x 3 grid. It has only ever seen one
 picture in a prompt.
@@ -628,17 +584,11 @@ def tokenizer_json(model: sentencepiece.SentencePieceProcessor, added: dict[int,
     bos, space = model.id_to_piece(model.bos_id()), {"String": " "}
     begin = {"SpecialToken": {"id": bos, "type_id": 0}}
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": content, **flags} for i, content in sorted(added.items())],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": space, "content": "▁"},
-            ],
-        },
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": space, "content": "▁"},
+        ]},
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
@@ -646,87 +596,36 @@ def tokenizer_json(model: sentencepiece.SentencePieceProcessor, added: dict[int,
             "pair": [begin, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": {bos: {"id": bos, "ids": [model.bos_id()], "tokens": [bos]}},
         },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]},
         "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": vocab,
+            "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "vocab": vocab,
             "merges": [list(pair) for pair in merges],
         },
-    }
+    }  # fmt: skip
 
 
 def export(model: Llava, tokenizer: Path, talk: Conversations, folder: Path) -> None:
-    """Writes the checkpoint in the layout of a Hub repository, weights in float16."""
-    side = model.config.vision.image_size
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights(model, folder / "model.safetensors", torch.float16)
-    write_json(folder / "config.json", config_dict(model.config, "float16"))
-    (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    """Writes the checkpoint in the layout of a Hub repository, weights in float16, and two files beside `tokenizer`."""
+    config, work = model.config, tokenizer.parent
     added = {talk.image_id: IMAGE_TOKEN, talk.pad_id: "<pad>", 0: "<unk>", talk.bos: "<s>", talk.eos: "</s>"}
+    write_json(work / "tokenizer.json", tokenizer_json(talk.model, added))
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    write_json(folder / "tokenizer.json", tokenizer_json(talk.model, added))
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "added_tokens_decoder": {str(i): {"content": token, **flags} for i, token in sorted(added.items())},
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "pad_token": "<pad>",
-            "unk_token": "<unk>",
-            "legacy": False,
-            "model_max_length": model.config.text.max_position_embeddings,
-            "processor_class": "LlavaProcessor",
-        },
-    )
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": side},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": side, "width": side},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": [MEAN] * 3,
-            "image_std": [STD] * 3,
-            "processor_class": "LlavaProcessor",
-        },
-    )
-    write_json(
-        folder / "processor_config.json",
-        {
-            "processor_class": "LlavaProcessor",
-            "image_token": IMAGE_TOKEN,
-            "patch_size": PATCH,
-            "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": "default",
-        },
-    )
-    write_json(
-        folder / "generation_config.json",
-        {"bos_token_id": talk.bos, "eos_token_id": talk.eos, "pad_token_id": talk.pad_id, "do_sample": False},
-    )
+    settings = {
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False,
+        "added_tokens_decoder": {str(i): {"content": token, **flags} for i, token in sorted(added.items())},
+        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
+        "model_max_length": config.text.max_position_embeddings, "processor_class": "LlavaProcessor",
+    }  # fmt: skip
+    write_json(work / "tokenizer_config.json", settings)
+    made = Tokenizer.from_folder(work, config.image_token_id)
+    processor = Processor(made, image_processor(config.vision.image_size), config)
+    with tempfile.TemporaryDirectory() as scratch:
+        convert(model.half(), processor, work, Path(scratch, "made"))
+        shutil.copytree(Path(scratch, "made"), folder, dirs_exist_ok=True)
     examples = folder / "examples"
     examples.mkdir(exist_ok=True)
     for index in range(1, 4):
@@ -738,46 +637,26 @@ def export(model: Llava, tokenizer: Path, talk: Conversations, folder: Path) -> 
 
 
 def write_card(
-    model: Llava,
-    folder: Path,
-    args: argparse.Namespace,
-    stages: tuple[Stage, ...],
-    scores: dict[str, float],
+    model: Llava, folder: Path, args: argparse.Namespace, stages: tuple[Stage, ...], scores: dict[str, float],
     seconds: float,
-) -> None:
+) -> None:  # fmt: skip
     """Writes the model card, with the scores as measured, and the processor's seconds that `stages` took."""
-    text, vision = model.config.text, model.config.vision
     processor, blind = f"{torch.get_num_threads()} threads of the {args.device}", commonest()
-    from_nothing = stages[0] == STAGES[0]
-    which = "All stages" if from_nothing else f"The stages from {stages[0].name} on, in a run with `--start`,"
-    first, last = STAGES[0].side, vision.image_size
+    which = "All stages" if stages[0] == STAGES[0] else f"The stages from {stages[0].name} on, in a run with `--start`,"
+    first, last = STAGES[0].side, model.config.vision.image_size
     wider = f"then they grow to {last}, and the position embeddings of the tower are\ninterpolated."
-    (folder / "README.md").write_text(
-        CARD.format(
-            parameters=sum(p.numel() for p in model.parameters()),
-            side=vision.image_size,
-            patch=vision.patch_size,
-            patches=vision.num_patches,
-            layers=text.num_hidden_layers,
-            heads=text.num_attention_heads,
-            kv_heads=text.kv_heads,
-            objects=MAX_OBJECTS,
-            command=f"python -m train.train_tiny --until {stages[-1].name} --seed {args.seed}"
-            + " --compile" * args.compile,
-            sides=f"Most is learnt\nfrom pictures of {first} pixels a side; {wider}" if last > first else "",
-            stages="\n".join(
-                f"| {stage.name} | {stage.kind} | {stage.side} x {stage.side} | {stage.steps:,} | {stage.batch} "
-                f"| {stage.rate:g} |"
-                for stage in STAGES[: STAGES.index(stages[-1]) + 1]
-            ),
-            time=f"{which} took {seconds / 60:.0f} minutes of processor time, on {processor}.",
-            scores="\n".join(
-                f"| {name} | {100 * share:.1f} % | " + (f"{100 * blind[name]:.1f} % |" if name in blind else "|")
-                for name, share in scores.items()
-            ),
-        ),
-        encoding="utf-8",
-    )
+    rows = [f"| {s.name} | {s.kind} | {s.side} x {s.side} | {s.steps:,} | {s.batch} | {s.rate:g} |"
+            for s in STAGES[: STAGES.index(stages[-1]) + 1]]  # fmt: skip
+    marks = [f"| {name} | {100 * share:.1f} % | " + (f"{100 * blind[name]:.1f} % |" if name in blind else "|")
+             for name, share in scores.items()]  # fmt: skip
+    card = CARD.format(
+        parameters=sum(p.numel() for p in model.parameters()), v=model.config.vision, t=model.config.text,
+        objects=MAX_OBJECTS, stages="\n".join(rows), scores="\n".join(marks),
+        command=f"python -m train.train_tiny --until {stages[-1].name} --seed {args.seed}{' --compile' * args.compile}",
+        sides=f"Most is learnt\nfrom pictures of {first} pixels a side; {wider}" if last > first else "",
+        time=f"{which} took {seconds / 60:.0f} minutes of processor time, on {processor}.",
+    )  # fmt: skip
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def main() -> None:
