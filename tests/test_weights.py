@@ -84,6 +84,8 @@ WINDOW = {"sliding_window": 24}
 SETTINGS = [  # at the top of config.json and in its text part, in generation_config.json; what is read, and as what
     ("pad_token_id", 0, {}, {}, {}), ("eos_token_id", (), {}, {}, {}),  # of Qwen2; Llama's end is 2
     ("pad_token_id", 7, {"pad_token_id": None}, {"pad_token_id": 7}, {}),
+    ("pad_token_id", 7, {"pad_token_id": 7}, {"pad_token_id": 8}, {}),
+    ("pad_token_id", 4, {"pad_token_id": 7}, {}, {"eos_token_id": 4}),
     ("pad_token_id", 9, {}, {}, {"pad_token_id": 9}), ("eos_token_id", (2,), {}, {"model_type": "llama"}, {}),
     ("pad_token_id", 3, {"pad_token_id": -1}, {"eos_token_id": 3}, {}),
     ("eos_token_id", (3,), {"pad_token_id": -1}, {"eos_token_id": 3}, {}),
@@ -96,7 +98,8 @@ SETTINGS = [  # at the top of config.json and in its text part, in generation_co
                               (None, None, False))),
     *(("text.max_position_embeddings", positions, {}, text, {}) for text, positions in (
         ({"model_type": "mistral", **WINDOW}, 24), ({"model_type": "mistral", "sliding_window": 4096}, 256),
-        ({"model_type": "mistral", "sliding_window": None}, 256), ({"model_type": "llama", **WINDOW}, 256),
+        ({"model_type": "mistral", "sliding_window": None, "max_position_embeddings": 9000}, 9000),
+        ({"model_type": "llama", **WINDOW}, 256),
         ({"use_sliding_window": True, **WINDOW}, 24), ({"use_sliding_window": False, **WINDOW}, 256))),
 ]  # fmt: skip
 
