@@ -1,276 +1,354 @@
-"""The coursework's exercises: a body taken away fails its tests, put back it is what it was to the byte; grades."""
+"""The coursework: right bodies get their points, wrong ones and cheats do not; what is handed out, in, and graded."""
 
 from __future__ import annotations
 
-import contextlib
+import csv
+import functools
 import importlib
 import io
 import json
 import shutil
 import subprocess
-import sys
-from functools import partial
-from pathlib import Path
+import zipfile
 from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import ROOT, ends_with_this_process
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import ROOT
+from hypothesis import settings
 
-from coursework import exercise
-from coursework.exercise import EXERCISES, body, grade_one, gradescope, handout, main, remove, restore, solutions, swap
-from coursework.published import compress
+from coursework import exercise, graded
+from coursework.bodies import outline, put, refusal, take
+from coursework.exercise import grade_one, main, pack, reference, remove, restore
+from coursework.table import EXERCISES, FAULTY
 
-COURSEWORK = (ROOT / "coursework" / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """A copy of the project's own files."""
-    for name in ("minillava", "bench", "train", "coursework", "tests"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.toml"), *ROOT.glob("*.md")]:
-        shutil.copy(path, tmp_path)
-    return tmp_path
-
-
-def contents(tree):
-    return {path: path.read_bytes() for path in tree.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
-
-
-@contextlib.contextmanager
-def taken_from(tree, name):
-    """Inside, an exercise's function has the code that it has in a copy of the project."""
-    one = EXERCISES[name]
-    module = importlib.import_module(one.file.removesuffix(".py").replace("/", "."))
-    scope = dict(vars(module))
-    exec(compile((tree / one.file).read_text(), str(tree / one.file), "exec"), scope)
-    live, copied = module, SimpleNamespace(**scope)
-    for part in one.function.split("."):
-        live, copied = getattr(live, part), getattr(copied, part)
-    before, live.__code__ = live.__code__, copied.__code__
-    try:
-        yield
-    finally:
-        live.__code__ = before
-
-
-def run_tests(*tests):
-    """pytest within pytest, for tests that pass or fail after few examples: exit code and what it prints."""
-    before = settings.default
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            code = pytest.main(["--tb=line", "-p", "no:cacheprovider", "--hypothesis-profile", "quick", *tests])
-    finally:
-        settings.register_profile("project", before)
-        settings.load_profile("project")
-    return SimpleNamespace(returncode=int(code), stdout=out.getvalue(), stderr="")
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_without_its_body_the_named_tests_fail_and_restored_it_is_what_it_was(tree, name, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    before = contents(tree)
-    remove(name, tree)
-    with taken_from(tree, name):
-        done = run_tests(*EXERCISES[name].tests)
-    closing = done.stdout.splitlines()[-1]
-    assert done.returncode == 1 and " failed" in closing and "passed" not in closing, done.stdout[-2000:]
-    assert f"exercise: {name}" in done.stdout or EXERCISES[name].given
-    restore(name, tree)
-    assert contents(tree) == before
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_the_coursework_names_the_function_and_its_tests(name):
-    assert f"remove {name}" in COURSEWORK
-    assert f"`{EXERCISES[name].function}`" in COURSEWORK
-    for test in EXERCISES[name].tests:
-        assert test.split("::")[1] in COURSEWORK
-
-
-def test_a_docstring_stays_and_a_solution_is_kept(tree):
-    path = tree / "prefixkv.py"
-    original = path.read_text()
-    remove("search", tree)
-    hollow = path.read_text()
-    assert "The largest threshold p" in hollow and "bisect_right(" not in hollow
-    path.write_text(hollow.replace('raise NotImplementedError("exercise: search")', "return 0.0, curve.sum(-1)"))
-    restore("search", tree)
-    assert path.read_text() == original
-    assert (tree / ".exercises" / "search.solution").read_text().strip() == "return 0.0, curve.sum(-1)"
-
-
-@pytest.mark.parametrize(
-    "broken, reason",
-    [("def search(curve:\n", "line "), ("def seek(curve, total, protected):\n    pass\n", "there is none")],
-)
-def test_a_solution_that_cannot_be_read_is_told_and_the_original_named(tree, broken, reason):
-    remove("search", tree)
-    path = tree / "prefixkv.py"
-    hollow = path.read_text()
-    path.write_text(broken)
-    with pytest.raises(ValueError, match=rf"search cannot be found in prefixkv.py \({reason}.*.exercises.search"):
-        restore("search", tree)
-    path.write_text(hollow)
-    restore("search", tree)
-    assert "candidates" in path.read_text()
-
-
-def test_what_is_away_is_not_taken_again_nor_what_is_there_put_back(tree):
-    with pytest.raises(ValueError, match="not away"):
-        restore("rope", tree)
-    remove("rope", tree)
-    with pytest.raises(ValueError, match="away already"):
-        remove("rope", tree)
-
-
-def test_a_method_is_found_in_its_class():
-    source = (
-        "class A:\n    def f(self):\n        return 1\n\nclass B:\n    def f(self):\n        # why\n        return 2\n"
-    )
-    start, end = body(source, "B.f")
-    assert source[start:end] == "        # why\n        return 2\n"
-
-
-@pytest.mark.parametrize("arguments", [[], ["remove"], ["remove", "nothing"], ["fix", "rope"]])
-def test_wrong_arguments_end_with_2(arguments, capsys):
-    assert main(arguments) == 2
-    assert "exercises:" in capsys.readouterr().err
-
-
-def test_the_list_names_all(capsys):
-    assert main(["list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(EXERCISES) == 10
-    assert exercise.ROOT == ROOT
-
-
-# ---------------------------------------------------------------- the exercise `published`
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(2, 30), st.data())
-def test_the_most_important_tokens_stay_in_every_layer(seed, layers, length, data):
-    scores = torch.rand(layers, length, generator=torch.Generator().manual_seed(seed))
-    start = data.draw(st.integers(0, length))
-    counts = torch.tensor([data.draw(st.integers(start, length)) for _ in range(layers)])
-    kept, _ = compress(scores, counts, start)
-    assert kept.sum(1).tolist() == counts.tolist() and kept[:, :start].all()
-    for layer in range(layers):
-        rest = scores[layer, start:].tolist()
-        best = sorted(range(len(rest)), key=lambda i: -rest[i])[: int(counts[layer]) - start]
-        assert kept[layer, start:].nonzero()[:, 0].tolist() == sorted(best)
-
-
-@given(st.integers(1, 4), st.integers(1, 30), st.data())
-def test_the_next_token_stands_behind_the_whole_prompt(layers, length, data):
-    counts = torch.tensor([data.draw(st.integers(1, length)) for _ in range(layers)])
-    assert compress(torch.rand(layers, length), counts)[1] == length
-
-
-# ---------------------------------------------------------------- for instructors
+ALL = [*EXERCISES]
 
 
 @pytest.fixture(scope="module")
-def handed_out(tmp_path_factory):
-    """What a student gets. The repository's own copy has no history here, so one is made."""
-    root = tmp_path_factory.mktemp("repository")
-    for name in exercise.files(ROOT) if (ROOT / ".git").exists() else []:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, root / name)
-    if not (root / "prefixkv.py").exists():
+def repository(tmp_path_factory):
+    """A clone of the project as it stands here."""
+    if not (ROOT / ".git").exists():
         pytest.skip("this is no clone of the repository")
-    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    root = tmp_path_factory.mktemp("clone") / "clone"
+    exercise.write(reference(ROOT), root)
+    for command in (["init", "-q"], ["add", "-A"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def files(repository):
+    return reference(repository)
+
+
+@pytest.fixture(scope="module")
+def handout(repository, tmp_path_factory):
+    (repository / "notes.md").write_text("untracked: my solutions")
     out = tmp_path_factory.mktemp("handout") / "out"
-    handout(out, root)
-    return root, out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exercise, "explore", lambda page, scene, root: page.write_text(f"scene {scene}"))
+        main(["handout", str(out)], repository)
+    return out
 
 
-def test_a_handout_has_no_body_and_nowhere_to_look_it_up(handed_out):
-    root, out = handed_out
-    assert not (out / ".git").exists() and not (out / ".exercises").exists()
+def original(files, name):
+    return take(files[EXERCISES[name].file].decode(), EXERCISES[name].function)
+
+
+@functools.cache
+def away(file, content):
+    """A file without its bodies."""
+    source = content.decode()
     for name, one in EXERCISES.items():
-        source = (out / one.file).read_text()
-        start, end = body(source, one.function)
-        assert source[start:end] == one.hole
-        lines = (root / one.file).read_text().splitlines()
-        first = next(line for line in lines if f"def {one.function.split('.')[-1]}(" in line)
-        assert first in source  # signature and docstring stay
-        with pytest.raises(ValueError, match="away already"):
-            remove(name, out)
+        source = put(source, one.function, one.hole(name)) if one.file == file else source
+    return source
 
 
-def test_solutions_are_the_functions_with_their_bodies(handed_out, tmp_path):
-    root, _ = handed_out
-    solutions(tmp_path / "solutions", root)
-    assert sorted(path.stem for path in (tmp_path / "solutions").iterdir()) == sorted(EXERCISES)
-    for name, one in EXERCISES.items():
-        text = (tmp_path / "solutions" / f"{name}.py").read_text()
-        assert text.startswith(f"def {one.function.split('.')[-1]}(") and "NotImplementedError" not in text
+def student(folder, files, **bodies):
+    """A folder with the files to hand in, of which some bodies were written."""
+    sources = {file: away(file, files[file]) for file in exercise.HANDED_IN}
+    for name, body in bodies.items():
+        one = EXERCISES[name]
+        sources[one.file] = put(sources[one.file], one.function, body)
+    exercise.write({file: source.encode() for file, source in sources.items()}, folder)
+    return folder
 
 
-def in_this_process(command, cwd, timeout, **options):
-    """In place of `subprocess.run`: the same tests of the same body."""
-    assert command[:3] == [sys.executable, "-m", "pytest"] and timeout == exercise.PATIENCE
-    name = next(name for name, one in EXERCISES.items() if command[-1] in one.tests)
-    with taken_from(Path(cwd), name):
-        return run_tests(command[-1])
+def in_this_process(one, files):
+    """Instead of a process for every body, which would load torch again: the same tests of the same body."""
+    module = importlib.import_module(one.file.removesuffix(".py").replace("/", "."))
+    scope = dict(vars(module))
+    exec(compile(files[one.file], one.file, "exec"), scope)
+    live, changed = module, SimpleNamespace(**scope)
+    for part in one.function.split("."):
+        live, changed = getattr(live, part), getattr(changed, part)
+    before, profile = live.__code__, settings.default
+    live.__code__ = changed.__code__
+    try:
+        return graded.run(*one.task())
+    finally:
+        live.__code__ = before
+        settings.register_profile("project", profile)
+        settings.load_profile("project")
 
 
-def test_a_body_is_graded_in_a_process_of_its_own(handed_out, tmp_path, monkeypatch):
-    root, out = handed_out
-    monkeypatch.setattr(exercise.subprocess, "run", partial(subprocess.run, preexec_fn=ends_with_this_process))
-    submission = shutil.copytree(out, tmp_path / "submission")
-    swap(submission / "minillava" / "model.py", "KVCache.take_slot", "        raise ValueError('not yet')\n")
-    found = grade_one("cache", submission, root)
-    assert found.points == 0 and "1 failed" in found.said and "not yet" in found.said
+LOOP = """threshold, high = 0.0, 1.0
+    while high - threshold > 1e-9:
+        p = (threshold + high) / 2
+        threshold, high = (p, high) if sizes(p).sum() <= total else (threshold, p)"""
+AGAIN = """prompts = [processor(processor.chat([(question, None)], 1), [image]) for question in questions]
+return [processor.decode(model.generate(**prompt, compressor=compressor).token_ids[0]).strip() for prompt in prompts]
+"""
+# A body, or what is replaced in the right one; and its points.
+BODIES = {
+    "rope, neighbours": (
+        "rope", ("x.chunk(2, dim=-1)", "x[..., ::2], x[..., 1::2]"), 0),
+    "rope, to the other side": ("rope", ("[-second, first]", "[second, -first]"), 5),
+    "attention, no mask": ("attention", ("if mask is None:", "if mask is None or True:"), 6),
+    "attention, heads in another order": (
+        "attention", ("repeat_interleave(groups, dim=1)", "repeat(1, groups, 1, 1)"), 0),
+    "patches, always a class token": (
+        "patches", ("if self.class_embedding is not None:", "if True:"), 6.67),
+    "patches, the last layer": ("patches", ("+ 1 + layer", "+ layer + 2"), 0),
+    "patches, columns first": ("patches", ("patches.flatten(2)", "patches.mT.flatten(2)"), 0),
+    "scoring, a constant": ("scoring", "return query.new_ones(*query.shape[:3], key.shape[2]).softmax(-1)\n", 0),
+    "scoring, no mask": ("scoring", ("if mask is not None:", "if False:"), 0),
+    "scoring, the mask over the first keys": (
+        "scoring", ("scores[..., key.shape[2] - mask.shape[-1] :]", "scores[..., : mask.shape[-1]]"), 0),
+    "scoring, scaled last": ("scoring", (" * query.shape[3] ** -0.5", ""), 0),
+    "published, as given": ("published", FAULTY.replace("ranks", "places"), 0),
+    "published, a constant": ("published", "return scores > 2\n", 0),
+    "published, one fault mended": ("published", FAULTY.replace(".half()", ""), 5),
+    "published, the other fault": (
+        "published", FAULTY.replace("ranks =", "scores = scores.clone()\nscores[:, :start] = torch.inf\nranks ="), 5),
+    "eviction, rows mixed": (
+        "eviction", ("pinned = ", "kept = kept * 0 + int(kept.flatten()[0])\n        pinned = "), 6.67),
+    "eviction, transposed": ("eviction", ("argmin(-1)", "argmin(-1).mT"), 6.67),
+    "eviction, the newest": ("eviction", ("argmin", "argmax"), 0),
+    "importance, all weights at once": (
+        "importance", ("total = torch", "block = length\n    total = torch"), 6.67),
+    "importance, padding asks": (
+        "importance", ("present.float() / heads", "torch.ones_like(present).float() / heads"), 0),
+    "cache, grows on": ("cache", ("torch.minimum(self.held + 1, capacity)", "self.held + 1"), 3.33),
+    "cache, all free slots": ("cache", ("victim)", "self.held)"), 0),
+    "search, README's loop": (
+        "search", ("threshold = candidates[bisect_right(candidates, total, key=lambda p: int(sizes(p).sum())) - 1]",
+                   LOOP), 10),
+    "search, all layers alike": ("search", "return 0.0, torch.full((len(curve),), total // len(curve))\n", 0),
+    "search, left over for the smallest": ("search", ("key=share", "key=lambda layer: counts[layer]"), 4),
+    "search, nothing handed out": ("search", ("range(total - sum(counts))", "range(0)"), 2),
+    "allocator, equal shares": ("allocator", ("ratios.double()", "torch.ones_like(ratios).double()"), 0),
+    "allocator, no bounds": ("allocator", ("protected, length)", "0, total)"), 5),
+    "second, no fork": ("second", ("cache.fork()", "cache"), 0),
+    "second, everything again": ("second", AGAIN, 0),
+    **{f"{name}, nothing": (name, "return None\n", 0) for name in ALL},
+}  # fmt: skip
 
 
-def test_a_right_body_gets_all_points_and_a_wrong_one_those_of_the_tests_it_passes(handed_out, tmp_path, monkeypatch):
-    root, out = handed_out
-    listed = exercise.files(root)
-    monkeypatch.setattr(exercise, "files", lambda root: listed)
-    monkeypatch.setattr(exercise.subprocess, "run", in_this_process)
+@pytest.mark.parametrize("name, body, points", BODIES.values(), ids=BODIES)
+def test_a_wrong_body_loses_the_points_of_what_it_does_wrong(files, tmp_path, monkeypatch, name, body, points):
+    monkeypatch.setattr(exercise, "run", in_this_process)
     monkeypatch.chdir(ROOT)
-    submission = shutil.copytree(out, tmp_path / "submission")
-    original = (root / "prefixkv.py").read_text()
-    start, end = body(original, "PrefixKV.victim")
-    right = original[start:end]
-    path = submission / "prefixkv.py"
-    swap(path, "PrefixKV.victim", right)
-    assert grade_one("eviction", submission, root).points == 10
-    swap(path, "PrefixKV.victim", right.replace("argmin", "argmax"))
-    wrong = grade_one("eviction", submission, root)
-    assert wrong.points == 0 and "failed" in wrong.said
-    published = submission / "coursework" / "published.py"
-    half = EXERCISES["published"].hole.replace("int(counts[0])", "scores.shape[1]")  # one fault of two
-    swap(published, "compress", half)
-    assert grade_one("published", submission, root).points == 5
-    assert grade_one("search", submission, root).said == "not attempted"
-    path.write_text("def search(:\n")
-    assert "prefixkv.py: search cannot be read" in grade_one("search", submission, root).said
-    path.write_text("def seek():\n    pass\n")
-    assert "has no such function" in grade_one("search", submission, root).said
-    (submission / "prefixkv.py").unlink()
-    assert grade_one("search", submission, root).points == 0
+    right = take(files[EXERCISES[name].file].decode(), EXERCISES[name].function)
+    assert isinstance(body, str) or body[0] in right
+    text = body if isinstance(body, str) else right.replace(*body)
+    found = grade_one(name, student(tmp_path, files, **{name: text}), files)
+    assert found.points == points, found.said
+    assert ("failed first: " in found.said) == (points < 10)
 
 
-def test_the_results_file_has_the_fields_that_gradescope_reads(handed_out):
-    root, out = handed_out
-    results = json.loads(gradescope([grade_one(name, out, root) for name in EXERCISES]))
-    assert results["score"] == 0 and len(results["tests"]) == 10
-    assert results["tests"][0] == {"name": "patches", "score": 0.0, "max_score": 10.0, "output": "not attempted"}
+# ---------------------------------------------------------------- cheats and broken files
+
+CHEATS = {
+    "import os\nos._exit(0)": "uses os",
+    "import atexit\natexit.register(print)": "uses atexit",
+    "from hypothesis import settings": "uses hypothesis",
+    "from tests.conftest import ROOT": "uses tests.conftest",
+    "import torch\ntorch.os.write(1, b'10 passed')": "uses os",
+    "torch.utils.data.os.system('true')": "uses os",
+    "torch.load('/work/solution.pt')": "uses load",
+    "open('tests/conftest.py', 'w').write('')": "uses open",
+    "__import__('os').system('true')": "uses __import__",
+    "__builtins__['open']('x')": "uses __builtins__",
+    "getattr(torch, 'o' + 's').write(1, b'passed')": "uses getattr",
+    "eval('1')": "uses eval",
+    "(lambda: 0).__globals__": "uses __globals__",
+    "(x for x in []).gi_frame.f_back.f_globals": "uses f_globals",
+    "torch.testing.assert_close = print": "changes torch.testing.assert_close",
+    "self = torch\nself.equal = print": "uses self",
+    "class Equal:\n    pass": "uses class",
+    "from coursework.second import answers": "uses coursework.second",
+    "global importance": "uses global",
+}
 
 
-def test_nothing_is_written_over_and_a_repository_with_a_hole_is_refused(handed_out, tmp_path):
-    _, out = handed_out
-    (tmp_path / "old").mkdir()
-    for action in ("handout", "solutions"):
-        with pytest.raises(ValueError, match="expected a new folder"):
-            main([action, str(tmp_path / "old")])
-    with pytest.raises(ValueError, match="no folder"):
-        main(["grade", str(tmp_path / "none")])
-    with pytest.raises(ValueError, match="is away; restore it first"):
-        handout(tmp_path / "new", out)
-    assert not (tmp_path / "new").exists()
+@pytest.mark.parametrize("body", CHEATS)
+def test_a_body_that_reaches_out_is_refused_unrun(files, tmp_path, monkeypatch, body):
+    monkeypatch.setattr(exercise, "run", None)
+    found = grade_one("search", student(tmp_path, files, search=body + "\nreturn 0.0, curve\n"), files)
+    assert found.points == 0 and "refused: line " in found.said and CHEATS[body] in found.said
+
+
+def test_the_right_bodies_are_not_refused(files):
+    assert not any(refusal(files[one.file].decode(), one.function) for one in EXERCISES.values())
+
+
+def test_what_the_look_does_not_find_gets_no_points_either(files, tmp_path, monkeypatch):
+    """The grader with its look switched off, in real processes; and a right body, which must get all of its points."""
+    body = original(files, "published")
+    bodies = {
+        "right": (body, "2 of 2 tests"),
+        "exits": ("import os, sys\nprint('2 passed')\nos._exit(0)\n", "without a result (exit code 0)"),
+        "rewrites": (f"open('tests/conftest.py', 'a').write('#')\n{body.lstrip()}", "were changed"),
+        "loads": (f"assert not __import__('pathlib').Path({str(ROOT)!r}).samefile(__import__('os').path.dirname("
+                  f"__import__('coursework').__path__[0]))\nimport os, sys\nassert not os.environ.get('PWD')\n"
+                  f"assert {str(ROOT)!r} not in sys.path\n{body.lstrip()}", "2 of 2 tests"),
+        "hangs": ("import subprocess, time\nsubprocess.Popen(['sleep', '612.5'])\ntime.sleep(600)\n", "did not end in"),
+    }  # fmt: skip
+    monkeypatch.setattr(exercise, "refusal", lambda source, function: "")
+    for kind, (text, said) in bodies.items():
+        monkeypatch.setattr(exercise, "PATIENCE", 25.0 if kind == "hangs" else 120.0)
+        lines = text.splitlines()
+        text = "\n".join(line.strip() for line in lines) + "\n"
+        found = grade_one("published", student(tmp_path / kind, files, published=text), files)
+        assert found.points == (10 if kind in ("right", "loads") else 0) and said in found.said, (kind, found.said)
+    assert not subprocess.run(["pgrep", "-f", "sleep 612.5"], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [(b"def search():\n    return " + b"-" * 10**5 + b"1\n", ""), (b"def search(a):\n    return '\0'\n", "null"),
+     (b"def search(:\n", "line 1"), (b"def seek():\n    pass\n", "no such function"), (b"\xff", "utf-8"),
+     (b"search = 3\n", "no such function"), (b"#" * (10**6 + 1), "1,000,001 bytes"), (None, "missing"),
+     ("link", "is a link")],
+)  # fmt: skip
+def test_a_broken_file_costs_its_own_exercises(files, tmp_path, content, reason):
+    folder, path = student(tmp_path / "a", files), tmp_path / "a" / "prefixkv.py"
+    path.unlink()
+    if content == "link":
+        path.symlink_to(ROOT / "prefixkv.py")
+    elif content is not None:
+        path.write_bytes(content)
+    found = grade_one("search", folder, files)
+    assert found.points == 0 and "prefixkv.py: search cannot be used: " in found.said and reason in found.said
+    assert grade_one("rope", folder, files).said == "not attempted"
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", "\f", "\r\n", "# \u2028 \x85\n"])
+def test_a_body_is_found_whatever_python_takes_for_a_blank(files, mark):
+    source = files["prefixkv.py"].decode()
+    other = (source.replace("\n", mark) if mark == "\r\n" else mark + source).removeprefix("\ufeff")
+    other = other.replace("\r\n", "\n")  # `handed_in` drops these two
+    assert take(other, "search") == take(source, "search")
+    assert put(other, "search", take(source, "search")) == other
+
+
+def test_a_body_may_be_indented_otherwise_and_cannot_leave_its_function():
+    source = "class A:\n    def f(self):\n        # why\n        return 2\n\nx = 1\n"
+    assert take(source, "A.f") == "        # why\n        return 2\n"
+    assert put(source, "A.f", "  if self:\n      return 3\n") == source.replace(
+        "# why\n        return 2", "if self:\n            return 3"
+    )
+    for body in ("        return 3\nx = 2\n", "        return 3\n    g = 4\n"):
+        with pytest.raises(SyntaxError):
+            put(source, "A.f", body)
+    assert outline(source, "A.f")[1] == outline(source.replace("# why", "#"), "A.f")[1]
+
+
+# ---------------------------------------------------------------- handed out, handed in, graded
+
+
+def test_a_handout_has_the_students_text_and_no_body(handout, files):
+    names = {str(path.relative_to(handout)) for path in handout.rglob("*") if path.is_file()}
+    assert names == {*files} - {*exercise.INSTRUCTORS} | {
+        "COURSEWORK.md", "ANSWERS.md", exercise.REFERENCE, *(f"page_{scene}.html" for scene in exercise.SCENES)
+    }  # fmt: skip
+    text = (handout / "COURSEWORK.md").read_text()
+    assert not any(word in text for word in ("remove", "restore", "instructor", "grade"))
+    for name, one in EXERCISES.items():
+        assert f"check {name}`" in text and f"`{one.function}`" in text and f"`{one.file}`" in text
+        source = (handout / one.file).read_text()
+        assert exercise.is_away(source, name) and "original" not in take(source, one.function)
+    assert reference(handout) == files
+    with pytest.raises(ValueError, match="This is a handout"):
+        main(["remove", "rope"], handout)
+
+
+def test_every_test_that_is_graded_exists_and_is_named_once():
+    for one in EXERCISES.values():
+        nodes, _ = one.task()
+        assert len(set(one.tests)) == len(one.tests) > 1
+        for file, name in (node.split("::") for node in nodes):
+            assert f"{name}(" in (text := (ROOT / file).read_text()) or f"{name} =" in text
+
+
+def test_a_class_is_graded_into_a_table_and_equal_bodies_are_told(handout, files, tmp_path, monkeypatch, capsys):
+    found = {"passed": EXERCISES["rope"].task()[0], "first": "", "said": ""}
+    monkeypatch.setattr(exercise, "run", lambda one, files: found)
+    same = original(files, "rope")
+    student(tmp_path / "ann", files, rope=same), student(tmp_path / "eve", files, rope=f"    # mine\n{same}")
+    shutil.copytree(handout, tmp_path / "bob")
+    monkeypatch.chdir(tmp_path)
+    main(["submit", "cas.zip"], tmp_path / "bob")
+    assert {*zipfile.ZipFile("cas.zip").namelist()} == {*exercise.HANDED_IN, "ANSWERS.md"}
+    root = tmp_path / "clone"
+    exercise.write({**files, exercise.REFERENCE: pack(files)}, root)
+    (root / "coursework" / "README.md").unlink()  # the reference counts
+    main(["grade", "ann", "eve", "cas.zip", "--only", "rope", "--only", "cache", "--out", "out"], root)
+    assert "the same rope: ann, eve" in capsys.readouterr().out
+    assert [*csv.reader((tmp_path / "out" / "points.csv").read_text().splitlines())] == [
+        ["student", "rope", "cache", "all"], ["ann", "10.0", "0.0", "10.0"], ["eve", "10.0", "0.0", "10.0"],
+        ["cas", "0.0", "0.0", "0.0"],
+    ]  # fmt: skip
+    results = json.loads((tmp_path / "out" / "ann" / "results.json").read_text())
+    assert results["score"] == 10 and results["tests"][1] == {
+        "name": "cache", "score": 0.0, "max_score": 10.0, "output": "not attempted"
+    }  # fmt: skip
+
+
+def test_gradescopes_zip_holds_a_repository_that_grades_without_git(repository, files, tmp_path):
+    main(["autograder", str(tmp_path / "a.zip"), "--only", "rope"], repository)
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert {"setup.sh", "run_autograder"} < {*archive.namelist()} and not any(
+            ".git/" in n for n in archive.namelist()
+        )
+        assert archive.read("run_autograder").decode().count("--only rope") == 1
+        inner = zipfile.ZipFile(io.BytesIO(archive.read(f"repository/{exercise.REFERENCE}")))
+        assert {name: inner.read(name) for name in inner.namelist()} == files
+
+
+def test_a_body_that_was_taken_away_comes_back_to_the_byte(repository, files, tmp_path):
+    root = shutil.copytree(repository, tmp_path / "clone")
+    for name in ("search", "rope"):
+        remove(name, root)
+        with pytest.raises(ValueError, match="away already"):
+            remove(name, root)
+    path = root / "prefixkv.py"
+    path.write_text(path.read_text().replace('raise NotImplementedError("exercise: search")', "return 0.0, curve"))
+    with pytest.raises(ValueError, match="restore it first"):
+        main(["solutions", str(tmp_path / "s")], root)
+    own = path.read_text()
+    path.write_text("def search(\n")
+    with pytest.raises(ValueError, match=r"search cannot be found in prefixkv.py \(line 1"):
+        restore("search", root)
+    path.write_text(own)
+    restore("search", root)
+    restore("rope", root)
+    assert (root / ".exercises" / "search.solution").read_text().strip() == "return 0.0, curve"
+    assert reference(root) == files
+    with pytest.raises(ValueError, match="No body is away"):
+        restore("rope", root)
+    main(["solutions", str(tmp_path / "s")], root)
+    assert sorted(path.stem for path in (tmp_path / "s").iterdir()) == sorted(EXERCISES)
+    assert (tmp_path / "s" / "eviction.py").read_text().startswith("def victim(")
+    with pytest.raises(ValueError, match="expected a new name"):
+        main(["handout", str(tmp_path / "s")], root)
+    with pytest.raises(ValueError, match="neither a folder nor a zip"):
+        main(["grade", str(tmp_path / "none")], root)
+
+
+@pytest.mark.parametrize("arguments", [[], ["remove"], ["remove", "nothing"], ["fix", "rope"], ["list", "rope"]])
+def test_wrong_arguments_end_with_2(arguments):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
