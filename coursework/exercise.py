@@ -316,8 +316,11 @@ def grade(submissions: Sequence[Path], names: Sequence[str], out: Path | None, r
                 print(f"the same {name}: {', '.join(same)}")
     if out is not None:
         with (out / "points.csv").open("w", newline="", encoding="utf-8") as file:
-            rows = [[student, *(g.points for g in grades.values())] for student, grades in table.items()]
-            csv.writer(file).writerows([["student", *names, "all"], *([*row, round(sum(row[1:]), 2)] for row in rows)])
+            lines = csv.writer(file)
+            lines.writerow(["student", *names, "all"])
+            for student, grades in table.items():
+                points = [grade.points for grade in grades.values()]
+                lines.writerow([student, *points, round(sum(points), 2)])
 
 
 # ---------------------------------------------------------------- what is handed out and handed in

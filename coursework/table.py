@@ -110,8 +110,7 @@ EXERCISES = {
     ),
     "second": Exercise(
         "coursework/second.py", "answers", 60,
-        ("coursework::test_without_compression_the_answers_are_those_of_whole_conversations",
-         "coursework::test_a_question_does_not_know_of_the_others",
-         "coursework::test_the_picture_is_read_once_and_nothing_is_read_twice"),
+        ("coursework::test_the_answers_are_those_of_whole_conversations_and_nothing_is_read_twice",
+         "coursework::test_a_question_does_not_know_of_the_others"),
     ),
 }  # fmt: skip

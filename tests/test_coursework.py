@@ -234,30 +234,24 @@ def picture():
     return draw(make_scene(random.Random("second")))[0]
 
 
-def test_without_compression_the_answers_are_those_of_whole_conversations(tiny, picture):
+def test_the_answers_are_those_of_whole_conversations_and_nothing_is_read_twice(tiny, picture):
     model, processor = tiny
-    found, expected = answers(model, processor, picture, QUESTIONS), []
+    with mock.patch.object(type(model), "read", autospec=True, side_effect=type(model).read) as read:
+        found, expected = answers(model, processor, picture, QUESTIONS), []
     for question in QUESTIONS:
         talk = [(QUESTIONS[0], expected[0]), (question, None)] if expected else [(question, None)]
         inputs = processor(processor.chat(talk, num_images=1), images=[picture])
         expected.append(processor.decode(model.generate(**inputs, max_new_tokens=40).token_ids[0]).strip())
     assert found == expected and len({*found}) > 1
-
-
-@pytest.mark.parametrize("budget", [0.1, 0.3])
-def test_a_question_does_not_know_of_the_others(tiny, picture, budget):
-    model, processor = tiny
-    together = answers(model, processor, picture, [*QUESTIONS, *QUESTIONS[1:]], PrefixKV(budget))
-    assert together[3:] == together[1:3]
-    alone = [answers(model, processor, picture, [QUESTIONS[0], other], PrefixKV(budget))[1] for other in QUESTIONS[1:]]
-    assert together[1:3] == alone
-
-
-def test_the_picture_is_read_once_and_nothing_is_read_twice(tiny, picture):
-    model, processor = tiny
-    with mock.patch.object(type(model), "read", autospec=True, side_effect=type(model).read) as read:
-        answers(model, processor, picture, QUESTIONS, PrefixKV(0.3))
-    blocks = [(call.kwargs | dict(zip(["model", "input_ids", "cache"], call.args))) for call in read.call_args_list]
-    assert [block.get("pixel_values") is not None for block in blocks] == [True, *[False] * (len(blocks) - 1)]
+    names = ("model", "input_ids", "cache", "pixel_values")
+    blocks = [dict(zip(names, call.args)) | call.kwargs for call in read.call_args_list]
+    assert sum(block.get("pixel_values") is not None for block in blocks) == 1  # the picture is read once
     turns = [block["input_ids"].shape[1] for block in blocks[1:] if block["input_ids"].shape[1] > 1]
-    assert len(turns) == 2 and max(turns) < 40  # the question's own words and what the form of a chat puts around
+    assert len(turns) == 2 and max(turns) < 40  # a question's own words and what the form of a chat puts around
+
+
+def test_a_question_does_not_know_of_the_others(tiny, picture):
+    model, processor = tiny
+    together = answers(model, processor, picture, [*QUESTIONS, *QUESTIONS[1:]], PrefixKV(0.3))
+    alone = [answers(model, processor, picture, [QUESTIONS[0], other], PrefixKV(0.3))[1] for other in QUESTIONS[1:]]
+    assert together[1:] == [*alone, *alone]

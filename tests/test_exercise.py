@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import importlib
-import io
 import json
 import shutil
 import subprocess
+import textwrap
 import zipfile
 from types import SimpleNamespace
 
@@ -20,8 +19,6 @@ from coursework import exercise, graded
 from coursework.bodies import outline, put, refusal, take
 from coursework.exercise import grade_one, main, pack, reference, remove, restore
 from coursework.table import EXERCISES, FAULTY
-
-ALL = [*EXERCISES]
 
 
 @pytest.fixture(scope="module")
@@ -96,52 +93,28 @@ LOOP = """threshold, high = 0.0, 1.0
     while high - threshold > 1e-9:
         p = (threshold + high) / 2
         threshold, high = (p, high) if sizes(p).sum() <= total else (threshold, p)"""
-AGAIN = """prompts = [processor(processor.chat([(question, None)], 1), [image]) for question in questions]
-return [processor.decode(model.generate(**prompt, compressor=compressor).token_ids[0]).strip() for prompt in prompts]
-"""
 # A body, or what is replaced in the right one; and its points.
 BODIES = {
-    "rope, neighbours": (
-        "rope", ("x.chunk(2, dim=-1)", "x[..., ::2], x[..., 1::2]"), 0),
-    "rope, to the other side": ("rope", ("[-second, first]", "[second, -first]"), 5),
-    "attention, no mask": ("attention", ("if mask is None:", "if mask is None or True:"), 6),
-    "attention, heads in another order": (
-        "attention", ("repeat_interleave(groups, dim=1)", "repeat(1, groups, 1, 1)"), 0),
-    "patches, always a class token": (
-        "patches", ("if self.class_embedding is not None:", "if True:"), 6.67),
-    "patches, the last layer": ("patches", ("+ 1 + layer", "+ layer + 2"), 0),
-    "patches, columns first": ("patches", ("patches.flatten(2)", "patches.mT.flatten(2)"), 0),
+    "rope of neighbours": ("rope", ("x.chunk(2, dim=-1)", "x[..., ::2], x[..., 1::2]"), 0),
+    "attention without its mask": ("attention", ("if mask is None:", "if True:"), 6),
+    "patches with a class token always": ("patches", ("if self.class_embedding is not None:", "if True:"), 6.67),
     "scoring, a constant": ("scoring", "return query.new_ones(*query.shape[:3], key.shape[2]).softmax(-1)\n", 0),
-    "scoring, no mask": ("scoring", ("if mask is not None:", "if False:"), 0),
-    "scoring, the mask over the first keys": (
-        "scoring", ("scores[..., key.shape[2] - mask.shape[-1] :]", "scores[..., : mask.shape[-1]]"), 0),
-    "scoring, scaled last": ("scoring", (" * query.shape[3] ** -0.5", ""), 0),
-    "published, as given": ("published", FAULTY.replace("ranks", "places"), 0),
+    "scoring without its mask": ("scoring", ("if mask is not None:", "if False:"), 0),
+    "published as given": ("published", FAULTY.replace("ranks", "places"), 0),
     "published, a constant": ("published", "return scores > 2\n", 0),
     "published, one fault mended": ("published", FAULTY.replace(".half()", ""), 5),
-    "published, the other fault": (
-        "published", FAULTY.replace("ranks =", "scores = scores.clone()\nscores[:, :start] = torch.inf\nranks ="), 5),
-    "eviction, rows mixed": (
+    "eviction with rows mixed": (
         "eviction", ("pinned = ", "kept = kept * 0 + int(kept.flatten()[0])\n        pinned = "), 6.67),
-    "eviction, transposed": ("eviction", ("argmin(-1)", "argmin(-1).mT"), 6.67),
-    "eviction, the newest": ("eviction", ("argmin", "argmax"), 0),
-    "importance, all weights at once": (
-        "importance", ("total = torch", "block = length\n    total = torch"), 6.67),
-    "importance, padding asks": (
-        "importance", ("present.float() / heads", "torch.ones_like(present).float() / heads"), 0),
-    "cache, grows on": ("cache", ("torch.minimum(self.held + 1, capacity)", "self.held + 1"), 3.33),
-    "cache, all free slots": ("cache", ("victim)", "self.held)"), 0),
+    "eviction transposed": ("eviction", ("argmin(-1)", "argmin(-1).mT"), 6.67),
+    "importance of all weights at once": ("importance", ("total = torch", "block = length\n    total = torch"), 6.67),
+    "cache that grows on": ("cache", ("torch.minimum(self.held + 1, capacity)", "self.held + 1"), 3.33),
     "search, README's loop": (
         "search", ("threshold = candidates[bisect_right(candidates, total, key=lambda p: int(sizes(p).sum())) - 1]",
                    LOOP), 10),
     "search, all layers alike": ("search", "return 0.0, torch.full((len(curve),), total // len(curve))\n", 0),
-    "search, left over for the smallest": ("search", ("key=share", "key=lambda layer: counts[layer]"), 4),
-    "search, nothing handed out": ("search", ("range(total - sum(counts))", "range(0)"), 2),
-    "allocator, equal shares": ("allocator", ("ratios.double()", "torch.ones_like(ratios).double()"), 0),
-    "allocator, no bounds": ("allocator", ("protected, length)", "0, total)"), 5),
-    "second, no fork": ("second", ("cache.fork()", "cache"), 0),
-    "second, everything again": ("second", AGAIN, 0),
-    **{f"{name}, nothing": (name, "return None\n", 0) for name in ALL},
+    "search with leftovers for the smallest": ("search", ("key=share", "key=lambda layer: counts[layer]"), 8),
+    "allocator of equal shares": ("allocator", ("ratios.double()", "torch.ones_like(ratios).double()"), 0),
+    "second without a fork": ("second", ("cache.fork()", "cache"), 5),
 }  # fmt: skip
 
 
@@ -163,22 +136,17 @@ CHEATS = {
     "import os\nos._exit(0)": "uses os",
     "import atexit\natexit.register(print)": "uses atexit",
     "from hypothesis import settings": "uses hypothesis",
-    "from tests.conftest import ROOT": "uses tests.conftest",
-    "import torch\ntorch.os.write(1, b'10 passed')": "uses os",
-    "torch.utils.data.os.system('true')": "uses os",
+    "torch.os.write(1, b'10 passed')": "uses os",
     "torch.load('/work/solution.pt')": "uses load",
     "open('tests/conftest.py', 'w').write('')": "uses open",
     "__import__('os').system('true')": "uses __import__",
-    "__builtins__['open']('x')": "uses __builtins__",
     "getattr(torch, 'o' + 's').write(1, b'passed')": "uses getattr",
-    "eval('1')": "uses eval",
     "(lambda: 0).__globals__": "uses __globals__",
     "(x for x in []).gi_frame.f_back.f_globals": "uses f_globals",
     "torch.testing.assert_close = print": "changes torch.testing.assert_close",
     "self = torch\nself.equal = print": "uses self",
     "class Equal:\n    pass": "uses class",
     "from coursework.second import answers": "uses coursework.second",
-    "global importance": "uses global",
 }
 
 
@@ -189,30 +157,22 @@ def test_a_body_that_reaches_out_is_refused_unrun(files, tmp_path, monkeypatch, 
     assert found.points == 0 and "refused: line " in found.said and CHEATS[body] in found.said
 
 
-def test_the_right_bodies_are_not_refused(files):
-    assert not any(refusal(files[one.file].decode(), one.function) for one in EXERCISES.values())
-
-
 def test_what_the_look_does_not_find_gets_no_points_either(files, tmp_path, monkeypatch):
-    """The grader with its look switched off, in real processes; and a right body, which must get all of its points."""
-    body = original(files, "published")
-    bodies = {
-        "right": (body, "2 of 2 tests"),
-        "exits": ("import os, sys\nprint('2 passed')\nos._exit(0)\n", "without a result (exit code 0)"),
-        "rewrites": (f"open('tests/conftest.py', 'a').write('#')\n{body.lstrip()}", "were changed"),
-        "loads": (f"assert not __import__('pathlib').Path({str(ROOT)!r}).samefile(__import__('os').path.dirname("
-                  f"__import__('coursework').__path__[0]))\nimport os, sys\nassert not os.environ.get('PWD')\n"
-                  f"assert {str(ROOT)!r} not in sys.path\n{body.lstrip()}", "2 of 2 tests"),
-        "hangs": ("import subprocess, time\nsubprocess.Popen(['sleep', '612.5'])\ntime.sleep(600)\n", "did not end in"),
-    }  # fmt: skip
+    """In real processes, with the look switched off. First a right body, which sees no way to this clone."""
+    body = textwrap.dedent(original(files, "published"))
+    blind = f"import os, sys\nassert 'PWD' not in os.environ and not [p for p in sys.path if {str(ROOT)!r} in p]\n"
+    hangs = "import subprocess, time\nsubprocess.Popen(['sleep', '612.5'])\ntime.sleep(600)\n"
     monkeypatch.setattr(exercise, "refusal", lambda source, function: "")
-    for kind, (text, said) in bodies.items():
-        monkeypatch.setattr(exercise, "PATIENCE", 25.0 if kind == "hangs" else 120.0)
-        lines = text.splitlines()
-        text = "\n".join(line.strip() for line in lines) + "\n"
-        found = grade_one("published", student(tmp_path / kind, files, published=text), files)
-        assert found.points == (10 if kind in ("right", "loads") else 0) and said in found.said, (kind, found.said)
-    assert not subprocess.run(["pgrep", "-f", "sleep 612.5"], capture_output=True, text=True).stdout
+    for text, points, said in (
+        (blind + body, 10, "2 of 2 tests"),
+        ("import os\nos.write(1, b'2 passed')\nos._exit(0)\n", 0, "without a result (exit code 0)"),
+        (f"open('tests/conftest.py', 'a').write('#')\n{body}", 0, "were changed"),
+        (hangs, 0, "did not end in 20 s"),
+    ):
+        monkeypatch.setattr(exercise, "PATIENCE", 20.0 if text == hangs else 120.0)
+        found = grade_one("published", student(tmp_path, files, published=text), files)
+        assert found.points == points and said in found.said, found.said
+    assert not subprocess.run(["pgrep", "-f", "sleep 612.5"], capture_output=True).stdout
 
 
 @pytest.mark.parametrize(
@@ -234,11 +194,11 @@ def test_a_broken_file_costs_its_own_exercises(files, tmp_path, content, reason)
     assert grade_one("rope", folder, files).said == "not attempted"
 
 
-@pytest.mark.parametrize("mark", ["\ufeff", "\f", "\r\n", "# \u2028 \x85\n"])
-def test_a_body_is_found_whatever_python_takes_for_a_blank(files, mark):
+@pytest.mark.parametrize("mark", ["\ufeff", "\f", "# \f \u2028 \x85\n"])
+def test_a_body_is_found_whatever_python_takes_for_a_blank(files, tmp_path, mark):
     source = files["prefixkv.py"].decode()
-    other = (source.replace("\n", mark) if mark == "\r\n" else mark + source).removeprefix("\ufeff")
-    other = other.replace("\r\n", "\n")  # `handed_in` drops these two
+    (tmp_path / "prefixkv.py").write_bytes((mark + source.replace("\n", "\r\n")).encode())
+    other = exercise.handed_in(tmp_path, "prefixkv.py")
     assert take(other, "search") == take(source, "search")
     assert put(other, "search", take(source, "search")) == other
 
@@ -246,8 +206,8 @@ def test_a_body_is_found_whatever_python_takes_for_a_blank(files, mark):
 def test_a_body_may_be_indented_otherwise_and_cannot_leave_its_function():
     source = "class A:\n    def f(self):\n        # why\n        return 2\n\nx = 1\n"
     assert take(source, "A.f") == "        # why\n        return 2\n"
-    assert put(source, "A.f", "  if self:\n      return 3\n") == source.replace(
-        "# why\n        return 2", "if self:\n            return 3"
+    assert put(source, "A.f", "  if 1:\n      return 3\n") == source.replace("# why", "if 1:").replace(
+        "return 2", "    return 3"
     )
     for body in ("        return 3\nx = 2\n", "        return 3\n    g = 4\n"):
         with pytest.raises(SyntaxError):
@@ -260,61 +220,47 @@ def test_a_body_may_be_indented_otherwise_and_cannot_leave_its_function():
 
 def test_a_handout_has_the_students_text_and_no_body(handout, files):
     names = {str(path.relative_to(handout)) for path in handout.rglob("*") if path.is_file()}
-    assert names == {*files} - {*exercise.INSTRUCTORS} | {
-        "COURSEWORK.md", "ANSWERS.md", exercise.REFERENCE, *(f"page_{scene}.html" for scene in exercise.SCENES)
-    }  # fmt: skip
+    added = {"COURSEWORK.md", "ANSWERS.md", exercise.REFERENCE, "page_7.html", "page_8.html", "page_9.html"}
+    assert names == {*files} - {*exercise.INSTRUCTORS} | added  # nothing untracked
     text = (handout / "COURSEWORK.md").read_text()
     assert not any(word in text for word in ("remove", "restore", "instructor", "grade"))
     for name, one in EXERCISES.items():
-        assert f"check {name}`" in text and f"`{one.function}`" in text and f"`{one.file}`" in text
-        source = (handout / one.file).read_text()
-        assert exercise.is_away(source, name) and "original" not in take(source, one.function)
+        assert f"check {name}`, {one.minutes} minutes" in text and f"`{one.function}` in `{one.file}`" in text
+        assert exercise.is_away((handout / one.file).read_text(), name)
+        assert not refusal(files[one.file].decode(), one.function)  # the right body
+        for file, test in (node.split("::") for node in one.task()[0]):
+            assert test in (ROOT / file).read_text()
     assert reference(handout) == files
     with pytest.raises(ValueError, match="This is a handout"):
         main(["remove", "rope"], handout)
 
 
-def test_every_test_that_is_graded_exists_and_is_named_once():
-    for one in EXERCISES.values():
-        nodes, _ = one.task()
-        assert len(set(one.tests)) == len(one.tests) > 1
-        for file, name in (node.split("::") for node in nodes):
-            assert f"{name}(" in (text := (ROOT / file).read_text()) or f"{name} =" in text
-
-
 def test_a_class_is_graded_into_a_table_and_equal_bodies_are_told(handout, files, tmp_path, monkeypatch, capsys):
     found = {"passed": EXERCISES["rope"].task()[0], "first": "", "said": ""}
     monkeypatch.setattr(exercise, "run", lambda one, files: found)
-    same = original(files, "rope")
-    student(tmp_path / "ann", files, rope=same), student(tmp_path / "eve", files, rope=f"    # mine\n{same}")
-    shutil.copytree(handout, tmp_path / "bob")
     monkeypatch.chdir(tmp_path)
-    main(["submit", "cas.zip"], tmp_path / "bob")
+    for name, mark in (("ann", ""), ("eve", "    # mine\n")):
+        student(tmp_path / name, files, rope=mark + original(files, "rope"))
+    main(["submit", "cas.zip"], shutil.copytree(handout, tmp_path / "bob"))
     assert {*zipfile.ZipFile("cas.zip").namelist()} == {*exercise.HANDED_IN, "ANSWERS.md"}
-    root = tmp_path / "clone"
-    exercise.write({**files, exercise.REFERENCE: pack(files)}, root)
-    (root / "coursework" / "README.md").unlink()  # the reference counts
-    main(["grade", "ann", "eve", "cas.zip", "--only", "rope", "--only", "cache", "--out", "out"], root)
+    exercise.write({exercise.REFERENCE: pack(files)}, tmp_path / "clone")  # as in Gradescope's zip, without git
+    main(["grade", "ann", "eve", "cas.zip", *["--only", "rope", "--only", "cache", "--out", "out"]], tmp_path / "clone")
     assert "the same rope: ann, eve" in capsys.readouterr().out
-    assert [*csv.reader((tmp_path / "out" / "points.csv").read_text().splitlines())] == [
-        ["student", "rope", "cache", "all"], ["ann", "10.0", "0.0", "10.0"], ["eve", "10.0", "0.0", "10.0"],
-        ["cas", "0.0", "0.0", "0.0"],
-    ]  # fmt: skip
+    rows = (tmp_path / "out" / "points.csv").read_text().splitlines()
+    assert rows == ["student,rope,cache,all", "ann,10.0,0.0,10.0", "eve,10.0,0.0,10.0", "cas,0.0,0.0,0.0"]
     results = json.loads((tmp_path / "out" / "ann" / "results.json").read_text())
-    assert results["score"] == 10 and results["tests"][1] == {
-        "name": "cache", "score": 0.0, "max_score": 10.0, "output": "not attempted"
-    }  # fmt: skip
+    expected = {"name": "cache", "score": 0.0, "max_score": 10.0, "output": "not attempted"}
+    assert results["score"] == 10 and results["tests"][1] == expected
 
 
 def test_gradescopes_zip_holds_a_repository_that_grades_without_git(repository, files, tmp_path):
     main(["autograder", str(tmp_path / "a.zip"), "--only", "rope"], repository)
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
-        assert {"setup.sh", "run_autograder"} < {*archive.namelist()} and not any(
-            ".git/" in n for n in archive.namelist()
-        )
-        assert archive.read("run_autograder").decode().count("--only rope") == 1
-        inner = zipfile.ZipFile(io.BytesIO(archive.read(f"repository/{exercise.REFERENCE}")))
-        assert {name: inner.read(name) for name in inner.namelist()} == files
+        names = archive.namelist()
+        assert {"setup.sh", "run_autograder"} < {*names} and not any(".git/" in name for name in names)
+        assert b"--only rope" in archive.read("run_autograder")
+        exercise.write({exercise.REFERENCE: archive.read(f"repository/{exercise.REFERENCE}")}, tmp_path)
+    assert reference(tmp_path) == files
 
 
 def test_a_body_that_was_taken_away_comes_back_to_the_byte(repository, files, tmp_path):
