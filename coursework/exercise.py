@@ -3,9 +3,7 @@
     python -m coursework.exercise list
     python -m coursework.exercise check [NAME]    points for your body, and the first test that failed; no NAME: all
     python -m coursework.exercise submit OUT.zip  the files to hand in, as one
-
 In a clone:
-
     python -m coursework.exercise remove NAME     the body is taken away, for you to write it
     python -m coursework.exercise restore NAME    the body is what it was; yours is kept in .exercises/
 
@@ -47,7 +45,7 @@ from typing import Any
 
 from coursework.bodies import UNUSABLE, find, outline, put, refusal, take
 from coursework.table import EXERCISES, Exercise, node
-from minillava.command import run_command
+from minillava.command import printable, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 POINTS = 10.0  # of an exercise; its tests have equal parts
@@ -83,9 +81,9 @@ def reference(root: Path = ROOT) -> dict[str, bytes]:
         raise ValueError(f"{root} is neither a clone of the repository nor a handout; one of them is needed.")
     names = [name for name in listed.stdout.split("\0") if (root / name).is_file()]
     files = {name: (root / name).read_bytes() for name in names}
-    for name, exercise in EXERCISES.items():
-        if is_away(files[exercise.file].decode(), name):
-            raise ValueError(f"The body of {exercise.function} is away; get it back from git first.")
+    away = [exercise.function for name, exercise in EXERCISES.items() if is_away(files[exercise.file].decode(), name)]
+    if away:
+        raise ValueError(f"The body of {away[0]} is away; get it back from git first.")
     return files
 
 
@@ -255,7 +253,7 @@ def grade_one(name: str, submission: Path, files: Files) -> Grade:
     found = run(exercise, {**files, exercise.file: changed.encode()})
     passed = found["passed"] if exercise.task()[1] in found["passed"] else []
     number, many = sum(node(test) in passed for test in exercise.tests), len(exercise.tests)
-    said = found["said"]
+    said = "\n".join(printable(line) for line in found["said"].splitlines())
     if found["first"]:
         first = found["first"].split("::")[-1].removeprefix("test_").replace("_", " ")
         said = f"failed first: {first}\n{textwrap.indent(said, '    ')}"
@@ -408,21 +406,29 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m coursework.exercise", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    with_name, with_out = ("check", "remove", "restore"), ("submit", "handout", "solutions", "autograder")
-    parser.add_argument("action", choices=["list", *with_name, *with_out, "grade"], metavar="ACTION")
+    actions = ("list", "check", "remove", "restore", "submit", "handout", "solutions", "autograder", "grade")
+    parser.add_argument("action", choices=actions, metavar="ACTION")
     parser.add_argument("names", nargs="*", metavar="NAME", help="an exercise, or OUT, or FOLDER, as above")
     parser.add_argument("--only", action="append", choices=EXERCISES, metavar="NAME",
                         help="grade, autograder: this exercise only; repeatable")  # fmt: skip
     parser.add_argument("--out", type=Path, help="grade: a new folder for points.csv and STUDENT/results.json")
     args = parser.parse_args(arguments)
     action, names, only = args.action, args.names, args.only or list(EXERCISES)
-    least = {"list": 0, "check": 0}.get(action, 1)
-    if len(names) < least or (action != "grade" and len(names) > (action != "list")):
+    if len(names) < (action not in ("list", "check")) or (action != "grade" and len(names) > (action != "list")):
         parser.error(f"{action} does not take {len(names)} names")
-    if action in with_name and any(name not in EXERCISES for name in names):
+    if action in actions[1:4] and {*names} - {*EXERCISES}:
         parser.error(f"there is no exercise {names[0]}; exercises: {', '.join(EXERCISES)}")
     if action in ("remove", "restore") and (root / REFERENCE).exists():
         raise ValueError("This is a handout: its bodies are away for you to write. `check` says how far you are.")
+    try:
+        act(action, names, only, args.out, root)
+    except (SyntaxError, LookupError) as error:
+        raise ValueError(f"A file that an exercise is in cannot be read ({error}); mend that first.") from None
+    return 0
+
+
+def act(action: str, names: Sequence[str], only: Sequence[str], out: Path | None, root: Path) -> None:
+    """Does what the command line says."""
     if action == "list":
         for name, exercise in EXERCISES.items():
             print(f"{name:12} {exercise.minutes:3} min  {exercise.file}: {exercise.function}")
@@ -431,12 +437,11 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     elif action in ("remove", "restore"):
         (remove if action == "remove" else restore)(names[0], root)
     elif action == "grade":
-        grade([Path(name) for name in names], only, args.out and new(str(args.out)), root)
+        grade([Path(name) for name in names], only, out and new(str(out)), root)
     elif action == "autograder":
         autograder(new(names[0]), only, root)
     else:
         {"submit": submit, "handout": handout, "solutions": solutions}[action](new(names[0]), root)
-    return 0
 
 
 if __name__ == "__main__":
