@@ -54,9 +54,27 @@ def span(source: str, function: str) -> tuple[int, int, int]:
 
 
 def take(source: str, function: str) -> str:
-    """The body's text."""
-    start, end, _ = span(source, function)
+    """The body's text, even where the rest of the file is no Python."""
+    try:
+        start, end, _ = span(source, function)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        source = alone(source, function)
+        start, end, _ = span(source, function)
     return source[start:end]
+
+
+def alone(source: str, function: str) -> str:
+    """A function, with a line for its class, without the rest: up to the next line that is indented no more."""
+    *owner, name = function.split(".")
+    margin, place, header = "    " * len(owner), 0, ""
+    if owner:
+        found = re.search(rf"^class {owner[0]}\b", source, flags=re.MULTILINE)
+        place, header = (found.start() if found else len(source)), f"class {owner[0]}:\n"
+    first = re.compile(rf"^{margin}def {name}\(.*$", flags=re.MULTILINE).search(source, place)
+    if first is None:
+        raise LookupError("there is no such function")
+    after = re.compile(rf"^(?!{margin}[ \t])[ \t]*\S", flags=re.MULTILINE).search(source, first.end())
+    return header + source[first.start() : after.start() if after else len(source)]
 
 
 def put(source: str, function: str, text: str) -> str:

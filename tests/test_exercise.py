@@ -203,6 +203,13 @@ def test_a_body_is_found_whatever_python_takes_for_a_blank(files, tmp_path, mark
     assert put(other, "search", take(source, "search")) == other
 
 
+def test_a_fault_elsewhere_in_the_file_hides_no_body(files):
+    for one in EXERCISES.values():
+        source = files[one.file].decode()
+        for broken in (f"(\n{source}\nfor (\n", f"\0\n{source}"):
+            assert put(source, one.function, take(broken, one.function)) == source
+
+
 def test_a_body_may_be_indented_otherwise_and_cannot_leave_its_function():
     source = "class A:\n    def f(self):\n        # why\n        return 2\n\nx = 1\n"
     assert take(source, "A.f") == "        # why\n        return 2\n"
@@ -218,7 +225,7 @@ def test_a_body_may_be_indented_otherwise_and_cannot_leave_its_function():
 # ---------------------------------------------------------------- handed out, handed in, graded
 
 
-def test_a_handout_has_the_students_text_and_no_body(handout, files):
+def test_a_handout_has_the_students_text_and_no_body(handout, files, capsys):
     names = {str(path.relative_to(handout)) for path in handout.rglob("*") if path.is_file()}
     added = {"COURSEWORK.md", "ANSWERS.md", exercise.REFERENCE, "page_7.html", "page_8.html", "page_9.html"}
     assert names == {*files} - {*exercise.INSTRUCTORS} | added  # nothing untracked
@@ -231,6 +238,8 @@ def test_a_handout_has_the_students_text_and_no_body(handout, files):
         for file, test in (node.split("::") for node in one.task()[0]):
             assert test in (ROOT / file).read_text()
     assert reference(handout) == files
+    main(["check"], handout)
+    assert capsys.readouterr().out.count("not attempted") == len(EXERCISES)
     with pytest.raises(ValueError, match="This is a handout"):
         main(["remove", "rope"], handout)
 
