@@ -274,32 +274,31 @@ def test_gradescopes_zip_holds_a_repository_that_grades_without_git(repository, 
 
 def test_a_body_that_was_taken_away_comes_back_to_the_byte(repository, files, tmp_path):
     root = shutil.copytree(repository, tmp_path / "clone")
-    for name in ("search", "rope"):
-        remove(name, root)
-        with pytest.raises(ValueError, match="away already"):
-            remove(name, root)
-    path = root / "prefixkv.py"
-    path.write_text(path.read_text().replace('raise NotImplementedError("exercise: search")', "return 0.0, curve"))
+    remove("search", root), remove("rope", root)
+    with pytest.raises(ValueError, match="away already"):
+        remove("rope", root)
     with pytest.raises(ValueError, match="restore it first"):
         main(["solutions", str(tmp_path / "s")], root)
-    own = path.read_text()
+    path = root / "prefixkv.py"
+    own = path.read_text().replace('raise NotImplementedError("exercise: search")', "return 0.0, curve")
     path.write_text("def search(\n")
     with pytest.raises(ValueError, match=r"search cannot be found in prefixkv.py \(line 1"):
         restore("search", root)
     path.write_text(own)
-    restore("search", root)
-    restore("rope", root)
+    restore("search", root), restore("rope", root)
     assert (root / ".exercises" / "search.solution").read_text().strip() == "return 0.0, curve"
     assert reference(root) == files
     with pytest.raises(ValueError, match="No body is away"):
         restore("rope", root)
-    main(["solutions", str(tmp_path / "s")], root)
+
+
+def test_solutions_are_functions_and_nothing_is_written_over(repository, tmp_path):
+    main(["solutions", str(tmp_path / "s")], repository)
     assert sorted(path.stem for path in (tmp_path / "s").iterdir()) == sorted(EXERCISES)
     assert (tmp_path / "s" / "eviction.py").read_text().startswith("def victim(")
-    with pytest.raises(ValueError, match="expected a new name"):
-        main(["handout", str(tmp_path / "s")], root)
-    with pytest.raises(ValueError, match="neither a folder nor a zip"):
-        main(["grade", str(tmp_path / "none")], root)
+    for arguments, sentence in ((["handout", "s"], "a new name"), (["grade", "none"], "neither a folder nor a zip")):
+        with pytest.raises(ValueError, match=sentence):
+            main([arguments[0], str(tmp_path / arguments[1])], repository)
 
 
 @pytest.mark.parametrize("arguments", [[], ["remove"], ["remove", "nothing"], ["fix", "rope"], ["list", "rope"]])
