@@ -8,7 +8,6 @@ In a clone:
     python -m coursework.exercise restore NAME    the body is what it was; yours is kept in .exercises/
 
 For instructors, in a clone in which no body is away:
-
     python -m coursework.exercise handout OUT     a copy of the repository without the bodies, in a new folder
     python -m coursework.exercise solutions OUT   the functions with their bodies, one file each
     python -m coursework.exercise grade FOLDER..  points for what students handed in: folders, or zips of `submit`;
@@ -38,6 +37,7 @@ import sys
 import tempfile
 import textwrap
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,7 @@ POINTS = 10.0  # of an exercise; its tests have equal parts
 PATIENCE = 120.0  # seconds that an exercise's tests may take
 LARGEST = 10**6  # bytes of a file that is handed in
 REFERENCE = "coursework/reference.bin"  # in a handout: the complete repository
+BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # RuntimeError: it is encrypted
 STUDENTS = "coursework/COURSEWORK.md"
 # Not in a handout. The tests of this file show wrong bodies, and so what is wrong with them.
 INSTRUCTORS = ("coursework/README.md", "coursework/RUBRIC.md", STUDENTS, "tests/test_exercise.py")
@@ -245,7 +246,7 @@ def grade_one(name: str, submission: Path, files: Files) -> Grade:
         body, refused = outline(changed, function)[1], refusal(changed, function)
         if is_away(changed, name):
             return Grade(0.0, "not attempted")
-    except (*UNUSABLE, zipfile.BadZipFile) as error:
+    except (*UNUSABLE, *BAD_ZIP) as error:
         reason = f"{error}" or type(error).__name__
         return Grade(0.0, f"{exercise.file}: {function} cannot be used: {reason}")
     if refused:
