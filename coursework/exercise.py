@@ -1,331 +1,449 @@
-"""Takes functions' bodies away for coursework/README.md, puts them back, and grades what students hand in.
+"""The coursework's exercises: bodies of functions that students write, and their grading.
 
     python -m coursework.exercise list
-    python -m coursework.exercise remove NAME     the body becomes `raise NotImplementedError`
-    python -m coursework.exercise check NAME      runs the exercise's tests
-    python -m coursework.exercise restore NAME    the body is what it was
+    python -m coursework.exercise check [NAME]    points for your body, and the first test that failed; no NAME: all
+    python -m coursework.exercise submit OUT.zip  the files to hand in, as one
+In a clone:
+    python -m coursework.exercise remove NAME     the body is taken away, for you to write it
+    python -m coursework.exercise restore NAME    the body is what it was; yours is kept in .exercises/
 
-What was removed waits in `.exercises/`; a solution that stands there at `restore` is kept beside it. For instructors:
-
+For instructors, in a clone in which no body is away:
     python -m coursework.exercise handout OUT     a copy of the repository without the bodies, in a new folder
     python -m coursework.exercise solutions OUT   the functions with their bodies, one file each
-    python -m coursework.exercise grade FOLDER    points for the copy of the repository that a student hands in
-    python -m coursework.exercise grade FOLDER --json    the same as the results file of Gradescope's autograder
+    python -m coursework.exercise grade FOLDER..  points for what students handed in: folders, or zips of `submit`;
+                                                  --out OUT: points.csv, and a results.json for each student
+    python -m coursework.exercise autograder OUT  the zip that Gradescope takes
 
-`grade` takes the body of each exercise out of the student's files, puts it into a copy of this repository, and runs the
-exercise's tests there. So one wrong body costs no points elsewhere, and a changed test changes nothing. The bodies run
-with your rights: grade in a container.
+`check` and `grade` take a body out of its file, put it into a complete copy of the repository, and run the exercise's
+tests there. So an exercise stands alone, and changed tests and other functions count for nothing. The bodies run with
+your rights: grade in a container, as coursework/README.md says.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
+import contextlib
+import csv
+import hashlib
+import io
 import json
 import os
-import shutil
+import secrets
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import textwrap
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from minillava.command import run_command
+from coursework.bodies import UNUSABLE, find, outline, put, refusal, take
+from coursework.table import EXERCISES, Exercise, node
+from minillava.command import printable, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 POINTS = 10.0  # of an exercise; its tests have equal parts
-PATIENCE = 600  # seconds that an exercise's tests may take
+PATIENCE = 120.0  # seconds that an exercise's tests may take
+LARGEST = 10**6  # bytes of a file that is handed in
+REFERENCE = "coursework/reference.bin"  # in a handout: the complete repository
+BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # RuntimeError: it is encrypted
+STUDENTS = "coursework/COURSEWORK.md"
+# Not in a handout. The tests of this file show wrong bodies, and so what is wrong with them.
+INSTRUCTORS = ("coursework/README.md", "coursework/RUBRIC.md", STUDENTS, "tests/test_exercise.py")
+SCENES = (7, 8, 9)  # of the explorer's pages in a handout
 
 
-@dataclass(frozen=True)
-class Exercise:
-    """A function, and the tests that fail without its body and must pass with a new one."""
-
-    file: str
-    function: str  # with its class
-    tests: tuple[str, ...]
-    given: str = ""  # a body with faults that takes the place of the right one; by default there is none
-
-    @property
-    def hole(self) -> str:
-        """What stands in place of the body."""
-        name = next(name for name, exercise in EXERCISES.items() if exercise is self)
-        text = self.given or f'raise NotImplementedError("exercise: {name}")\n'
-        return textwrap.indent(text, "        " if "." in self.function else "    ")
+HANDED_IN = list(dict.fromkeys(exercise.file for exercise in EXERCISES.values()))
+Files = Mapping[str, bytes]  # a repository: names and contents
 
 
-PUBLISHED = """\
-order = scores.argsort(descending=True)  # [L, N]
-kept = order < counts[:, None]
-kept[:, :start] = True
-position = int(counts[0])
-return kept, position
-"""
-
-EXERCISES = {
-    "patches": Exercise(
-        "minillava/model.py", "VisionTower.forward",
-        ("tests/test_parity.py::test_every_layout_gives_the_reference_logits_and_tokens",),
-    ),
-    "rope": Exercise(
-        "minillava/model.py", "apply_rope",
-        ("tests/test_parity.py::test_every_option_of_the_config_is_honoured",),
-    ),
-    "attention": Exercise(
-        "minillava/model.py", "manual_attention",
-        ("tests/test_attention.py::test_a_whole_prompts_fused_attention_is_the_definition",
-         "tests/test_attention.py::test_a_single_token_sees_every_key",
-         "tests/test_attention.py::test_each_group_of_query_heads_reads_its_own_key_head"),
-    ),
-    "cache": Exercise(
-        "minillava/model.py", "KVCache.take_slot",
-        ("tests/test_cache.py::TestTheCacheInPlaceIsOneThatCutsAndConcatenates",),
-    ),
-    "scoring": Exercise(
-        "prefixkv.py", "attention_weights",
-        ("tests/test_compressors.py::test_attention_of_the_last_queries_is_that_of_the_definition",
-         "tests/test_compressors.py::test_attention_of_the_last_queries_does_not_see_padding",
-         "tests/test_compressors.py::test_attention_of_the_last_queries_takes_no_room_for_the_others"),
-    ),
-    "importance": Exercise(
-        "prefixkv.py", "importance",
-        ("tests/test_prefixkv.py::test_block_wise_importance_is_the_naive_one_for_every_block_size",
-         "tests/test_prefixkv.py::test_importance_is_accumulated_in_float32_whatever_the_dtype"),
-    ),
-    "search": Exercise(
-        "prefixkv.py", "search",
-        ("tests/test_prefixkv.py::test_the_total_kept_is_the_budget_exactly",
-         "tests/test_prefixkv.py::test_no_other_allocation_has_a_larger_smallest_prefix",
-         "tests/test_prefixkv.py::test_the_threshold_is_the_largest_that_fits"),
-    ),
-    "eviction": Exercise(
-        "prefixkv.py", "PrefixKV.victim",
-        ("tests/test_prefixkv.py::test_eviction_is_a_queue_behind_pinned_tokens",
-         "tests/test_prefixkv.py::test_the_oldest_token_behind_the_pinned_ones_goes_first"),
-    ),
-    "published": Exercise(
-        "coursework/published.py", "compress",
-        ("tests/test_exercise.py::test_the_most_important_tokens_stay_in_every_layer",
-         "tests/test_exercise.py::test_the_next_token_stands_behind_the_whole_prompt"),
-        PUBLISHED,
-    ),
-    "allocator": Exercise(
-        "minillava/compressors.py", "divide",
-        ("tests/test_compressors.py::test_the_total_kept_is_prefixkvs_budget_exactly",
-         "tests/test_compressors.py::test_uniform_layers_differ_by_one_token_at_most_and_choose_as_prefixkv_does"),
-    ),
-}  # fmt: skip
+def is_away(source: str, name: str) -> bool:
+    """Whether what stands in a file is what was handed out, comments and form aside."""
+    exercise = EXERCISES[name]
+    without = put(source, exercise.function, exercise.hole(name))
+    return outline(source, exercise.function) == outline(without, exercise.function)
 
 
-def body(source: str, function: str) -> tuple[int, int]:
-    """Where a function's body stands in the source, behind its docstring: first and last character."""
-    node: ast.AST = ast.parse(source)
-    for name in function.split("."):
-        node = next(n for n in ast.iter_child_nodes(node) if getattr(n, "name", None) == name)
-    assert isinstance(node, ast.FunctionDef)
-    lines = source.splitlines(keepends=True)
-    # Comments above the first statement belong to the body.
-    if ast.get_docstring(node) is not None:
-        first = node.body[0].end_lineno
-    else:
-        first = node.body[0].lineno - 1
-        while lines[first - 1].lstrip().startswith("#"):
-            first -= 1
-    return sum(map(len, lines[:first])), sum(map(len, lines[: node.end_lineno]))
+def reference(root: Path = ROOT) -> dict[str, bytes]:
+    """The complete repository: from its zip where bodies are away, else a clone's tracked files."""
+    for path in (root / REFERENCE, root / ".exercises" / "reference.bin"):
+        if path.exists():
+            with zipfile.ZipFile(path) as archive:
+                return {name: archive.read(name) for name in archive.namelist()}
+    command = ["git", "ls-files", "-z", "--cached"]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if listed.returncode or not (root / ".git").exists():
+        raise ValueError(f"{root} is neither a clone of the repository nor a handout; one of them is needed.")
+    names = [name for name in listed.stdout.split("\0") if (root / name).is_file()]
+    files = {name: (root / name).read_bytes() for name in names}
+    away = [exercise.function for name, exercise in EXERCISES.items() if is_away(files[exercise.file].decode(), name)]
+    if away:
+        raise ValueError(f"The body of {away[0]} is away; get it back from git first.")
+    return files
 
 
-def swap(path: Path, function: str, text: str) -> str:
-    """Writes another body into a file; returns the one that was there."""
-    source = path.read_text(encoding="utf-8")
-    start, end = body(source, function)
-    path.write_text(source[:start] + text + source[end:], encoding="utf-8")
-    return source[start:end]
+def complete(root: Path) -> dict[str, bytes]:
+    """A clone's files, for an instructor; refuses one in which a body is away."""
+    if (root / ".exercises" / "reference.bin").exists():
+        raise ValueError("A body is away; restore it first: `restore NAME`.")
+    return reference(root)
+
+
+def pack(files: Files, prefix: str = "") -> bytes:
+    """Files as a zip."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            entry = zipfile.ZipInfo(prefix + name)
+            entry.external_attr = (0o755 if content.startswith(b"#!") else 0o644) << 16
+            archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
+    return out.getvalue()
+
+
+def write(files: Files, out: Path) -> None:
+    """Writes files into a folder."""
+    for name, content in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+
+
+def new(path: str) -> Path:
+    """A file or folder that is not there yet, so that nothing is written over."""
+    out = Path(path)
+    if out.exists() or not out.resolve().parent.is_dir():
+        raise ValueError(f"{path} cannot be made; expected a new name in a folder that exists.")
+    return out
+
+
+# ---------------------------------------------------------------- one's own clone
 
 
 def remove(name: str, root: Path = ROOT) -> None:
     """Takes the body away; refuses if it is away already."""
-    exercise, saved = EXERCISES[name], root / ".exercises" / name
+    exercise, saved = EXERCISES[name], root / ".exercises" / "reference.bin"
     path = root / exercise.file
     source = path.read_text(encoding="utf-8")
-    start, end = body(source, exercise.function)
-    if saved.exists() or source[start:end] == exercise.hole:
+    if is_away(source, name):
         raise ValueError(f"The body of {exercise.function} is away already.")
-    saved.parent.mkdir(exist_ok=True)
-    saved.write_text(swap(path, exercise.function, exercise.hole), encoding="utf-8")
+    if not saved.exists():
+        content = pack(reference(root))
+        saved.parent.mkdir(exist_ok=True)
+        saved.write_bytes(content)
+    path.write_text(put(source, exercise.function, exercise.hole(name)), encoding="utf-8")
 
 
 def restore(name: str, root: Path = ROOT) -> None:
     """Puts the body back; what stood in its place goes to `.exercises/NAME.solution` if it was a solution."""
-    exercise, saved = EXERCISES[name], root / ".exercises" / name
+    exercise, saved = EXERCISES[name], root / ".exercises" / "reference.bin"
     if not saved.exists():
-        raise ValueError(f"The body of {exercise.function} is not away.")
-    path = root / exercise.file
-    source = path.read_text(encoding="utf-8")
+        raise ValueError("No body is away here.")
+    files, path = reference(root), root / exercise.file
+    original, source = files[exercise.file].decode(), path.read_text(encoding="utf-8")
     try:
-        start, end = body(source, exercise.function)
-    except (SyntaxError, StopIteration) as error:
-        reason = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else "there is none"
+        own, body = take(source, exercise.function), take(original, exercise.function)
+        if not is_away(source, name) and own != body:
+            saved.with_name(f"{name}.solution").write_text(own, encoding="utf-8")
+        path.write_text(put(source, exercise.function, body), encoding="utf-8")
+    except UNUSABLE as error:
+        reason = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else f"{error}"
         raise ValueError(
-            f"{exercise.function} cannot be found in {exercise.file} ({reason}). Mend that, then restore again. "
-            f"The original body is in {saved.relative_to(root)}."
+            f"{exercise.function} cannot be found in {exercise.file} ({reason}). Mend that, then restore again."
         ) from None
-    if source[start:end] != exercise.hole:
-        saved.with_suffix(".solution").write_text(source[start:end], encoding="utf-8")
-    path.write_text(source[:start] + saved.read_text(encoding="utf-8") + source[end:], encoding="utf-8")
-    saved.unlink()
-    if not any(saved.parent.iterdir()):
-        saved.parent.rmdir()
+    if all((root / file).read_bytes() == files[file] for file in HANDED_IN):
+        saved.unlink()
 
 
-def check(name: str, root: Path = ROOT) -> int:
-    """Runs the exercise's tests; pytest's exit code."""
-    return subprocess.run([sys.executable, "-m", "pytest", *EXERCISES[name].tests], cwd=root).returncode
-
-
-def files(root: Path) -> list[Path]:
-    """The repository's own files, relative to its root; refuses a folder that is no clone."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    if listed.returncode or not (root / ".git").exists():
-        raise ValueError(f"{root} is no clone of the repository; handout and grade need one, and git.")
-    return [Path(name) for name in listed.stdout.split("\0") if name and (root / name).is_file()]
-
-
-def copy(root: Path, out: Path) -> None:
-    """Copies the repository's own files."""
-    for name in files(root):
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / name, out / name)
-
-
-def complete(root: Path) -> None:
-    """Refuses a repository in which a body is away."""
-    for name, exercise in EXERCISES.items():
-        source = (root / exercise.file).read_text(encoding="utf-8")
-        start, end = body(source, exercise.function)
-        if (root / ".exercises" / name).exists() or source[start:end] == exercise.hole:
-            raise ValueError(f"The body of {exercise.function} is away; restore it first: restore {name}.")
-
-
-def new_folder(path: str) -> Path:
-    """A folder that is not there yet, so that nothing is written over."""
-    out = Path(path)
-    if out.exists() or not out.resolve().parent.is_dir():
-        raise ValueError(f"{path} cannot be made; expected a new folder in one that exists.")
-    return out
-
-
-def handout(out: Path, root: Path = ROOT) -> None:
-    """Writes a copy of the repository without its history and without any of the bodies."""
-    complete(root)
-    copy(root, out)
-    for exercise in EXERCISES.values():
-        swap(out / exercise.file, exercise.function, exercise.hole)
-
-
-def solutions(out: Path, root: Path = ROOT) -> None:
-    """Writes every function, docstring and body, to a file with the exercise's name."""
-    complete(root)
-    out.mkdir()
-    for name, exercise in EXERCISES.items():
-        source = (root / exercise.file).read_text(encoding="utf-8")
-        start, end = body(source, exercise.function)
-        first = source.rindex(f"def {exercise.function.split('.')[-1]}(", 0, start)
-        first = source.rindex("\n", 0, first) + 1
-        (out / f"{name}.py").write_text(textwrap.dedent(source[first:end]), encoding="utf-8")
+# ---------------------------------------------------------------- points
 
 
 @dataclass
 class Grade:
     """What one exercise brought."""
 
-    name: str
     points: float
-    said: str  # in a few words, or the end of what pytest printed
+    said: str  # one line, and what the first test that failed printed
+    body: str = ""  # its syntax; "" if there is none that counts
 
 
-def grade_one(name: str, submission: Path, root: Path = ROOT) -> Grade:
-    """Runs an exercise's tests in a copy of the repository that has the student's body."""
-    exercise = EXERCISES[name]
-    try:
-        source = (submission / exercise.file).read_text(encoding="utf-8")
-        start, end = body(source, exercise.function)
-    except (OSError, SyntaxError, UnicodeDecodeError, StopIteration, AssertionError) as error:
-        found = (
-            "has no such function" if isinstance(error, (StopIteration, AssertionError)) else f"cannot be read: {error}"
-        )
-        return Grade(name, 0.0, f"{exercise.file}: {exercise.function} {found}")
-    if source[start:end] == exercise.hole:
-        return Grade(name, 0.0, "not attempted")
-    passed, said = 0, []
-    with tempfile.TemporaryDirectory() as scratch:
-        copy(root, Path(scratch))
-        swap(Path(scratch) / exercise.file, exercise.function, source[start:end])
-        for test in exercise.tests:
-            command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test]
-            environment = {**os.environ, "PYTHONPATH": scratch}
-            try:
-                done = subprocess.run(
-                    command, cwd=scratch, env=environment, capture_output=True, text=True, timeout=PATIENCE
-                )
-            except subprocess.TimeoutExpired:
-                said.append(f"{test}: did not end in {PATIENCE} s")
+def handed_in(submission: Path, file: str) -> str:
+    """The text of a file in a folder or a zip, under its name or, at the top, the last part of it."""
+    for name in (file, file.rsplit("/", 1)[-1]):
+        if submission.is_dir():
+            path = submission / name
+            link = any(part.is_symlink() for part in (path, *path.parents) if submission in part.parents)
+            if not link and not path.is_file():
                 continue
-            lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
-            passed += done.returncode == 0 and " passed" in lines[-1]  # tests that skip prove nothing
-            said.append("\n".join([f"{test}: {lines[-1]}", *([] if done.returncode == 0 else lines[-25:-1])]))
-    return Grade(name, POINTS * passed / len(exercise.tests), "\n".join(said))
+            size = path.lstat().st_size
+            content = b"" if link or size > LARGEST else path.read_bytes()
+        else:
+            with zipfile.ZipFile(submission) as archive:
+                if name not in archive.namelist():
+                    continue
+                entry = archive.getinfo(name)
+                link, size = stat.S_ISLNK(entry.external_attr >> 16), entry.file_size
+                content = b"" if link or size > LARGEST else archive.read(entry)
+        if link or size > LARGEST:
+            raise ValueError(
+                f"{name} is a link" if link else f"{name} has {size:,} bytes; expected {LARGEST:,} at most"
+            )
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    raise LookupError("the file is missing")
 
 
-def gradescope(grades: list[Grade]) -> str:
+def hashes(tree: Path) -> dict[str, str]:
+    """The contents of all files in a folder."""
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in tree.rglob("*") if path.is_file()}
+
+
+def run(exercise: Exercise, files: Files) -> dict[str, Any]:
+    """Runs an exercise's tests in a copy of the files; what `graded.run` returns, or what went wrong as `said`."""
+    tests, definition = exercise.task()
+    failed: dict[str, Any] = {"passed": [], "first": ""}
+    with tempfile.TemporaryDirectory() as scratch:
+        tree, result = Path(scratch, "tree"), Path(scratch, secrets.token_hex(16))
+        write(files, tree)
+        before = hashes(tree)
+        kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
+        environment = kept | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HOME": scratch,
+                              "TMPDIR": scratch, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1",
+                              "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(scratch, "examples"))}  # fmt: skip
+        with Path(scratch, "errors").open("w+") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-c", "from coursework.graded import main; main()"], cwd=tree, env=environment,
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, text=True, start_new_session=True,
+            )  # fmt: skip
+            try:
+                task = {"tests": tests, "definition": definition, "result": str(result)}
+                process.communicate(json.dumps(task), timeout=PATIENCE)
+            except subprocess.TimeoutExpired:
+                return failed | {"said": f"the tests did not end in {PATIENCE:g} s"}
+            finally:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+                process.wait()
+            errors.seek(0)
+            last = "\n".join(errors.read().splitlines()[-3:])
+        if hashes(tree) != before:
+            return failed | {"said": "the tests, or the code that they run, were changed"}
+        if not result.exists():
+            sentence = f"the tests ended without a result (exit code {process.returncode})"
+            return failed | {"said": f"{sentence}\n{last}".rstrip()}
+        return dict(json.loads(result.read_text(encoding="utf-8")))
+
+
+def grade_one(name: str, submission: Path, files: Files) -> Grade:
+    """Points for a body that was handed in."""
+    exercise = EXERCISES[name]
+    original, function = files[exercise.file].decode(), exercise.function
+    try:
+        changed = put(original, function, take(handed_in(submission, exercise.file), function))
+        body, refused = outline(changed, function)[1], refusal(changed, function)
+        if is_away(changed, name):
+            return Grade(0.0, "not attempted")
+    except (*UNUSABLE, *BAD_ZIP) as error:
+        reason = f"{error}" or type(error).__name__
+        return Grade(0.0, f"{exercise.file}: {function} cannot be used: {reason}")
+    if refused:
+        return Grade(0.0, f"refused: {refused}", body)
+    found = run(exercise, {**files, exercise.file: changed.encode()})
+    passed = found["passed"] if exercise.task()[1] in found["passed"] else []
+    number, many = sum(node(test) in passed for test in exercise.tests), len(exercise.tests)
+    said = "\n".join(printable(line) for line in found["said"].splitlines())
+    if found["first"]:
+        first = found["first"].split("::")[-1].removeprefix("test_").replace("_", " ")
+        said = f"failed first: {first}\n{textwrap.indent(said, '    ')}"
+    return Grade(round(POINTS * number / many, 2), f"{number} of {many} tests; {said}".rstrip("; "), body)
+
+
+def show(name: str, grade: Grade) -> None:
+    """Prints the points, and what went wrong."""
+    print(f"{name:12} {grade.points:5.2f} of {POINTS:g}  {grade.said}", flush=True)
+
+
+def check(names: Sequence[str], root: Path = ROOT) -> None:
+    """Points for the bodies that stand here."""
+    files, total = reference(root), 0.0
+    for name in names:
+        result = grade_one(name, root, files)
+        total += result.points
+        show(name, result)
+    print(f"{'all':12} {total:5.2f} of {POINTS * len(names):g}")
+
+
+def gradescope(grades: Mapping[str, Grade]) -> str:
     """The results file that Gradescope's autograder reads, in JSON."""
-    tests = [
-        {"name": grade.name, "score": round(grade.points, 2), "max_score": POINTS, "output": grade.said}
-        for grade in grades
-    ]
-    return json.dumps({"score": round(sum(grade.points for grade in grades), 2), "tests": tests}, indent=1)
+    tests = [{"name": name, "score": grade.points, "max_score": POINTS, "output": grade.said}
+             for name, grade in grades.items()]  # fmt: skip
+    return json.dumps({"score": round(sum(grade.points for grade in grades.values()), 2), "tests": tests}, indent=1)
 
 
-def grade(submission: Path, as_json: bool, root: Path = ROOT) -> int:
-    """Prints points; exit code 0, whatever they are."""
-    if not submission.is_dir():
-        raise ValueError(f"{submission} is no folder; expected what the student handed in.")
-    complete(root)
-    grades = []
-    for name in EXERCISES:
-        grades.append(grade_one(name, submission, root))
-        if not as_json:
-            print(f"{name:12} {grades[-1].points:5.2f} of {POINTS:g}  {grades[-1].said.splitlines()[0]}", flush=True)
-    if as_json:
-        print(gradescope(grades))
-    else:
-        print(f"{'all':12} {sum(g.points for g in grades):5.2f} of {POINTS * len(grades):g}")
-    return 0
+def grade(submissions: Sequence[Path], names: Sequence[str], out: Path | None, root: Path = ROOT) -> None:
+    """Prints every student's points, and who handed in the same body; writes them to `out`."""
+    for path in submissions:
+        if not path.is_dir() and not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is neither a folder nor a zip; expected what a student handed in.")
+    short = [path.resolve().stem if path.is_file() else path.resolve().name for path in submissions]
+    students = (
+        short if len({*short}) == len(short) else [str(path).strip("/").replace("/", "_") for path in submissions]
+    )
+    files = complete(root)
+    table: dict[str, dict[str, Grade]] = {}
+    if out is not None:
+        out.mkdir()
+    for student, path in zip(students, submissions):
+        print(f"# {student}")
+        grades = table.setdefault(student, {})
+        for name in names:
+            grades[name] = grade_one(name, path, files)
+            show(name, grades[name])
+        print(f"{'all':12} {sum(g.points for g in grades.values()):5.2f} of {POINTS * len(names):g}", flush=True)
+        if out is not None:
+            (out / student).mkdir()
+            (out / student / "results.json").write_text(gradescope(grades), encoding="utf-8")
+    for name in names:
+        by_body: dict[str, list[str]] = {}
+        for student, grades in table.items():
+            by_body.setdefault(grades[name].body, []).append(student)
+        for body, same in by_body.items():
+            if body and len(same) > 1:
+                print(f"the same {name}: {', '.join(same)}")
+    if out is not None:
+        with (out / "points.csv").open("w", newline="", encoding="utf-8") as file:
+            lines = csv.writer(file)
+            lines.writerow(["student", *names, "all"])
+            for student, grades in table.items():
+                points = [grade.points for grade in grades.values()]
+                lines.writerow([student, *points, round(sum(points), 2)])
 
 
-def main(arguments: list[str]) -> int:
+# ---------------------------------------------------------------- what is handed out and handed in
+
+
+def handout(out: Path, root: Path = ROOT) -> None:
+    """Writes a copy of the repository without its history and without any of the bodies."""
+    files = complete(root)
+    out.mkdir()
+    write({name: content for name, content in files.items() if name not in INSTRUCTORS}, out)
+    for name, exercise in EXERCISES.items():
+        source = (out / exercise.file).read_text(encoding="utf-8")
+        holed = put(source, exercise.function, exercise.hole(name))
+        (out / exercise.file).write_text(holed, encoding="utf-8")
+    (out / REFERENCE).write_bytes(pack(files))
+    (out / "COURSEWORK.md").write_bytes(files[STUDENTS])
+    answers = "\n".join(f"## {number}. {name}\n" for number, name in enumerate(EXERCISES, start=1))
+    (out / "ANSWERS.md").write_text(f"# Answers\n\nName:\n\n{answers}", encoding="utf-8")
+    for scene in SCENES:
+        explore(out.resolve() / f"page_{scene}.html", scene, root)
+
+
+def explore(page: Path, scene: int, root: Path) -> None:
+    """Writes the explorer's page of a scene."""
+    command = [sys.executable, "-m", "minillava.explore", str(page), "--scene", str(scene)]
+    subprocess.run(command, cwd=root, check=True)
+
+
+def submit(out: Path, root: Path = ROOT) -> None:
+    """Zips the files to hand in, after a look at the bodies in them; runs no test."""
+    files = reference(root)
+    for name, exercise in EXERCISES.items():
+        try:
+            changed = put(files[exercise.file].decode(), exercise.function,
+                          take(handed_in(root, exercise.file), exercise.function))  # fmt: skip
+            state = "not attempted" if is_away(changed, name) else refusal(changed, exercise.function) or "in it"
+        except UNUSABLE as error:
+            state = f"cannot be used: {error}"
+        print(f"{name:12} {state}")
+    names = [name for name in (*HANDED_IN, "ANSWERS.md") if (root / name).is_file()]
+    out.write_bytes(pack({name: (root / name).read_bytes() for name in names}))
+    print(f"{out}: {', '.join(names)}")
+
+
+def solutions(out: Path, root: Path = ROOT) -> None:
+    """Writes every function, docstring and body, to a file with the exercise's name."""
+    files = complete(root)
+    out.mkdir()
+    for name, exercise in EXERCISES.items():
+        source = files[exercise.file].decode()
+        found = find(ast.parse(source), exercise.function)
+        text = "\n".join(source.split("\n")[found.lineno - 1 : found.end_lineno])
+        (out / f"{name}.py").write_text(textwrap.dedent(text) + "\n", encoding="utf-8")
+
+
+SETUP = """\
+#!/usr/bin/env bash
+# Gradescope runs this once, when it builds the image.
+set -euo pipefail
+apt-get update
+apt-get install -y --no-install-recommends python3 python3-venv
+python3 -m venv /autograder/venv
+/autograder/venv/bin/pip install -c /autograder/source/repository/constraints.txt \\
+  torch safetensors sentencepiece pillow huggingface-hub pytest hypothesis
+"""
+RUN = """\
+#!/usr/bin/env bash
+# Gradescope runs this for every submission.
+cd /autograder/source/repository
+/autograder/venv/bin/python -m coursework.exercise grade /autograder/submission --out /autograder/graded{only}
+cp /autograder/graded/submission/results.json /autograder/results/results.json
+"""
+
+
+def autograder(out: Path, names: Sequence[str], root: Path = ROOT) -> None:
+    """Writes the zip that Gradescope takes: the repository without its history, and the two scripts it asks for."""
+    files = complete(root)
+    only = "" if len(names) == len(EXERCISES) else "".join(f" --only {name}" for name in names)
+    inside = {f"repository/{name}": content for name, content in {**files, REFERENCE: pack(files)}.items()}
+    scripts = {"setup.sh": SETUP.encode(), "run_autograder": RUN.format(only=only).encode()}
+    out.write_bytes(pack({**scripts, **inside}))
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """The command line."""
-    if arguments == ["--help"]:
-        print(__doc__)
-        return 0
-    if arguments == ["list"]:
-        for name, exercise in EXERCISES.items():
-            print(f"{name:12} {exercise.file}: {exercise.function}")
-        return 0
-    if arguments[:1] == ["grade"] and (len(arguments) == 2 or (len(arguments) == 3 and arguments[2] == "--json")):
-        return grade(Path(arguments[1]), "--json" in arguments)
-    if len(arguments) == 2 and arguments[0] in ("handout", "solutions"):
-        (handout if arguments[0] == "handout" else solutions)(new_folder(arguments[1]))
-        return 0
-    if len(arguments) != 2 or arguments[0] not in ("remove", "restore", "check") or arguments[1] not in EXERCISES:
-        print(f"{__doc__}\nexercises: {', '.join(EXERCISES)}", file=sys.stderr)
-        return 2
-    action, name = arguments
-    if action == "check":
-        return check(name)
-    (remove if action == "remove" else restore)(name)
+    parser = argparse.ArgumentParser(prog="python -m coursework.exercise", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    actions = ("list", "check", "remove", "restore", "submit", "handout", "solutions", "autograder", "grade")
+    parser.add_argument("action", choices=actions, metavar="ACTION")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="an exercise, or OUT, or FOLDER, as above")
+    parser.add_argument("--only", action="append", choices=EXERCISES, metavar="NAME",
+                        help="grade, autograder: this exercise only; repeatable")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="grade: a new folder for points.csv and STUDENT/results.json")
+    args = parser.parse_args(arguments)
+    action, names, only = args.action, args.names, args.only or list(EXERCISES)
+    if len(names) < (action not in ("list", "check")) or (action != "grade" and len(names) > (action != "list")):
+        parser.error(f"{action} does not take {len(names)} names")
+    if action in actions[1:4] and {*names} - {*EXERCISES}:
+        parser.error(f"there is no exercise {names[0]}; exercises: {', '.join(EXERCISES)}")
+    if action in ("remove", "restore") and (root / REFERENCE).exists():
+        raise ValueError("This is a handout: its bodies are away for you to write. `check` says how far you are.")
+    try:
+        act(action, names, only, args.out, root)
+    except (SyntaxError, LookupError) as error:
+        raise ValueError(f"A file that an exercise is in cannot be read ({error}); mend that first.") from None
     return 0
+
+
+def act(action: str, names: Sequence[str], only: Sequence[str], out: Path | None, root: Path) -> None:
+    """Does what the command line says."""
+    if action == "list":
+        for name, exercise in EXERCISES.items():
+            print(f"{name:12} {exercise.minutes:3} min  {exercise.file}: {exercise.function}")
+    elif action == "check":
+        check(names or list(EXERCISES), root)
+    elif action in ("remove", "restore"):
+        (remove if action == "remove" else restore)(names[0], root)
+    elif action == "grade":
+        grade([Path(name) for name in names], only, out and new(str(out)), root)
+    elif action == "autograder":
+        autograder(new(names[0]), only, root)
+    else:
+        {"submit": submit, "handout": handout, "solutions": solutions}[action](new(names[0]), root)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("coursework.exercise", lambda: main(sys.argv[1:])))
+    sys.exit(run_command("coursework.exercise", main))

@@ -1,4 +1,4 @@
-"""What a published evaluation does with a layer's scores, for the exercise `published`."""
+"""How an evaluation cuts a prompt by the scores of its tokens, for the exercise `published`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 
-def compress(scores: Tensor, counts: Tensor, start: int = 1) -> tuple[Tensor, int]:
-    """Which tokens each layer keeps of one prompt, and where the next token stands in the text.
+def compress(scores: Tensor, counts: Tensor, start: int = 1) -> Tensor:
+    """Which tokens each layer keeps of one prompt: bool [L, N], with counts[l] of them True in layer l.
 
-    scores [L, N], larger for more important tokens; counts [L] >= start. Returns bool [L, N], with counts[l] of them
-    True in layer l: the first `start` tokens, then the most important; and a position, counted from 0. Keys were
-    rotated at their own places in the text, and stay rotated so.
+    scores [L, N], float32, the larger the more important; start <= counts[l] <= N. The first `start` tokens are among
+    the kept ones. The most important of the others fill the rest.
     """
     scores = scores.clone()
     scores[:, :start] = torch.inf
     ranks = scores.argsort(descending=True).argsort()  # [L, N]: 0 for the most important
-    return ranks < counts[:, None], scores.shape[1]
+    return ranks < counts[:, None]

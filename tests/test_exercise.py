@@ -1,276 +1,308 @@
-"""The coursework's exercises: a body taken away fails its tests, put back it is what it was to the byte; grades."""
+"""The coursework: right bodies get their points, wrong ones and cheats do not; what is handed out, in, and graded."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib
-import io
 import json
 import shutil
 import subprocess
-import sys
-from functools import partial
-from pathlib import Path
+import textwrap
+import zipfile
 from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import ROOT, ends_with_this_process
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import ROOT
+from hypothesis import settings
 
-from coursework import exercise
-from coursework.exercise import EXERCISES, body, grade_one, gradescope, handout, main, remove, restore, solutions, swap
-from coursework.published import compress
-
-COURSEWORK = (ROOT / "coursework" / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """A copy of the project's own files."""
-    for name in ("minillava", "bench", "train", "coursework", "tests"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.toml"), *ROOT.glob("*.md")]:
-        shutil.copy(path, tmp_path)
-    return tmp_path
-
-
-def contents(tree):
-    return {path: path.read_bytes() for path in tree.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
-
-
-@contextlib.contextmanager
-def taken_from(tree, name):
-    """Inside, an exercise's function has the code that it has in a copy of the project."""
-    one = EXERCISES[name]
-    module = importlib.import_module(one.file.removesuffix(".py").replace("/", "."))
-    scope = dict(vars(module))
-    exec(compile((tree / one.file).read_text(), str(tree / one.file), "exec"), scope)
-    live, copied = module, SimpleNamespace(**scope)
-    for part in one.function.split("."):
-        live, copied = getattr(live, part), getattr(copied, part)
-    before, live.__code__ = live.__code__, copied.__code__
-    try:
-        yield
-    finally:
-        live.__code__ = before
-
-
-def run_tests(*tests):
-    """pytest within pytest, for tests that pass or fail after few examples: exit code and what it prints."""
-    before = settings.default
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            code = pytest.main(["--tb=line", "-p", "no:cacheprovider", "--hypothesis-profile", "quick", *tests])
-    finally:
-        settings.register_profile("project", before)
-        settings.load_profile("project")
-    return SimpleNamespace(returncode=int(code), stdout=out.getvalue(), stderr="")
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_without_its_body_the_named_tests_fail_and_restored_it_is_what_it_was(tree, name, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    before = contents(tree)
-    remove(name, tree)
-    with taken_from(tree, name):
-        done = run_tests(*EXERCISES[name].tests)
-    closing = done.stdout.splitlines()[-1]
-    assert done.returncode == 1 and " failed" in closing and "passed" not in closing, done.stdout[-2000:]
-    assert f"exercise: {name}" in done.stdout or EXERCISES[name].given
-    restore(name, tree)
-    assert contents(tree) == before
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_the_coursework_names_the_function_and_its_tests(name):
-    assert f"remove {name}" in COURSEWORK
-    assert f"`{EXERCISES[name].function}`" in COURSEWORK
-    for test in EXERCISES[name].tests:
-        assert test.split("::")[1] in COURSEWORK
-
-
-def test_a_docstring_stays_and_a_solution_is_kept(tree):
-    path = tree / "prefixkv.py"
-    original = path.read_text()
-    remove("search", tree)
-    hollow = path.read_text()
-    assert "The largest threshold p" in hollow and "bisect_right(" not in hollow
-    path.write_text(hollow.replace('raise NotImplementedError("exercise: search")', "return 0.0, curve.sum(-1)"))
-    restore("search", tree)
-    assert path.read_text() == original
-    assert (tree / ".exercises" / "search.solution").read_text().strip() == "return 0.0, curve.sum(-1)"
-
-
-@pytest.mark.parametrize(
-    "broken, reason",
-    [("def search(curve:\n", "line "), ("def seek(curve, total, protected):\n    pass\n", "there is none")],
-)
-def test_a_solution_that_cannot_be_read_is_told_and_the_original_named(tree, broken, reason):
-    remove("search", tree)
-    path = tree / "prefixkv.py"
-    hollow = path.read_text()
-    path.write_text(broken)
-    with pytest.raises(ValueError, match=rf"search cannot be found in prefixkv.py \({reason}.*.exercises.search"):
-        restore("search", tree)
-    path.write_text(hollow)
-    restore("search", tree)
-    assert "candidates" in path.read_text()
-
-
-def test_what_is_away_is_not_taken_again_nor_what_is_there_put_back(tree):
-    with pytest.raises(ValueError, match="not away"):
-        restore("rope", tree)
-    remove("rope", tree)
-    with pytest.raises(ValueError, match="away already"):
-        remove("rope", tree)
-
-
-def test_a_method_is_found_in_its_class():
-    source = (
-        "class A:\n    def f(self):\n        return 1\n\nclass B:\n    def f(self):\n        # why\n        return 2\n"
-    )
-    start, end = body(source, "B.f")
-    assert source[start:end] == "        # why\n        return 2\n"
-
-
-@pytest.mark.parametrize("arguments", [[], ["remove"], ["remove", "nothing"], ["fix", "rope"]])
-def test_wrong_arguments_end_with_2(arguments, capsys):
-    assert main(arguments) == 2
-    assert "exercises:" in capsys.readouterr().err
-
-
-def test_the_list_names_all(capsys):
-    assert main(["list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(EXERCISES) == 10
-    assert exercise.ROOT == ROOT
-
-
-# ---------------------------------------------------------------- the exercise `published`
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(2, 30), st.data())
-def test_the_most_important_tokens_stay_in_every_layer(seed, layers, length, data):
-    scores = torch.rand(layers, length, generator=torch.Generator().manual_seed(seed))
-    start = data.draw(st.integers(0, length))
-    counts = torch.tensor([data.draw(st.integers(start, length)) for _ in range(layers)])
-    kept, _ = compress(scores, counts, start)
-    assert kept.sum(1).tolist() == counts.tolist() and kept[:, :start].all()
-    for layer in range(layers):
-        rest = scores[layer, start:].tolist()
-        best = sorted(range(len(rest)), key=lambda i: -rest[i])[: int(counts[layer]) - start]
-        assert kept[layer, start:].nonzero()[:, 0].tolist() == sorted(best)
-
-
-@given(st.integers(1, 4), st.integers(1, 30), st.data())
-def test_the_next_token_stands_behind_the_whole_prompt(layers, length, data):
-    counts = torch.tensor([data.draw(st.integers(1, length)) for _ in range(layers)])
-    assert compress(torch.rand(layers, length), counts)[1] == length
-
-
-# ---------------------------------------------------------------- for instructors
+from coursework import exercise, graded
+from coursework.bodies import outline, put, refusal, take
+from coursework.exercise import grade_one, main, pack, reference, remove, restore
+from coursework.table import EXERCISES, FAULTY
 
 
 @pytest.fixture(scope="module")
-def handed_out(tmp_path_factory):
-    """What a student gets. The repository's own copy has no history here, so one is made."""
-    root = tmp_path_factory.mktemp("repository")
-    for name in exercise.files(ROOT) if (ROOT / ".git").exists() else []:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, root / name)
-    if not (root / "prefixkv.py").exists():
+def repository(tmp_path_factory):
+    """A clone of the project as it stands here."""
+    if not (ROOT / ".git").exists():
         pytest.skip("this is no clone of the repository")
-    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    root = tmp_path_factory.mktemp("clone") / "clone"
+    exercise.write(reference(ROOT), root)
+    for command in (["init", "-q"], ["add", "-A"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def files(repository):
+    return reference(repository)
+
+
+@pytest.fixture(scope="module")
+def handout(repository, tmp_path_factory):
+    (repository / "notes.md").write_text("untracked: my solutions")
     out = tmp_path_factory.mktemp("handout") / "out"
-    handout(out, root)
-    return root, out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exercise, "explore", lambda page, scene, root: page.write_text(f"scene {scene}"))
+        main(["handout", str(out)], repository)
+    return out
 
 
-def test_a_handout_has_no_body_and_nowhere_to_look_it_up(handed_out):
-    root, out = handed_out
-    assert not (out / ".git").exists() and not (out / ".exercises").exists()
+def original(files, name):
+    return take(files[EXERCISES[name].file].decode(), EXERCISES[name].function)
+
+
+@functools.cache
+def away(file, content):
+    """A file without its bodies."""
+    source = content.decode()
     for name, one in EXERCISES.items():
-        source = (out / one.file).read_text()
-        start, end = body(source, one.function)
-        assert source[start:end] == one.hole
-        lines = (root / one.file).read_text().splitlines()
-        first = next(line for line in lines if f"def {one.function.split('.')[-1]}(" in line)
-        assert first in source  # signature and docstring stay
-        with pytest.raises(ValueError, match="away already"):
-            remove(name, out)
+        source = put(source, one.function, one.hole(name)) if one.file == file else source
+    return source
 
 
-def test_solutions_are_the_functions_with_their_bodies(handed_out, tmp_path):
-    root, _ = handed_out
-    solutions(tmp_path / "solutions", root)
-    assert sorted(path.stem for path in (tmp_path / "solutions").iterdir()) == sorted(EXERCISES)
-    for name, one in EXERCISES.items():
-        text = (tmp_path / "solutions" / f"{name}.py").read_text()
-        assert text.startswith(f"def {one.function.split('.')[-1]}(") and "NotImplementedError" not in text
+def student(folder, files, **bodies):
+    """A folder with the files to hand in, of which some bodies were written."""
+    sources = {file: away(file, files[file]) for file in exercise.HANDED_IN}
+    for name, body in bodies.items():
+        one = EXERCISES[name]
+        sources[one.file] = put(sources[one.file], one.function, body)
+    exercise.write({file: source.encode() for file, source in sources.items()}, folder)
+    return folder
 
 
-def in_this_process(command, cwd, timeout, **options):
-    """In place of `subprocess.run`: the same tests of the same body."""
-    assert command[:3] == [sys.executable, "-m", "pytest"] and timeout == exercise.PATIENCE
-    name = next(name for name, one in EXERCISES.items() if command[-1] in one.tests)
-    with taken_from(Path(cwd), name):
-        return run_tests(command[-1])
+def in_this_process(one, files):
+    """Instead of a process for every body, which would load torch again: the same tests of the same body."""
+    module = importlib.import_module(one.file.removesuffix(".py").replace("/", "."))
+    scope = dict(vars(module))
+    exec(compile(files[one.file], one.file, "exec"), scope)
+    live, changed = module, SimpleNamespace(**scope)
+    for part in one.function.split("."):
+        live, changed = getattr(live, part), getattr(changed, part)
+    before, profile = live.__code__, settings.default
+    live.__code__ = changed.__code__
+    try:
+        return graded.run(*one.task())
+    finally:
+        live.__code__ = before
+        settings.register_profile("project", profile)
+        settings.load_profile("project")
 
 
-def test_a_body_is_graded_in_a_process_of_its_own(handed_out, tmp_path, monkeypatch):
-    root, out = handed_out
-    monkeypatch.setattr(exercise.subprocess, "run", partial(subprocess.run, preexec_fn=ends_with_this_process))
-    submission = shutil.copytree(out, tmp_path / "submission")
-    swap(submission / "minillava" / "model.py", "KVCache.take_slot", "        raise ValueError('not yet')\n")
-    found = grade_one("cache", submission, root)
-    assert found.points == 0 and "1 failed" in found.said and "not yet" in found.said
+LOOP = """threshold, high = 0.0, 1.0
+    while high - threshold > 1e-9:
+        p = (threshold + high) / 2
+        threshold, high = (p, high) if sizes(p).sum() <= total else (threshold, p)"""
+# A body, or what is replaced in the right one; and its points.
+BODIES = {
+    "rope of neighbours": ("rope", ("x.chunk(2, dim=-1)", "x[..., ::2], x[..., 1::2]"), 0),
+    "attention without its mask": ("attention", ("if mask is None:", "if True:"), 6),
+    "patches with a class token always": ("patches", ("if self.class_embedding is not None:", "if True:"), 6.67),
+    "scoring, a constant": ("scoring", "return query.new_ones(*query.shape[:3], key.shape[2]).softmax(-1)\n", 0),
+    "scoring without its mask": ("scoring", ("if mask is not None:", "if False:"), 0),
+    "published as given": ("published", FAULTY.replace("ranks", "places"), 0),
+    "published, a constant": ("published", "return scores > 2\n", 0),
+    "published, one fault mended": ("published", FAULTY.replace(".half()", ""), 5),
+    "eviction with rows mixed": (
+        "eviction", ("pinned = ", "kept = kept * 0 + int(kept.flatten()[0])\n        pinned = "), 6.67),
+    "eviction transposed": ("eviction", ("argmin(-1)", "argmin(-1).mT"), 6.67),
+    "importance of all weights at once": ("importance", ("total = torch", "block = length\n    total = torch"), 6.67),
+    "cache that grows on": ("cache", ("torch.minimum(self.held + 1, capacity)", "self.held + 1"), 3.33),
+    "search, README's loop": (
+        "search", ("threshold = candidates[bisect_right(candidates, total, key=lambda p: int(sizes(p).sum())) - 1]",
+                   LOOP), 10),
+    "search, all layers alike": ("search", "return 0.0, torch.full((len(curve),), total // len(curve))\n", 0),
+    "search with leftovers for the smallest": ("search", ("key=share", "key=lambda layer: counts[layer]"), 8),
+    "allocator of equal shares": ("allocator", ("ratios.double()", "torch.ones_like(ratios).double()"), 0),
+    "second without a fork": ("second", ("cache.fork()", "cache"), 5),
+}  # fmt: skip
 
 
-def test_a_right_body_gets_all_points_and_a_wrong_one_those_of_the_tests_it_passes(handed_out, tmp_path, monkeypatch):
-    root, out = handed_out
-    listed = exercise.files(root)
-    monkeypatch.setattr(exercise, "files", lambda root: listed)
-    monkeypatch.setattr(exercise.subprocess, "run", in_this_process)
+@pytest.mark.parametrize("name, body, points", BODIES.values(), ids=BODIES)
+def test_a_wrong_body_loses_the_points_of_what_it_does_wrong(files, tmp_path, monkeypatch, name, body, points):
+    monkeypatch.setattr(exercise, "run", in_this_process)
     monkeypatch.chdir(ROOT)
-    submission = shutil.copytree(out, tmp_path / "submission")
-    original = (root / "prefixkv.py").read_text()
-    start, end = body(original, "PrefixKV.victim")
-    right = original[start:end]
-    path = submission / "prefixkv.py"
-    swap(path, "PrefixKV.victim", right)
-    assert grade_one("eviction", submission, root).points == 10
-    swap(path, "PrefixKV.victim", right.replace("argmin", "argmax"))
-    wrong = grade_one("eviction", submission, root)
-    assert wrong.points == 0 and "failed" in wrong.said
-    published = submission / "coursework" / "published.py"
-    half = EXERCISES["published"].hole.replace("int(counts[0])", "scores.shape[1]")  # one fault of two
-    swap(published, "compress", half)
-    assert grade_one("published", submission, root).points == 5
-    assert grade_one("search", submission, root).said == "not attempted"
-    path.write_text("def search(:\n")
-    assert "prefixkv.py: search cannot be read" in grade_one("search", submission, root).said
-    path.write_text("def seek():\n    pass\n")
-    assert "has no such function" in grade_one("search", submission, root).said
-    (submission / "prefixkv.py").unlink()
-    assert grade_one("search", submission, root).points == 0
+    right = take(files[EXERCISES[name].file].decode(), EXERCISES[name].function)
+    assert isinstance(body, str) or body[0] in right
+    text = body if isinstance(body, str) else right.replace(*body)
+    found = grade_one(name, student(tmp_path, files, **{name: text}), files)
+    assert found.points == points, found.said
+    assert ("failed first: " in found.said) == (points < 10)
 
 
-def test_the_results_file_has_the_fields_that_gradescope_reads(handed_out):
-    root, out = handed_out
-    results = json.loads(gradescope([grade_one(name, out, root) for name in EXERCISES]))
-    assert results["score"] == 0 and len(results["tests"]) == 10
-    assert results["tests"][0] == {"name": "patches", "score": 0.0, "max_score": 10.0, "output": "not attempted"}
+# ---------------------------------------------------------------- cheats and broken files
+
+CHEATS = {
+    "import os\nos._exit(0)": "uses os",
+    "import atexit\natexit.register(print)": "uses atexit",
+    "from hypothesis import settings": "uses hypothesis",
+    "torch.os.write(1, b'10 passed')": "uses os",
+    "torch.load('/work/solution.pt')": "uses load",
+    "open('tests/conftest.py', 'w').write('')": "uses open",
+    "__import__('os').system('true')": "uses __import__",
+    "getattr(torch, 'o' + 's').write(1, b'passed')": "uses getattr",
+    "(lambda: 0).__globals__": "uses __globals__",
+    "(x for x in []).gi_frame.f_back.f_globals": "uses f_globals",
+    "torch.testing.assert_close = print": "changes torch.testing.assert_close",
+    "self = torch\nself.equal = print": "uses self",
+    "class Equal:\n    pass": "uses class",
+    "from coursework.second import answers": "uses coursework.second",
+}
 
 
-def test_nothing_is_written_over_and_a_repository_with_a_hole_is_refused(handed_out, tmp_path):
-    _, out = handed_out
-    (tmp_path / "old").mkdir()
-    for action in ("handout", "solutions"):
-        with pytest.raises(ValueError, match="expected a new folder"):
-            main([action, str(tmp_path / "old")])
-    with pytest.raises(ValueError, match="no folder"):
-        main(["grade", str(tmp_path / "none")])
-    with pytest.raises(ValueError, match="is away; restore it first"):
-        handout(tmp_path / "new", out)
-    assert not (tmp_path / "new").exists()
+@pytest.mark.parametrize("body", CHEATS)
+def test_a_body_that_reaches_out_is_refused_unrun(files, tmp_path, monkeypatch, body):
+    monkeypatch.setattr(exercise, "run", None)
+    found = grade_one("search", student(tmp_path, files, search=body + "\nreturn 0.0, curve\n"), files)
+    assert found.points == 0 and "refused: line " in found.said and CHEATS[body] in found.said
+
+
+def test_what_the_look_does_not_find_gets_no_points_either(files, tmp_path, monkeypatch):
+    """In real processes, with the look switched off. First a right body, which sees no way to this clone."""
+    body = textwrap.dedent(original(files, "published"))
+    blind = f"import os, sys\nassert 'PWD' not in os.environ and not [p for p in sys.path if {str(ROOT)!r} in p]\n"
+    hangs = "import subprocess, time\nsubprocess.Popen(['sleep', '612.5'])\ntime.sleep(600)\n"
+    monkeypatch.setattr(exercise, "refusal", lambda source, function: "")
+    for text, points, said in (
+        (blind + body, 10, "2 of 2 tests"),
+        ("import os\nos.write(1, b'2 passed')\nos._exit(0)\n", 0, "without a result (exit code 0)"),
+        (f"open('tests/conftest.py', 'a').write('#')\n{body}", 0, "were changed"),
+        (hangs, 0, "did not end in 20 s"),
+    ):
+        monkeypatch.setattr(exercise, "PATIENCE", 20.0 if text == hangs else 120.0)
+        found = grade_one("published", student(tmp_path, files, published=text), files)
+        assert found.points == points and said in found.said, found.said
+    assert not subprocess.run(["pgrep", "-f", "sleep 612.5"], capture_output=True).stdout
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [(b"def search():\n    return " + b"-" * 10**5 + b"1\n", ""), (b"def search(a):\n    return '\0'\n", "null"),
+     (b"def search(:\n", "line 1"), (b"def seek():\n    pass\n", "no such function"), (b"\xff", "utf-8"),
+     (b"search = 3\n", "no such function"), (b"#" * (10**6 + 1), "1,000,001 bytes"), (None, "missing"),
+     ("link", "is a link")],
+)  # fmt: skip
+def test_a_broken_file_costs_its_own_exercises(files, tmp_path, content, reason):
+    folder, path = student(tmp_path / "a", files), tmp_path / "a" / "prefixkv.py"
+    path.unlink()
+    if content == "link":
+        path.symlink_to(ROOT / "prefixkv.py")
+    elif content is not None:
+        path.write_bytes(content)
+    found = grade_one("search", folder, files)
+    assert found.points == 0 and "prefixkv.py: search cannot be used: " in found.said and reason in found.said
+    assert grade_one("rope", folder, files).said == "not attempted"
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", "\f", "# \f \u2028 \x85\n"])
+def test_a_body_is_found_whatever_python_takes_for_a_blank(files, tmp_path, mark):
+    source = files["prefixkv.py"].decode()
+    (tmp_path / "prefixkv.py").write_bytes((mark + source.replace("\n", "\r\n")).encode())
+    other = exercise.handed_in(tmp_path, "prefixkv.py")
+    assert take(other, "search") == take(source, "search")
+    assert put(other, "search", take(source, "search")) == other
+
+
+def test_a_fault_elsewhere_in_the_file_hides_no_body(files):
+    for one in EXERCISES.values():
+        source = files[one.file].decode()
+        for broken in (f"(\n{source}\nfor (\n", f"\0\n{source}"):
+            assert put(source, one.function, take(broken, one.function)) == source
+
+
+def test_a_body_may_be_indented_otherwise_and_cannot_leave_its_function():
+    source = "class A:\n    def f(self):\n        # why\n        return 2\n\nx = 1\n"
+    assert take(source, "A.f") == "        # why\n        return 2\n"
+    assert put(source, "A.f", "  if 1:\n      return 3\n") == source.replace("# why", "if 1:").replace(
+        "return 2", "    return 3"
+    )
+    for body in ("        return 3\nx = 2\n", "        return 3\n    g = 4\n"):
+        with pytest.raises(SyntaxError):
+            put(source, "A.f", body)
+    assert outline(source, "A.f")[1] == outline(source.replace("# why", "#"), "A.f")[1]
+
+
+# ---------------------------------------------------------------- handed out, handed in, graded
+
+
+def test_a_handout_has_the_students_text_and_no_body(handout, files, capsys):
+    names = {str(path.relative_to(handout)) for path in handout.rglob("*") if path.is_file()}
+    added = {"COURSEWORK.md", "ANSWERS.md", exercise.REFERENCE, "page_7.html", "page_8.html", "page_9.html"}
+    assert names == {*files} - {*exercise.INSTRUCTORS} | added  # nothing untracked
+    text = (handout / "COURSEWORK.md").read_text()
+    assert not any(word in text for word in ("remove", "restore", "instructor", "grade"))
+    for name, one in EXERCISES.items():
+        assert f"check {name}`, {one.minutes} minutes" in text and f"`{one.function}` in `{one.file}`" in text
+        assert exercise.is_away((handout / one.file).read_text(), name)
+        assert not refusal(files[one.file].decode(), one.function)  # the right body
+        for file, test in (node.split("::") for node in one.task()[0]):
+            assert test in (ROOT / file).read_text()
+    assert reference(handout) == files
+    main(["check"], handout)
+    assert capsys.readouterr().out.count("not attempted") == len(EXERCISES)
+    with pytest.raises(ValueError, match="This is a handout"):
+        main(["remove", "rope"], handout)
+
+
+def test_a_class_is_graded_into_a_table_and_equal_bodies_are_told(handout, files, tmp_path, monkeypatch, capsys):
+    found = {"passed": EXERCISES["rope"].task()[0], "first": "", "said": ""}
+    monkeypatch.setattr(exercise, "run", lambda one, files: found)
+    monkeypatch.chdir(tmp_path)
+    for name, mark in (("ann", ""), ("eve", "    # mine\n")):
+        student(tmp_path / name, files, rope=mark + original(files, "rope"))
+    main(["submit", "cas.zip"], shutil.copytree(handout, tmp_path / "bob"))
+    assert {*zipfile.ZipFile("cas.zip").namelist()} == {*exercise.HANDED_IN, "ANSWERS.md"}
+    exercise.write({exercise.REFERENCE: pack(files)}, tmp_path / "clone")  # as in Gradescope's zip, without git
+    main(["grade", "ann", "eve", "cas.zip", *["--only", "rope", "--only", "cache", "--out", "out"]], tmp_path / "clone")
+    assert "the same rope: ann, eve" in capsys.readouterr().out
+    rows = (tmp_path / "out" / "points.csv").read_text().splitlines()
+    assert rows == ["student,rope,cache,all", "ann,10.0,0.0,10.0", "eve,10.0,0.0,10.0", "cas,0.0,0.0,0.0"]
+    results = json.loads((tmp_path / "out" / "ann" / "results.json").read_text())
+    expected = {"name": "cache", "score": 0.0, "max_score": 10.0, "output": "not attempted"}
+    assert results["score"] == 10 and results["tests"][1] == expected
+
+
+def test_gradescopes_zip_holds_a_repository_that_grades_without_git(repository, files, tmp_path):
+    main(["autograder", str(tmp_path / "a.zip"), "--only", "rope"], repository)
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        names = archive.namelist()
+        assert {"setup.sh", "run_autograder"} < {*names} and not any(".git/" in name for name in names)
+        assert b"--only rope" in archive.read("run_autograder")
+        exercise.write({exercise.REFERENCE: archive.read(f"repository/{exercise.REFERENCE}")}, tmp_path)
+    assert reference(tmp_path) == files
+
+
+def test_a_body_that_was_taken_away_comes_back_to_the_byte(repository, files, tmp_path):
+    root = shutil.copytree(repository, tmp_path / "clone")
+    remove("search", root), remove("rope", root)
+    with pytest.raises(ValueError, match="away already"):
+        remove("rope", root)
+    with pytest.raises(ValueError, match="restore it first"):
+        main(["solutions", str(tmp_path / "s")], root)
+    path = root / "prefixkv.py"
+    own = path.read_text().replace('raise NotImplementedError("exercise: search")', "return 0.0, curve")
+    path.write_text("def search(\n")
+    with pytest.raises(ValueError, match=r"search cannot be found in prefixkv.py \(line 1"):
+        restore("search", root)
+    path.write_text(own)
+    restore("search", root), restore("rope", root)
+    assert (root / ".exercises" / "search.solution").read_text().strip() == "return 0.0, curve"
+    assert reference(root) == files
+    with pytest.raises(ValueError, match="No body is away"):
+        restore("rope", root)
+
+
+def test_solutions_are_functions_and_nothing_is_written_over(repository, tmp_path):
+    main(["solutions", str(tmp_path / "s")], repository)
+    assert sorted(path.stem for path in (tmp_path / "s").iterdir()) == sorted(EXERCISES)
+    assert (tmp_path / "s" / "eviction.py").read_text().startswith("def victim(")
+    for arguments, sentence in ((["handout", "s"], "a new name"), (["grade", "none"], "neither a folder nor a zip")):
+        with pytest.raises(ValueError, match=sentence):
+            main([arguments[0], str(tmp_path / arguments[1])], repository)
+
+
+@pytest.mark.parametrize("arguments", [[], ["remove"], ["remove", "nothing"], ["fix", "rope"], ["list", "rope"]])
+def test_wrong_arguments_end_with_2(arguments):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2

@@ -101,7 +101,7 @@ def test_no_other_allocation_has_a_larger_smallest_prefix(seed, layers, length, 
         """The least share that any layer's prefix holds; a layer with all its tokens holds all."""
         return min(1.0 if count == length else float(row[count - 2]) for row, count in zip(curve, counts))
 
-    _, counts = search(curve, total, 2)
+    _, counts = search(curve.clone(), total, 2)
     every = itertools.product(range(2, length + 1), repeat=layers)
     best = max(smallest(candidate) for candidate in every if sum(candidate) == total)
     assert smallest(counts.tolist()) == best
@@ -112,7 +112,7 @@ def test_the_threshold_is_the_largest_that_fits(table, protected, data):
     layers, length = table.shape
     curve, protected = priority(table), min(length, protected)
     total = data.draw(st.integers(layers * protected, layers * length))
-    threshold, counts = search(curve, total, protected)
+    threshold, counts = search(curve.clone(), total, protected)
 
     def sizes(p):  # straight from the definition: the shortest prefix that holds p, and the protected on top
         shortest = torch.tensor([min(k for k in range(length + 1) if row[k] >= p) for row in curve])
@@ -120,7 +120,7 @@ def test_the_threshold_is_the_largest_that_fits(table, protected, data):
 
     assert int(sizes(threshold).sum()) <= total
     assert (counts >= sizes(threshold)).all()
-    above = curve[curve > threshold]
+    above = curve[curve > threshold + 1e-9]  # so near may a bisection stop
     if len(above):
         assert int(sizes(float(above.min())).sum()) > total
 
