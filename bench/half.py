@@ -80,7 +80,7 @@ def prose(count: int) -> list[str]:
     right = [step_logits(exact, ids) for ids in batches]
     rows = []
     for name, change in (("float32", None), ("bfloat16", Llava.bfloat16), ("int8", to_int8)):
-        model = real.load(path, fast=False)[0]
+        model = real.load(path)[0]
         model = optimize(change(model) if change else model)
         logits = [step_logits(model, ids) for ids in batches]
         losses = [F.cross_entropy(one.flatten(0, 1), ids[:, -STEPS:].flatten(), reduction="none")

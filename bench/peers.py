@@ -122,7 +122,7 @@ def our_model(name: str, path: str) -> Llava:
     if Path(path).is_dir():
         model = load_model(Path(path), dtype=getattr(torch, dtype), fast=True)
     else:
-        model = real.load(Path(path), fast=False)[0]
+        model = real.load(Path(path))[0]
         model = optimize(to_int8(model) if dtype == "int8" else model.to(getattr(torch, dtype)))
     if name.endswith("compiled"):
         compile_steps(model)

@@ -168,7 +168,12 @@ def passages(tokenizer: Any, count: int, split: str, length: int) -> list[list[i
 # ---------------------------------------------------------------- what it is asked
 
 PROMPT, ANSWER = 768, 48  # tokens of a passage that are read, and that are asked for
-PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Karl", "Laura")
+FACTS = (  # each continues with a number
+    "The height of Anna is", "In his garden, Ben counted", "Clara's telephone number ends with",
+    "The train that David took cost", "Emma lives in the house with the number", "Felix weighs exactly",
+    "The book that Grace wrote has", "Henry waited in room", "Iris sold her bicycle for", "Jack sailed on a ship of",
+    "The highest mountain that Karl climbed has", "Laura's laboratory keeps mice of type",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -194,17 +199,17 @@ def passage(tokenizer: Any, count: int) -> list[Text]:
 
 
 def facts(tokenizer: Any, count: int, seed: int) -> list[tuple[Text, str]]:
-    """Prose with a number for each of PEOPLE in it, one of which is asked for, after another one; and the number."""
+    """Prose with a number for each of FACTS in it, one of which is asked for, after another one; and the number."""
     made = []
-    for index, ids in enumerate(passages(tokenizer, count, "testing", 32 * len(PEOPLE))):
+    for index, ids in enumerate(passages(tokenizer, count, "testing", 32 * len(FACTS))):
         rng = random.Random(f"facts {seed} {index}")
-        numbers = {name: str(rng.randint(100, 999)) for name in rng.sample(PEOPLE, len(PEOPLE))}
+        numbers = {fact: str(rng.randint(100, 999)) for fact in rng.sample(FACTS, len(FACTS))}
         context: list[int] = []
-        for place, (name, number) in enumerate(numbers.items()):
-            context += tokenizer.encode(f"\n\nThe number of {name} is {number}.\n\n").ids + ids[32 * place :][:32]
-        first, second = rng.sample(PEOPLE, 2)
-        ask = {name: tokenizer.encode(f"\n\nThe number of {name} is").ids for name in (first, second)}
-        tell = {name: tokenizer.encode(f" {numbers[name]}").ids for name in (first, second)}
+        for place, (fact, number) in enumerate(numbers.items()):
+            context += tokenizer.encode(f"\n\n{fact} {number}.\n\n").ids + ids[32 * place :][:32]
+        first, second = rng.sample(FACTS, 2)
+        ask = {fact: tokenizer.encode(f"\n\n{fact}").ids for fact in (first, second)}
+        tell = {fact: tokenizer.encode(f" {numbers[fact]}").ids for fact in (first, second)}
         full_stop = tokenizer.encode(".").ids
         made.append((Text(context, ask[second], tell[second], (ask[first], tell[first] + full_stop)), numbers[second]))
     return made
