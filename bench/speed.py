@@ -3,7 +3,8 @@
 Every contender runs in a process of its own on the same weights; the processes take turns, round after round, and the
 medians are reported. A decode step reads all weights and all kept keys and values once, so it cannot take less than
 t_min = (weights + KV) / memory bandwidth. Other questions: `--growth`, how time and memory grow with length and batch;
-`--scoring`, what choosing costs a prompt; `--loading`, what it takes to load a checkpoint.
+`--scoring`, what choosing costs a prompt; `--where`, where its seconds go; `--loading`, what it takes to load a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from minillava.convert import config_dict, hub_name
 from minillava.fast import compile_steps
 from minillava.files import write_json
 from minillava.model import Llava
+from minillava.quantised import Int8Linear
 from prefixkv import Plan, PrefixKV
 from weights import empty_model, load_model, read_config
 
@@ -453,6 +455,75 @@ def scoring_table(seconds: dict[str, list[float]], preset: Preset) -> str:
     return "\n".join(lines)
 
 
+class TimedScores(PrefixKV):
+    """PrefixKV at 20 %; notes the seconds that its scores take."""
+
+    seconds = 0.0
+
+    def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        start = time.perf_counter()
+        scores = super().score(layer, query, key, value)
+        self.seconds += time.perf_counter() - start
+        return scores
+
+
+def where(folder: str, preset: Preset, rounds: int) -> str:
+    """Markdown: the parts of a prompt's seconds, and how long their products would take at the machine's own rate.
+
+    That is the rate of one float32 product of the decoder's largest shape, measured in every round.
+    """
+    model = load_model(Path(folder), preset.device, getattr(torch, preset.dtype), fast=True)
+    inputs, layers, text = make_inputs(model.config, preset), model.language_model.layers, model.config.text
+    attention: list[torch.nn.Module] = []
+    for layer in layers:
+        attention += layer.self_attn.children()
+    parts: dict[str, list[torch.nn.Module]] = {
+        "vision tower": [model.vision_tower], "projector": [model.multi_modal_projector],
+        "queries, keys, values, outputs": attention, "MLP": [layer.mlp for layer in layers],
+        "decoder": [model.language_model]}  # fmt: skip
+    spent: dict[str, list[float]] = {name: [] for name in (*parts, "scoring", "whole prompt", "rate")}
+    numbers = dict.fromkeys(parts, 0)  # multiplied and added, twice each
+    began: list[float] = []
+    for name, modules in parts.items():
+        for module in modules:
+            module.register_forward_pre_hook(lambda *_: began.append(time.perf_counter()))
+
+            def ended(*_: Any, name: str = name) -> None:
+                spent[name][-1] += time.perf_counter() - began.pop()
+
+            def count(layer: Any, given: tuple[Tensor], _: Any, name: str = name) -> None:
+                numbers[name] += 2 * given[0].numel() * len(layer.weight)
+
+            module.register_forward_hook(ended)
+            for inner in module.modules():
+                if isinstance(inner, (torch.nn.Linear, Int8Linear)):
+                    inner.register_forward_hook(count)
+    matrix, tokens = torch.randn(text.intermediate_size, text.hidden_size), torch.randn(preset.prompt, text.hidden_size)
+    for _ in range(rounds):
+        numbers = dict.fromkeys(parts, 0)
+        for each in spent.values():
+            each.append(0.0)
+        start = time.perf_counter()
+        for _ in range(4):
+            tokens @ matrix.mT
+        spent["rate"][-1] = 8 * tokens.numel() * len(matrix) / (time.perf_counter() - start)
+        start, method = time.perf_counter(), TimedScores(0.2)
+        model.read(**inputs, cache=model.new_cache(preset.new, method))
+        spent["whole prompt"][-1], spent["scoring"][-1] = time.perf_counter() - start, method.seconds
+    spent["attention, norms, the rest of the decoder"] = [
+        spent["decoder"][i] - spent["queries, keys, values, outputs"][i] - spent["MLP"][i] - spent["scoring"][i]
+        for i in range(rounds)
+    ]
+    rate = statistics.median(spent.pop("rate"))
+    lines = [f"{preset.prompt} prompt tokens, {preset.dtype} on {device_name(preset.device)}, PrefixKV 20%, medians of "
+             f"{rounds} rounds; one float32 product runs at {rate / 1e9:.0f} GFLOP/s.", "",
+             "| | s | products at that rate, s | ratio |", "|---|---|---|---|"]  # fmt: skip
+    for name, taken in spent.items():
+        seconds, least = statistics.median(taken), numbers.get(name, 0) / rate
+        lines.append(f"| {name} | {seconds:.2f} | {f'{least:.2f} | {seconds / least:.2f}' if least else ' | '} |")
+    return "\n".join(lines)
+
+
 def loading(folder: str) -> str:
     """How long a checkpoint takes to load as it is, and how much memory at the peak, which a thread samples.
 
@@ -501,6 +572,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scoring", nargs="+", choices=METHODS, metavar="NAME",
                         help="measure the prefill with these methods at 20%%, beside the full cache's, instead: "
                         + ", ".join(METHODS))  # fmt: skip
+    parser.add_argument("--where", action="store_true", help="measure where a prompt's seconds go, instead")
     parser.add_argument("--loading", metavar="FOLDER", help="measure what it takes to load this checkpoint instead; if "
                         "there is none, one with the preset's shapes and random weights is written first")  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder for speed.md and speed.json")
@@ -528,6 +600,8 @@ def measure_all(args: argparse.Namespace) -> None:
             text = loading(folder)
         elif args.scoring:
             text = scoring_table(scoring(args.scoring, folder, preset, args.rounds), preset)
+        elif args.where:
+            text = where(folder, preset, args.rounds)
         elif args.growth:
             text = growth(folder, args.rounds)
         else:
