@@ -28,6 +28,8 @@ from minillava.model import Llava
 from minillava.scenes import describe, draw, make_scene
 from prefixkv import PrefixKV
 
+SHORT = ("--budget", "50%", "--max-new-tokens", "2")
+
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of the demo, in this process."""
@@ -57,10 +59,10 @@ def test_weights_that_do_not_fit_into_memory_are_refused_before_they_are_read(ca
     monkeypatch.setattr(terminal, "free_memory", lambda: 10_000)
     code, out, err = run(capsys)
     assert (code, out) == (2, "") and "MB, 10 KB are free; try --dtype auto" in err
-    code, out, err = run(capsys, "--dtype", "auto", "--max-new-tokens", "2")
+    code, out, err = run(capsys, "--dtype", "auto", *SHORT)
     assert code == 0 and "Weights in float16: " in err and "read from the file as they are used" in err
     monkeypatch.setattr(terminal, "free_memory", lambda: None)  # where it cannot be known
-    assert run(capsys, "--max-new-tokens", "2")[0] == 0
+    assert run(capsys, *SHORT)[0] == 0
 
 
 @pytest.mark.parametrize("megabytes, own, chosen", [
@@ -83,10 +85,10 @@ def test_the_free_memory_is_less_than_there_is():
 
 def test_what_is_slow_shows_how_far_it_is_on_a_terminal_alone_and_leaves_nothing(capsys, monkeypatch):
     monkeypatch.setattr(terminal, "SLOW", 0.0)
-    _, out, err = run(capsys, "--max-new-tokens", "2")
+    _, out, err = run(capsys, *SHORT)
     assert err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    _, again, err = run(capsys, "--max-new-tokens", "2")
+    _, again, err = run(capsys, *SHORT)
     lines = err.split("\r")
     assert len(again.splitlines()) == len(out.splitlines())
     assert max(map(len, lines)) < 80 and "\n" not in err
@@ -102,7 +104,7 @@ def test_what_is_slow_shows_how_far_it_is_on_a_terminal_alone_and_leaves_nothing
 def test_the_demo_prints_ascii_to_a_terminal_that_knows_nothing_else(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    assert demo.main(["--max-new-tokens", "3"]) == 0
+    assert demo.main([*SHORT]) == 0
     assert b"99999999" in written.getvalue() and written.getvalue().isascii()
 
 
@@ -112,11 +114,10 @@ def test_scenes_are_drawn_by_their_numbers_and_described_one_after_the_other(cap
     found = json.loads(out)
     assert found["images"] == ["scene 7"]
     assert found["runs"][0]["text"] == describe(make_scene(random.Random(7)))
-    short = ("--budget", "50%", "--max-new-tokens", "4")
-    code, out, err = run(capsys, "--scene", "7", "--scene", "8", *short)
+    code, out, err = run(capsys, "--scene", "7", "--scene", "8", *SHORT)
     assert (code, err) == (0, "") and out.count("full cache\n") == 2
     assert [line for line in out.splitlines() if line.startswith("==")] == ["== scene 7 ==", "== scene 8 =="]
-    assert "==" not in run(capsys, "--scene", "7", *short)[1]
+    assert "==" not in run(capsys, "--scene", "7", *SHORT)[1]
 
 
 def test_a_saved_scene_is_told_as_it_is(tmp_path, capsys):
@@ -140,15 +141,14 @@ def test_compiling_says_first_what_it_costs_and_needs_a_compiler(capsys, monkeyp
 def test_the_embedded_model_says_what_it_knows_before_it_describes_a_picture_of_ones_own(tmp_path, capsys):
     photo = tmp_path / "photo.png"
     picture(64, 48).save(photo)
-    short = ("--budget", "50%", "--max-new-tokens", "2")
-    _, out, err = run(capsys, "--image", str(photo), *short)
+    _, out, err = run(capsys, "--image", str(photo), *SHORT)
     assert out.startswith("The embedded model knows scenes of coloured shapes") and err == ""
     assert "--model llava-hf/llava-1.5-7b-hf" in out.split("full cache")[0]
     assert max(map(len, out.splitlines())) <= 80
-    assert "embedded" not in run(capsys, "--image", str(TINY / "examples" / "scene_2.png"), *short)[1]
-    assert json.loads(run(capsys, "--image", str(photo), "--json", *short)[1])  # nothing but the object
+    assert "embedded" not in run(capsys, "--image", str(TINY / "examples" / "scene_2.png"), *SHORT)[1]
+    assert json.loads(run(capsys, "--image", str(photo), "--json", *SHORT)[1])  # nothing but the object
     elsewhere = shutil.copytree(TINY, tmp_path / "model")
-    assert "embedded" not in run(capsys, "--model", str(elsewhere), "--image", str(photo), *short)[1]
+    assert "embedded" not in run(capsys, "--model", str(elsewhere), "--image", str(photo), *SHORT)[1]
 
 
 def test_the_help_is_in_groups_with_examples_and_fits_the_terminal(capsys, monkeypatch):
@@ -250,7 +250,7 @@ def test_few_bits_are_told_alone_and_with_a_method(capsys):
         ((), "full cache in 2 bits", "full cache, 2 bits"),
         (("--method", "cover", "--budget", "40%"), "cover, 40% of the cache in 2 bits", "cover 40%, 2 bits"),
     ):
-        code, out, err = run(capsys, "--kv-bits", "2", *options, "--max-new-tokens", "4")
+        code, out, err = run(capsys, "--kv-bits", "2", *options, "--max-new-tokens", "2")
         assert code == 0 and not err and title in out.splitlines() and row in out
         assert max(map(len, out.splitlines())) <= 80
     code, out, _ = run(capsys, "--kv-bits", "2", "--json", "--max-new-tokens", "20")
@@ -262,7 +262,7 @@ def test_few_bits_are_told_alone_and_with_a_method(capsys):
 
 def test_several_images_in_one_prompt(capsys):
     pictures = [str(path) for path in sorted((TINY / "examples").glob("*.png"))[:2]]
-    code, out, _ = run(capsys, "--json", "--image", pictures[0], "--image", pictures[1], "--max-new-tokens", "4")
+    code, out, _ = run(capsys, "--json", "--image", pictures[0], "--image", pictures[1], *SHORT)
     assert code == 0 and json.loads(out)["runs"][0]["prompt_tokens"] > 2 * 576
 
 
@@ -458,7 +458,7 @@ def test_a_saved_plan_compresses_alike_layer_by_layer(tmp_path, capsys):
     path = str(tmp_path / "plan.json")
     assert plan.main(["--budget", "0.3", "--save", path]) == 0
     searched, planned = (
-        json.loads(run(capsys, "--json", "--max-new-tokens", "24", *options)[1])["runs"][1]
+        json.loads(run(capsys, "--json", "--max-new-tokens", "12", *options)[1])["runs"][1]
         for options in (("--budget", "0.3"), ("--plan", path))
     )
     for field in ("kept_per_layer", "token_ids", "budget"):

@@ -140,8 +140,8 @@ def test_the_command_agrees_with_transformers_on_the_embedded_checkpoint(capsys)
     assert max(map(len, shown)) <= 80
 
 
-def test_the_command_ends_with_1_and_the_stage_for_a_model_that_differs(capsys, monkeypatch):
-    load = weights.load_model
+def test_the_command_ends_with_1_and_the_stage_for_a_model_that_differs(small, capsys, monkeypatch):
+    load, short = weights.load_model, ["--model", str(small[0]), "--new-tokens", "2"]
 
     def broken(*arguments):
         model = load(*arguments)
@@ -149,9 +149,9 @@ def test_the_command_ends_with_1_and_the_stage_for_a_model_that_differs(capsys, 
         return model
 
     monkeypatch.setattr(weights, "load_model", broken)
-    assert main(["--new-tokens", "2"]) == 1
+    assert main(short) == 1
     assert "The first stage that differs is final norm." in capsys.readouterr().out
-    assert main(["--new-tokens", "2", "--json"]) == 1
+    assert main([*short, "--json"]) == 1
     found = [Stage(**entry) for entry in json.loads(capsys.readouterr().out)]
     assert [stage.name for stage in found if not stage.ok][:1] == ["final norm"]
 
