@@ -335,7 +335,7 @@ assert torch.equal(result.kept[0], counts)
 numbers = torch.arange(rows * rows).view(rows, rows)
 sixth = numbers % 6 == 0
 arcs = torch.stack([(numbers.double() * GOLDEN + i / layers) % 1 < 1 / 6 for i in range(layers)])  # [L, rows, columns]
-show({"every sixth patch": sixth} | {f"arc of layer {i}": arcs[i] for i in range(3)})
+show({"every sixth patch": sixth} | {f"arc of layer {i}, all heads": arcs[i] for i in range(3)})
 print(f"every sixth patch: {int(sixth.any(0).sum())} of {rows} columns; layer 0's arc: {int(arcs[0].any(0).sum())}")
 assert arcs[0].any(0).all() and arcs[0].any(1).all() and arcs.any(0).all()
 
@@ -350,7 +350,6 @@ assert arcs[0].any(0).all() and arcs[0].any(1).all() and arcs.any(0).all()
 # %%
 alone = torch.tensor([1.3 + math.log(6), 0.2, -0.7]).softmax(0)  # one key for six, and two others
 assert torch.allclose(torch.tensor([1.3] * 6 + [0.2, -0.7]).softmax(0)[:6].sum(), alone[0])
-
 last = scores[0, 3, -1]  # [N]: layer 0, head 3, before the softmax
 gone = is_image.masked_scatter(is_image, ~arcs[0])  # [N]: patches that are not on the arc
 cut, raised = last.masked_fill(gone, -torch.inf), (last + math.log(6) * is_image).masked_fill(gone, -torch.inf)
@@ -366,17 +365,18 @@ for what, changed in {"all patches": last, "the arc": cut, "the arc with log 6":
 # %%
 cover = Cover(budget)
 covered = model.new_cache(96, cover)
-spoken = torch.cat(list(model.decode(model.read(**inputs, cache=covered), covered)))
-print(f"cover, {covered.held_bytes:,} bytes: {processor.decode(spoken)}")
+expected = model.read(**inputs, cache=covered)
 spaced = cover.log_weights[:, 0, :-1] > 0  # [L, N]: which stand for others; last: new tokens
 show({f"layer {i}\nall heads": row[is_image].view(rows, rows) for i, row in enumerate(cover.chosen[:, 0])})
 left = spaced[0] | ~cover.chosen[0, 0]  # [N]: neither a word nor looked at most
 around = (torch.arange(1, length + 1).double() * GOLDEN) % 1  # places on the circle, from token 1 on
 on_arc = around.masked_fill(~left, 2.0).argsort()[: spaced[0].sum()]
 n = left.sum() / len(on_arc)
-print(f"layer 0 keeps {length - int(left.sum())} tokens as words or looked at, {len(on_arc)} for {n:.1f} tokens each")
+print(f"layer 0 keeps {length - int(left.sum())} words or patches looked at, {len(on_arc)} on the arc for {n:.1f} each")
 assert torch.equal(on_arc.sort().values, spaced[0].nonzero()[:, 0])
 assert torch.allclose(cover.log_weights[0, 0, on_arc], n.log())
+spoken = torch.cat(list(model.decode(expected, covered)))
+print(f"cover, {covered.held_bytes:,} bytes: {processor.decode(spoken)}")
 
 # %% [markdown]
 # ## 19. Fewer bits

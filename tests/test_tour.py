@@ -23,7 +23,7 @@ WRONG = {
     "torch.sigmoid(1.702 * inner)": "torch.sigmoid(inner)",
     "future = torch.ones(length, length).triu(1)": "future = torch.ones(length, length).triu(2)",
     "key.repeat_interleave(shared, 1).mT": "key.repeat(1, shared, 1, 1).mT",
-    "torch.arange(start, start + block.shape[1])": "torch.arange(block.shape[1])",
+    "while len(answer) < 96": "while len(answer) < 2",
     "received = weights.mean(1).sum(1)": "received = weights.sum(1).sum(1)",
     "(curve < p).sum(-1) + protected": "(curve < p).sum(-1) + 1 + protected",
     "order[0] = order[-1] = torch.inf": "order[0] = torch.inf",
