@@ -128,6 +128,15 @@ def test_scoring_divides_by_the_full_cache_of_the_same_round(capsys):
     assert "592 prompt tokens" in out and [line.split("|")[1] for line in out.splitlines()[4:]] == [" full ", " cover "]
 
 
+def test_a_prompts_parts_make_up_its_seconds(capsys):
+    assert main(["--preset", "tiny", "--rounds", "1", "--where"]) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
+    seconds = {name: float(taken) for name, taken, *_ in rows}
+    whole = seconds.pop("whole prompt")
+    assert seconds["vision tower"] + seconds["decoder"] <= whole + 0.02  # hundredths are shown
+    assert sum(seconds.values()) - seconds["decoder"] <= whole + 0.05
+
+
 def test_a_checkpoint_is_written_once_and_its_loading_measured(tmp_path, monkeypatch, capsys):
     shapes = speed.llava(64, 96, 2, 4, 320, speed.VisionConfig(48, 80, 3, 4, image_size=28, patch_size=7))
     monkeypatch.setitem(PRESETS, "small", speed.Preset(shapes, 2, 40, 2, dtype="bfloat16"))
