@@ -234,7 +234,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         + ", ".join(METHODS),
     )  # fmt: skip
     cache.add_argument("--kv-bits", type=int, choices=BITS, metavar="N",
-                       help="store keys and values in N bits: 2, 3, 4 or 8; alone or with a method")  # fmt: skip
+                       help="store keys and values in N bits: 2, 3, 4 or 8; by itself or with a method")  # fmt: skip
     cache.add_argument("--plan", metavar="FILE", help="keep what a plan says instead of a budget")
     cache.add_argument("--compile", action="store_true", help="compile what reads a token: it takes minutes, which are "
                        "told before, and then each token comes sooner")  # fmt: skip

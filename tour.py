@@ -133,7 +133,7 @@ assert torch.allclose(tower_out, vision(tower_in), atol=1e-5)
 # %% [markdown]
 # ## 6. Projector and merge
 #
-# The projector maps the vision tower's width to the decoder's. CLS stays behind. Projected patches take the places of
+# The projector maps the vision tower's width to the decoder's. CLS is left out. Projected patches take the places of
 # `<image>` among the word embeddings. From here on, a patch is a token like a word.
 
 # %%

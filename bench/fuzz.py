@@ -63,19 +63,19 @@ PICTURES = tuple(f"picture.{kind}" for kind in ("png", "jpg", "gif", "bmp", "web
 
 # ---------------------------------------------------------------- damages
 
-WHOLE = (  # in place of a file; the last two claim to be pictures of 400,000 x 250,000 and of 2**31 - 1 x 2**31 - 1
+WHOLE = (  # instead of a file; the last two claim to be pictures of 400,000 x 250,000 and of 2**31 - 1 x 2**31 - 1
     b"", b"null", b"[]", b"3", b"[" * 10**5, b'{"a":' * 10**5, b"\xff\xfe{", b"{% include '/etc/passwd' %}",
     b"{{" + b"(" * 10**4, b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", b"{{ 'x' * 10**10 }}", b"{{ 1 / 0 }}",
     b"{{ messages.__class__.mro() }}",
     b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\x06\x1a\x80\0\x03\xd0\x90\x08\x02\0\0\0\xc9\xa2\xc9\x0e\0\0\0\0IDAT",
     b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\x7f\xff\xff\xff\x7f\xff\xff\xff\x08\x02\0\0\0\x9b\xab\x9c1\0\0\0\0IDAT",
 )  # fmt: skip
-VALUES: tuple[Any, ...] = (  # in place of a value in JSON
+VALUES: tuple[Any, ...] = (  # instead of a value in JSON
     None, True, False, 0, -1, 1, 2, 3, 1.5, -0.0, 10**6, 2**31, 2**63, 10**18, 10**400, 1e308, float("nan"),
     float("inf"), "", "x", "\0", "../../../etc/passwd", "/dev/zero", "ß" * 3, [], [[]], {}, {"a": 1}, [1, 2, 3], "NaN",
     "llava", [-1],
 )  # fmt: skip
-TENSORS: tuple[Callable[[Any], Any], ...] = (  # in place of a tensor
+TENSORS: tuple[Callable[[Any], Any], ...] = (  # instead of a tensor
     lambda t: t.to(torch.float8_e4m3fn), lambda t: t[..., :1].clone(), lambda t: t.to("meta"), lambda t: t.to_sparse(),
     lambda t: t.long(), lambda t: t.to(torch.complex64), lambda t: t.double(), lambda t: t[:0], lambda t: {},
 )  # fmt: skip

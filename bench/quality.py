@@ -97,7 +97,7 @@ class Sample:
     kind: str = "description"  # or that of a short question
     earlier: tuple[str, str] | None = None  # another question about the picture, and its answer
     scene: Scene | None = None
-    text: real.Text | None = None  # in place of a picture and prompts: token ids
+    text: real.Text | None = None  # instead of a picture and prompts: token ids
 
     def can_be(self, protocol: str) -> bool:
         """Whether it can be asked in this way."""
@@ -477,7 +477,7 @@ def statistic(measure: str, values: Tensor) -> Tensor:
 
 
 def order_of(method: str) -> tuple[int, str]:
-    """Where a method stands in tables: as in METHODS, its variants behind it."""
+    """Where a method stands in tables: as in METHODS, its variants after it."""
     base = parsed(method)["base"]
     return (METHODS.index(base) if base in METHODS else len(METHODS), method)
 

@@ -68,7 +68,7 @@ def unpermute(weight: Tensor, heads: int) -> Tensor:
 def load(path: Path) -> tuple[Llava, Any]:
     """The model in float32, and its tokenizer (of the library `tokenizers`), from a GGUF file of a Llama decoder.
 
-    It reads text alone: its vision tower has no weights. Raises LlavaError for a file of another architecture, with
+    It reads only text: its vision tower has no weights. Raises LlavaError for a file of another architecture, with
     other weights, or with another tokenizer.
     """
     from gguf import GGUFReader
@@ -106,7 +106,7 @@ def load(path: Path) -> tuple[Llava, Any]:
             state[name] = unpermute(state[name], heads)
     vision = VisionConfig(1, 1, num_hidden_layers=1, num_attention_heads=1, image_size=1, patch_size=1)
     end = int(field("tokenizer.ggml.eos_token_id"))
-    # No token is an image: the id lies behind the vocabulary.
+    # No token is an image: the id lies after the vocabulary.
     model = empty_model(
         LlavaConfig(vision, text, image_token_id=text.vocab_size, eos_token_id=(end,), pad_token_id=end)
     )

@@ -1,6 +1,6 @@
 """Prefill, decode and memory, beside transformers and beside what moving the bytes must take: `python -m bench.speed`.
 
-Every contender runs in a process of its own on the same weights; the processes take turns, round after round, and the
+Every contender runs in a separate process on the same weights; the processes take turns, round after round, and the
 medians are reported. A decode step reads all weights and all kept keys and values once, so it cannot take less than
 t_min = (weights + KV) / memory bandwidth. Other questions: `--growth`, how time and memory grow with length and batch;
 `--scoring`, what choosing costs a prompt; `--where`, where its seconds go; `--loading`, what it takes to load a
@@ -166,7 +166,7 @@ def write_checkpoint(config: LlavaConfig, folder: Path, dtype: torch.dtype) -> N
 
 
 def make_inputs(config: LlavaConfig, preset: Preset) -> dict[str, Tensor]:
-    """One image and random words behind it for every sample, or words alone."""
+    """One image and random words after it for every sample, or only words."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(3, config.image_token_id - 1, (preset.batch, preset.prompt), generator=generator)
     inputs = {"input_ids": words.to(preset.device), "attention_mask": torch.ones_like(words).to(preset.device)}
@@ -334,7 +334,7 @@ def bandwidth(device: str) -> float:
 
 
 def in_a_process(task: dict[str, Any]) -> dict[str, Any]:
-    """Runs a task of `work` in a process of its own."""
+    """Runs a task of `work` in a separate process."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.speed", "--work", json.dumps(task)],
         capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent,
@@ -345,7 +345,7 @@ def in_a_process(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def work(task: dict[str, Any]) -> dict[str, Any]:
-    """What a process of its own does: one contender, or the memory's bandwidth."""
+    """What a separate process does: one contender, or the memory's bandwidth."""
     if task["contender"] == "bandwidth":
         return {"bandwidth": bandwidth(task["device"])}
     preset = replace(PRESETS[task["preset"]], **task["changes"])
@@ -353,7 +353,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(task: dict[str, Any], contender: str) -> Result:
-    """What a contender takes, measured in a process of its own."""
+    """What a contender takes, measured in a separate process."""
     done = Result(**in_a_process({**task, "contender": contender}))
     found = f"prefill {done.prefill_seconds:.2f} s, {done.step_milliseconds:.2f} ms a step"
     print(f"{contender}, {task['changes'] or task['preset']}: {found}", file=sys.stderr, flush=True)

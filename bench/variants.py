@@ -2,7 +2,7 @@
 
     random+words      the tokens that are no image's are kept first
     h2o~equal         every layer has the same size; `~prefix`: PrefixKV's search finds the sizes, from these scores
-    random/queue      while decoding, PrefixKV's queue: the oldest token behind the pinned ones is dropped
+    random/queue      while decoding, PrefixKV's queue: the oldest token after the pinned ones is dropped
     random/least      cover's rule: the token with the least attention from the question and the new words
     random/keep       nothing is dropped; fewer tokens of the prompt are kept, so that as many are held at the end
     random@4          what is kept is stored in 4 bits; `full@4` keeps all of it
@@ -265,7 +265,7 @@ VARIANTS: dict[str, type[PrefixKV]] = {
     "cover without words": WithoutWords,
     # Everything but the words is evenly spaced; eviction still goes by attention.
     "cover without attention": type("WithoutAttention", (Cover,), {"LOOKED_AT": 0.0}),
-    # Everything but the words is chosen by the attention of those behind the image.
+    # Everything but the words is chosen by the attention of those after the image.
     "cover without spacing": type("WithoutSpacing", (Cover,), {"LOOKED_AT": 1.0}),
     # The spacing is the same in every layer.
     "cover without shift": type("WithoutShift", (Cover,), {"TURNS": 0.0}),
@@ -366,7 +366,7 @@ def make(name: str, budget: float, seeds: Sequence[int] = (0,), further: int = 0
     """The compressor of a name, None for the full cache; Random draws with a seed for each prompt.
 
     further: tokens that will be read after a prompt of `prompt` tokens; with /keep, room is left for them. Raises
-    LlavaError for a name that is none, or a budget that these tokens alone exceed.
+    LlavaError for a name that is none, or a budget that these tokens exceed by themselves.
     """
     parts = parsed(name)
     if parts["base"] == "plan":

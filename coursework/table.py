@@ -17,7 +17,7 @@ class Exercise:
     given: str = ""  # a body with faults, instead of none
 
     def hole(self, name: str) -> str:
-        """What stands in place of the body."""
+        """What stands in for the body."""
         return self.given or f'raise NotImplementedError("exercise: {name}")\n'
 
     def task(self) -> tuple[list[str], str]:

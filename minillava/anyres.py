@@ -79,7 +79,7 @@ def fit(size: Size, pinpoints: Sequence[Size], tile: int, side: int) -> Tiling:
     rows, columns = grid[0] // tile, grid[1] // tile
     height, width = rows * side, columns * side  # of the grid, in patches
     top = left = 0
-    # What is behind the point is cut off. Before that come seven places of rounding: 3 * (24 / 3) may be 23.9999999999.
+    # What comes after the point is cut off. Before it come seven places of rounding: 3 * (24 / 3) may be 23.9999999999.
     if size[1] / size[0] > width / height:
         top = (height - int(round(size[0] * (width / size[1]), 7))) // 2
     else:

@@ -155,7 +155,7 @@ class Recorder(KeepAll):
 
 
 def gini(curve: Tensor) -> Tensor:
-    """Gini coefficients [L] of curves of `priority` [L, points]: 0 for equal, near 1 for one alone."""
+    """Gini coefficients [L] of curves of `priority` [L, points]: 0 for equal, near 1 if one has all."""
     return 2 * torch.trapezoid(curve, dx=1 / (curve.shape[1] - 1)) - 1
 
 
@@ -198,7 +198,7 @@ class Random(PrefixKV):
     def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         drawn = torch.zeros(self.present.shape, dtype=torch.float32)
         seeds = [self.seed] * len(drawn) if isinstance(self.seed, int) else self.seed
-        for row, mask, seed in zip(drawn, self.present.cpu(), seeds):  # a sample draws the same alone and in a batch
+        for row, mask, seed in zip(drawn, self.present.cpu(), seeds):  # the same draws as without the batch
             generator = torch.Generator().manual_seed(seed * 1000 + layer)
             row[mask] = torch.rand(int(mask.sum()), generator=generator, dtype=torch.float32)
         return drawn.to(self.present.device)

@@ -140,7 +140,7 @@ class Packed:
     def pack(self, x: Tensor) -> None:
         """Quantises all slots [B, Hkv, S, Dh]. A group whose range has not changed stays but for rounding."""
         used = self.used[:, None, :, None].expand(self.shape)
-        codes, self.scale, self.zero = quantise(self.groups(x), self.bits, self.groups(used))  # 1 in place of G
+        codes, self.scale, self.zero = quantise(self.groups(x), self.bits, self.groups(used))  # 1 for G
         self.codes = pack_bits(codes, self.bits)  # the codes of a group in G * bits / 8 bytes
         self.newest.clear()
 

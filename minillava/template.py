@@ -95,7 +95,7 @@ def run(template: str, values: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows; elsewhere the clock alone ends it
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows; elsewhere only the clock ends it
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

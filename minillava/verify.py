@@ -52,10 +52,10 @@ CAUSES = {  # by how a stage's name ends
     "token ids": "BOS, spaces beside an added token, the number of image tokens",
     "patch embedding": "the kernel's weights, a bias that CLIP has not, patches flattened in another order",
     "vision layer 0": "position embedding, CLS, the norm before the layers, and what can go wrong in any layer",
-    "vision layer": "gelu in place of quick_gelu, layer_norm_eps, the attention's scale or biases",
+    "vision layer": "gelu instead of quick_gelu, layer_norm_eps, the attention's scale or biases",
     "projector": "features of another vision layer (vision_feature_layer), CLS kept, a missing bias, another gelu",
     "newline": "image_newline left out, or put elsewhere than at the end of every row of patches",
-    "packed features": "rows that do not run over all tiles, padding cut off on one side alone, the overview last",
+    "packed features": "rows that do not run over all tiles, padding cut off on one side only, the overview last",
     "merged embeddings": "the token embedding, or image features at other positions or in another order",
     "norm": "rms_norm_eps, a norm that subtracts the mean, or, after layer 0, the sum of residuals before it",
     "query": "RoPE: its pairs (halves, not neighbours), theta, scaling, positions; then the projection's weights",
@@ -180,7 +180,7 @@ def record(
 
 
 class QueryRecorder(PrefixKV):
-    """PrefixKV that remembers layer 0's query of every new token: it depends on token and position alone."""
+    """PrefixKV that remembers layer 0's query of every new token: it depends only on token and position."""
 
     def __init__(self, budget: float):
         super().__init__(budget)
@@ -420,7 +420,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tolerance", type=float, help="largest difference, relative to a stage's largest number")
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--json", action="store_true", help="print one JSON list in place of the table")
+    parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
     args = parser.parse_args(arguments)
 
     def work() -> int:

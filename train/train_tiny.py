@@ -11,8 +11,8 @@ Three kinds of stages, as LLaVA builds on a CLIP that exists already:
 The table STAGES says what is done in which order. Most is learnt from small pictures, which cost little; then the
 pictures grow, the tower's position embeddings with them, and shorter stages make the weights fit.
 
-Many questions are asked of one picture at once. Short conversations of one to three turns lie side by side behind
-the image tokens; each sees the image and itself, at the positions it would have alone. So one reading of the image
+Many questions are asked of one picture at once. Short conversations of one to three turns lie side by side after
+the image tokens; each sees the image and itself, at the positions it would have by itself. So one reading of the image
 serves a dozen questions, and no answer can be copied from another conversation.
 
 The last stage has smaller objects, too, down to 2 x 2 patches.
@@ -212,7 +212,7 @@ class Conversations:
     def __init__(self, tokenizer: Path):
         self.model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
         self.bos, self.eos = self.model.bos_id(), self.model.eos_id()
-        self.image_id = self.model.vocab_size()  # the tokens added behind sentencepiece's own
+        self.image_id = self.model.vocab_size()  # the tokens added after sentencepiece's own
         self.pad_id = self.image_id + 1
         self.size = math.ceil((self.pad_id + 1) / 64) * 64
 
@@ -251,7 +251,7 @@ class Conversations:
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Endless batches; batch i of a stage follows from (seed, stage, i) alone, so a resumed run sees the same."""
+    """Endless batches; batch i of a stage follows only from (seed, stage, i), so a resumed run sees the same."""
 
     def __init__(self, stage: Stage, start: int, seed: int, talk: Conversations):
         self.stage, self.start, self.seed, self.talk = stage, start, seed, talk
@@ -363,7 +363,7 @@ def project(layer: DecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor) -> tu
 
 
 def finish(layer: DecoderLayer, hidden: Tensor, context: Tensor) -> Tensor:
-    """What stands behind it: hidden [B, N, D] and the attention's context [B, H, N, Dh] -> [B, N, D]."""
+    """What comes after it: hidden [B, N, D] and the attention's context [B, H, N, Dh] -> [B, N, D]."""
     hidden = hidden + layer.self_attn.o_proj(merge_heads(context))
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
@@ -378,7 +378,7 @@ def decode(
     """The decoder over embeddings [B, N, D]: the words' outputs [B, M, D], and of POINTER query and key [B, N, Dh].
 
     The first N - M tokens end with the picture's: plainly causal, so that they need no mask. The mask [B, 1, M, N] is
-    that of the words behind them. Of the top layer, the picture's outputs are read by nobody. `before` and `behind`
+    that of the words after them. Of the top layer, the picture's outputs are read by nobody. `before` and `behind`
     are `project` and `finish`, or the same compiled: once for all layers and lengths.
     """
     layers, image = model.language_model.layers, hidden.shape[1] - mask.shape[2]
