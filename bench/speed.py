@@ -468,10 +468,11 @@ class TimedScores(PrefixKV):
 
 
 def where(folder: str, preset: Preset, rounds: int) -> str:
-    """Markdown: the parts of a prompt's seconds, and how long their products would take at the machine's own rate.
+    """Markdown: where a prompt's seconds go, and what its Linear layers would take at the machine's own rate.
 
-    That is the rate of one float32 product of the decoder's largest shape, measured in every round.
+    That is the rate of one float32 product of the MLP's shape, measured in every round. The first round warms up.
     """
+    require(preset.device == "cpu", "--where measures a CPU; leave --device out.")
     model = load_model(Path(folder), preset.device, getattr(torch, preset.dtype), fast=True)
     inputs, layers, text = make_inputs(model.config, preset), model.language_model.layers, model.config.text
     attention: list[torch.nn.Module] = []
@@ -482,7 +483,7 @@ def where(folder: str, preset: Preset, rounds: int) -> str:
         "queries, keys, values, outputs": attention, "MLP": [layer.mlp for layer in layers],
         "decoder": [model.language_model]}  # fmt: skip
     spent: dict[str, list[float]] = {name: [] for name in (*parts, "scoring", "whole prompt", "rate")}
-    numbers = dict.fromkeys(parts, 0)  # multiplied and added, twice each
+    numbers = dict.fromkeys(parts, 0)  # of the Linear layers: a product and a sum count as two
     began: list[float] = []
     for name, modules in parts.items():
         for module in modules:
@@ -498,8 +499,11 @@ def where(folder: str, preset: Preset, rounds: int) -> str:
             for inner in module.modules():
                 if isinstance(inner, (torch.nn.Linear, Int8Linear)):
                     inner.register_forward_hook(count)
-    matrix, tokens = torch.randn(text.intermediate_size, text.hidden_size), torch.randn(preset.prompt, text.hidden_size)
-    for _ in range(rounds):
+    matrix, tokens = (
+        torch.randn(text.intermediate_size, text.hidden_size),
+        torch.randn(preset.batch * preset.prompt, text.hidden_size),
+    )
+    for _ in range(rounds + 1):
         numbers = dict.fromkeys(parts, 0)
         for each in spent.values():
             each.append(0.0)
@@ -512,12 +516,13 @@ def where(folder: str, preset: Preset, rounds: int) -> str:
         spent["whole prompt"][-1], spent["scoring"][-1] = time.perf_counter() - start, method.seconds
     spent["attention, norms, the rest of the decoder"] = [
         spent["decoder"][i] - spent["queries, keys, values, outputs"][i] - spent["MLP"][i] - spent["scoring"][i]
-        for i in range(rounds)
+        for i in range(rounds + 1)
     ]
+    spent = {name: taken[1:] for name, taken in spent.items()}
     rate = statistics.median(spent.pop("rate"))
     lines = [f"{preset.prompt} prompt tokens, {preset.dtype} on {device_name(preset.device)}, PrefixKV 20%, medians of "
              f"{rounds} rounds; one float32 product runs at {rate / 1e9:.0f} GFLOP/s.", "",
-             "| | s | products at that rate, s | ratio |", "|---|---|---|---|"]  # fmt: skip
+             "| | s | Linear layers at that rate, s | ratio |", "|---|---|---|---|"]  # fmt: skip
     for name, taken in spent.items():
         seconds, least = statistics.median(taken), numbers.get(name, 0) / rate
         lines.append(f"| {name} | {seconds:.2f} | {f'{least:.2f} | {seconds / least:.2f}' if least else ' | '} |")

@@ -1,10 +1,10 @@
-"""Numbers in few bits: the decoder's weights in 8, the KV cache in 2, 3, 4 or 8.
+"""Numbers in few bits: weights in 8, the KV cache in 2, 3, 4 or 8.
 
-Of the weights, each row of a matrix has a scale. In the cache, every token is kept. KIVI (arXiv 2402.02750): keys are
+Of the weights, each row of a matrix has a scale. The cache by itself keeps every token. KIVI (2402.02750): keys are
 quantised per channel and values per token, since a key's large numbers stand in the same channels for all tokens. 32
 numbers share a scale and a zero, each in 16 bits; so b bits take b + 1 in all. (Heads below 32 numbers have smaller
-groups of values, and take more.) The newest tokens stay as they are until there are 32 of them, on average over the
-batch. A compressor may drop tokens besides: a new token then takes a place in an old group.
+groups of values, and take more.) The newest tokens wait until there are 32, on average over the batch. A compressor may
+drop tokens, too: a new one then takes a place in an old group.
 
     cache = QuantisedKVCache(model.config.text, room, bits=4)
     logits = model.read(**inputs, cache=cache)
@@ -25,7 +25,7 @@ from minillava.model import Compressor, KVCache, Llava
 
 BITS = (2, 3, 4, 8)
 GROUP = 32  # numbers that share a scale and a zero; and newest tokens that are not quantised yet
-LARGEST = torch.finfo(torch.float16).max  # numbers beyond become this, since scale and zero are float16
+LARGEST = torch.finfo(torch.float16).max  # larger magnitudes become this, since scale and zero are float16
 PART = 2**21  # numbers of a weight that are converted at once: 8 MB in float32
 
 
@@ -39,14 +39,14 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = weight.new_empty(len(weight), dtype=torch.bfloat16)
     rows = max(1, PART // weight.shape[1])
     parts = zip(weight.split(rows), codes.split(rows), scale.split(rows))
-    for part, code, step in () if weight.is_meta else parts:  # there, arithmetic would take 70 MB for imports
+    for part, code, step in () if weight.is_meta else parts:  # meta arithmetic would import 70 MB
         step.copy_((part.float().abs().amax(1) / 127).clamp(min=torch.finfo(step.dtype).tiny))  # to divide by
         code.copy_((part.float() / step.float()[:, None]).round_())
     return codes, scale
 
 
 class Int8Linear(nn.Module):
-    """An nn.Linear whose weight has 8 bits. It computes in its input's dtype, as its bias has it; no training."""
+    """An nn.Linear with an 8-bit weight. Computes in the dtype that input and bias share; in training, LlavaError."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -68,7 +68,7 @@ class Int8Linear(nn.Module):
 def to_int8(model: Llava) -> Llava:
     """Changes a model in place: matrices of decoder and output layer to 8 bits, all else to bfloat16.
 
-    An output layer that shares the embedding's weight gets its own copy, and reads half as many bytes for a token.
+    A tied output layer gets its own copy. Gradients go off. Call `fast.optimize` afterwards, not before.
     """
     for module in (model, *model.language_model.modules()):
         for name, child in module.named_children():
@@ -95,7 +95,7 @@ def quantise(x: Tensor, bits: int, used: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def dequantise(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """The numbers that `quantise` made codes of, float32."""
-    return codes * scale.float() + zero.float()
+    return (codes * scale.float() + zero.float()).clamp(-LARGEST, LARGEST)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -164,7 +164,8 @@ class Packed:
         self.used[index[0], index[2]] = value.used if isinstance(value, Packed) else True
         value = value.unpack() if isinstance(value, Packed) else value
         self.newest.append((index, value.to(self.dtype, copy=True)))
-        if sum(value.numel() for _, value in self.newest) >= GROUP * self.shape[:2].numel() * self.shape[3]:
+        full = sum(value.numel() for _, value in self.newest) >= GROUP * self.shape[:2].numel() * self.shape[3]
+        if full and not isinstance(index[0], int):  # after the last text of a prompt, `store` packs all of them
             self.pack(self.unpack())
 
     @property
@@ -190,7 +191,7 @@ class QuantisedKVCache(KVCache):
         return cast(tuple[Tensor, Tensor], (Packed(keys, self.bits, False), Packed(values, self.bits, True)))
 
     def store(self, key: Tensor, value: Tensor, keep: Tensor) -> None:
-        """As `KVCache.store`; of a prompt all tokens are quantised."""
+        """As `KVCache.store`; a prompt is quantised whole."""
         super().store(key, value, keep)
         for part in cast(list[Packed], [self.key[-1], self.value[-1]]):
             part.pack(part.unpack())
@@ -205,7 +206,7 @@ class QuantisedKVCache(KVCache):
     def held_bytes(self) -> int:
         """Bytes of the held tokens: codes, a scale and a zero for each group in use, and the newest again in full."""
         total = self.newest_bytes + getattr(self.compressor, "notes_bytes", 0)
-        for tensors in (self.key, self.value):
+        for tensors in (self.key, self.value) if self.key else ():
             for held, part in zip(self.held.tolist(), cast(list[Packed], tensors)):
                 heads, size = part.shape[1], part.shape[3]
                 groups = sum(n * size // part.group if part.per_token else -(-n // GROUP) * size for n in held)

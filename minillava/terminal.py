@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from minillava import TINY
 from minillava.checks import LlavaError, require
-from minillava.files import free_memory
+from minillava.files import free_memory, write_file
 from minillava.model import KVCache, Llava
 from minillava.processor import Processor, open_image
 from minillava.scenes import DESCRIBE, describe, draw, make_scene
@@ -112,9 +113,7 @@ def pictures(paths: list[str] | None, scene: int | None) -> tuple[list[str], lis
 
 
 def save_scene(path: str, number: int, show: bool) -> None:
-    """Writes the picture of a scene; and shows its true description, beside which an answer can be read."""
-    from weights import write_file
-
+    """Writes the picture of a scene as PNG, and shows its true description, to compare answers with."""
     scene, picture = make_scene(random.Random(number)), io.BytesIO()
     draw(scene, oversample=4)[0].save(picture, "PNG")
     write_file(path, picture.getvalue())
@@ -154,7 +153,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def fitting_dtype(folder: Path, free: int) -> tuple[str, str]:
     """The first of the checkpoint's own dtype, 16 bits and 8 that leaves room in the free memory; and why, in a line.
 
-    If none does, it is the checkpoint's own: those weights are mapped, and need not fit (see `weights.load`).
+    If none does, it is the checkpoint's own: from 2 GB on those weights are mapped, and need not fit (`weights.load`).
     """
     from weights import memory_needed
 
@@ -163,7 +162,7 @@ def fitting_dtype(folder: Path, free: int) -> tuple[str, str]:
     needed = {name: memory_needed(folder, name)[0] for name in names}
     fitting = next((name for name, size in needed.items() if size + ROOM <= free), None)
     sizes = ", ".join(f"{name} takes {human(size)}" for name, size in needed.items())
-    line = f"Weights in {fitting or own}: {sizes}; {human(free)} are free, {human(ROOM)} of them for the rest."
+    line = f"Weights in {fitting or own}: {sizes}; {human(free)} are free, {human(ROOM)} needed for the rest."
     return fitting or own, line if fitting else f"{line} They are read from the file as they are used."
 
 
@@ -195,15 +194,15 @@ def load_shown(args: argparse.Namespace) -> tuple[Llava, Processor]:
 
 
 def compile_shown(model: Llava) -> None:
-    """Lets compiled code read single tokens; says first what that costs."""
+    """Lets compiled code read single tokens; says first what that costs. Raises LlavaError without a C++ compiler."""
     from minillava.fast import compile_steps
 
-    compiler = os.environ.get("CXX", "g++")
+    compiler, *_ = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     require(model.lm_head.weight.is_cuda or shutil.which(compiler),
             f"--compile needs a C++ compiler, and there is no {compiler}; leave the option out.")  # fmt: skip
     layers = len(model.language_model.layers)
-    print(f"--compile: a first answer comes about {max(1, round(layers * COMPILE_SECONDS / 60))} min later, once for "
-          "the full cache, and once for compressed ones. Tokens with h2o, cover or --kv-bits are not compiled.",
+    print(f"--compile: the first answer comes about {max(1, round(layers * COMPILE_SECONDS / 60))} min later, with the "
+          "full cache and again with a compressed one. Not compiled: h2o, matching, cover and --kv-bits.",
           file=sys.stderr)  # fmt: skip
     compile_steps(model)
 
