@@ -2,9 +2,8 @@
 
 Of the weights, each row of a matrix has a scale. The cache by itself keeps every token. KIVI (2402.02750): keys are
 quantised per channel and values per token, since a key's large numbers stand in the same channels for all tokens. 32
-numbers share a scale and a zero, each in 16 bits; so b bits take b + 1 in all. (Heads below 32 numbers have smaller
-groups of values, and take more.) The newest tokens wait until there are 32, on average over the batch. A compressor may
-drop tokens, too: a new one then takes a place in an old group.
+numbers share a scale and a zero, each in 16 bits; so b bits take b + 1 in all. The newest tokens wait until there are
+32, on average over the batch. A compressor may drop tokens, too: a new one then takes a place in an old group.
 
     cache = QuantisedKVCache(model.config.text, room, bits=4)
     logits = model.read(**inputs, cache=cache)
