@@ -42,10 +42,8 @@ from minillava.model import KVCache, Llava
 from minillava.quantised import to_int8
 from weights import load_model
 
-OURS = {
-    "smollm2": ("minillava float32", "minillava bfloat16", "minillava int8", "minillava int8 compiled"),
-    "1b": ("minillava bfloat16", "minillava int8", "minillava bfloat16 compiled", "minillava int8 compiled"),
-}
+OURS = ("minillava float32", "minillava bfloat16", "minillava int8")
+COMPILED = ("minillava bfloat16 compiled", "minillava int8 compiled")
 WARM = 3  # single tokens that are read before the timing
 THEIRS = {"smollm2": ("llama.cpp Q4_1",), "1b": ("llama.cpp F16", "llama.cpp Q8_0")}
 
@@ -181,10 +179,11 @@ def compare(args: argparse.Namespace) -> None:
     require(least > 0, f"--rounds, --prompt, --new or --threads is {least}; expected 1 or more.")
     with tempfile.TemporaryDirectory() as scratch:
         for decoder in args.decoders:
+            ours = OURS + COMPILED * args.compiled
             files: dict[str, str] = {}
             if decoder == "smollm2":
                 require(real.find(), f"The pretrained decoder is not installed; to measure it: {real.INSTALL}")
-                files = dict.fromkeys((*THEIRS[decoder], *OURS[decoder]), str(real.find()))
+                files = dict.fromkeys((*THEIRS[decoder], *ours), str(real.find()))
             else:
                 config = PRESETS["laptop-1b"].model
                 assert config is not None
@@ -194,7 +193,7 @@ def compare(args: argparse.Namespace) -> None:
                     files[name] = str(Path(scratch, f"{name.split()[1]}.gguf"))
                     write_gguf(model, Path(files[name]), name.split()[1])
                 del model
-                files |= dict.fromkeys(OURS[decoder], str(Path(scratch, "hub")))
+                files |= dict.fromkeys(ours, str(Path(scratch, "hub")))
             rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in files}
             for number in range(args.rounds):
                 for name, path in files.items():
@@ -212,10 +211,11 @@ def compare(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes as in `run_command`."""
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--decoders", nargs="+", choices=tuple(OURS), default=tuple(OURS))
+    parser.add_argument("--decoders", nargs="+", choices=tuple(THEIRS), default=tuple(THEIRS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=640, help="tokens (default: 640)")
     parser.add_argument("--new", type=int, default=64, help="tokens (default: 64)")
+    parser.add_argument("--compiled", action="store_true", help="also with a compiled step, which takes many minutes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
