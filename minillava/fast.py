@@ -278,7 +278,8 @@ class FastKVCache(KVCache):
     def update(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `KVCache.update`. A single token is the latest, so it sees every slot that is filled."""
         if layer < len(self.key):  # a turn or a token; those of the prompt change the dtype as they are stored
-            query, key, value = (x.to(self.key[layer].dtype) for x in (query, key, value))
+            held = self.key[layer].dtype
+            query, key, value = query.to(held), key.to(held), value.to(self.value[layer].dtype)
         if self.slot is None or layer >= len(self.key):
             return super().update(layer, query, key, value)
         keys, values, row, slot = self.key[layer], self.value[layer], self.row, self.slot[layer]
