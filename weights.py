@@ -435,10 +435,9 @@ def load_model(
         state["lm_head.weight"] = state["language_model.embed_tokens.weight"]
     done, size = 0, sum(tensor.nbytes for tensor in state.values())
     copy = fast and size < 2e9  # where a file begins its weights they are not aligned, and read up to 8 % slower
-    copy = copy or (
-        dtype == torch.int8 and fit.dtype != dtype
-    )  # a single mapped tensor would hold on to the whole of its file
-    fit.tensors.clear()  # so that a file is let go of when its last tensor is replaced
+    # Rounded to 8 bits, all are copied: one tensor that is mapped would hold on to the whole of its file.
+    copy = copy or (dtype == torch.int8 and fit.dtype != dtype)
+    fit.tensors.clear()  # a file is let go of when its last tensor is replaced
     for name in list(state):
         tensor = state[name]
         done += tensor.nbytes

@@ -39,7 +39,7 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows = max(1, PART // weight.shape[1])
     parts = zip(weight.split(rows), codes.split(rows), scale.split(rows))
     for part, code, step in () if weight.is_meta else parts:  # meta arithmetic would import 70 MB
-        step.copy_((part.float().abs().amax(1) / 127).clamp(min=torch.finfo(step.dtype).tiny))  # to divide by
+        step.copy_((part.float().abs().amax(1) / 127).clamp(min=torch.finfo(step.dtype).tiny))  # above 0
         code.copy_((part.float() / step.float()[:, None]).round_())
     return codes, scale
 
@@ -139,7 +139,7 @@ class Packed:
     def pack(self, x: Tensor) -> None:
         """Quantises all slots [B, Hkv, S, Dh]. A group whose range has not changed stays but for rounding."""
         used = self.used[:, None, :, None].expand(self.shape)
-        codes, self.scale, self.zero = quantise(self.groups(x), self.bits, self.groups(used))  # 1 for G
+        codes, self.scale, self.zero = quantise(self.groups(x), self.bits, self.groups(used))
         self.codes = pack_bits(codes, self.bits)  # the codes of a group in G * bits / 8 bytes
         self.newest.clear()
 
