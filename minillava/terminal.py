@@ -163,7 +163,7 @@ def fitting_dtype(folder: Path, free: int) -> tuple[str, str]:
     fitting = next((name for name, size in needed.items() if size + ROOM <= free), None)
     sizes = ", ".join(f"{name} takes {human(size)}" for name, size in needed.items())
     line = f"Weights in {fitting or own}: {sizes}; {human(free)} are free, {human(ROOM)} needed for the rest."
-    return fitting or own, line if fitting else f"{line} They are read from the file as they are used."
+    return fitting or own, line if fitting else f"{line} From 2 GB on, they are read from the file as they are used."
 
 
 def load_shown(args: argparse.Namespace) -> tuple[Llava, Processor]:
