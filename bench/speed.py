@@ -499,10 +499,8 @@ def where(folder: str, preset: Preset, rounds: int) -> str:
             for inner in module.modules():
                 if isinstance(inner, (torch.nn.Linear, Int8Linear)):
                     inner.register_forward_hook(count)
-    matrix, tokens = (
-        torch.randn(text.intermediate_size, text.hidden_size),
-        torch.randn(preset.batch * preset.prompt, text.hidden_size),
-    )
+    matrix = torch.randn(text.intermediate_size, text.hidden_size)
+    tokens = torch.randn(preset.batch * preset.prompt, text.hidden_size)
     for _ in range(rounds + 1):
         numbers = dict.fromkeys(parts, 0)
         for each in spent.values():

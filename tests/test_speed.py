@@ -133,8 +133,9 @@ def test_a_prompts_parts_make_up_its_seconds(capsys):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
     seconds = {name: float(taken) for name, taken, *_ in rows}
     whole = seconds.pop("whole prompt")
-    assert seconds["vision tower"] + seconds["decoder"] <= whole + 0.02  # hundredths are shown
-    assert sum(seconds.values()) - seconds["decoder"] <= whole + 0.05
+    # Each is rounded to hundredths, so off by 0.005 at most: three numbers, and seven.
+    assert seconds["vision tower"] + seconds["decoder"] <= whole + 0.015 + 1e-9
+    assert sum(seconds.values()) - seconds["decoder"] <= whole + 0.035 + 1e-9
 
 
 def test_a_checkpoint_is_written_once_and_its_loading_measured(tmp_path, monkeypatch, capsys):
