@@ -17,7 +17,7 @@ from torch import nn
 
 from minillava import fast
 from minillava.checks import LlavaError
-from minillava.compressors import H2O
+from minillava.compressors import H2O, METHODS
 from minillava.config import LlavaConfig
 from minillava.fast import FastKVCache, FastLinear, compile_steps, matvec, optimize
 from minillava.model import Attention, DecoderLayer, Llava
@@ -63,8 +63,25 @@ def test_tokens_are_those_of_the_plain_classes_in_every_dtype(tmp_path, dtype, k
         assert (found.cache_bytes, found.allocated_bytes) == (expected.cache_bytes, expected.allocated_bytes)
 
 
+def test_every_method_keeps_the_same_of_a_cache_that_is_wider_than_the_weights(small, monkeypatch):
+    model = load_model(small[0], dtype=torch.bfloat16, fast=True)
+    ids = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    for method in METHODS.values():
+        caches = []
+        for free in (2**30, None):
+            monkeypatch.setattr(fast, "free_memory", lambda free=free: free)
+            caches.append(model.new_cache(20, method(0.4)))
+            logits = model.read(ids, caches[-1])
+            logits = model.read(ids[:, :5], caches[-1])  # a turn
+            assert len(list(model.decode(logits, caches[-1], eos_token_id=()))) == 15
+        wide, narrow = caches
+        assert torch.equal(wide.kept, narrow.kept) and torch.equal(wide.held, narrow.held)
+        notes = getattr(wide.compressor, "notes_bytes", 0)
+        assert wide.held_bytes - notes == 2 * (narrow.held_bytes - notes)
+
+
 @pytest.mark.parametrize(
-    "dtype, kv_heads, free", [(torch.bfloat16, 2, 2**30), (torch.float16, 4, None), ("int8", 2, 9**9)]
+    "dtype, kv_heads, free", [(torch.bfloat16, 2, 2**30), (torch.float16, 4, None), ("int8", 2, 2**30)]
 )
 def test_in_few_bits_logits_are_as_near_to_those_of_float32_as_the_plain_ones_are(
     tmp_path, monkeypatch, dtype, kv_heads, free
