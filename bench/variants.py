@@ -27,17 +27,17 @@ from minillava.compressors import (
     GOLDEN,
     H2O,
     METHODS,
-    Accumulated,
     Cover,
     Elastic,
+    LeastAttended,
     Random,
     Weighted,
     equally,
     last_n,
     question_mask,
     question_queries,
+    question_weights,
 )
-from minillava.compressors import question_weights as weights_of_question
 from minillava.fast import FastKVCache
 from minillava.model import KeepAll, KVCache, Llava, Waiting
 from minillava.quantised import BITS, new_cache
@@ -322,40 +322,24 @@ class Queue(PrefixKV):
         return PrefixKV.victim(self, position, kept)
 
 
-class Least(PrefixKV):
+class Least(LeastAttended):
     """Cover's eviction: its sums of squared attention from the question and all later tokens, words last."""
+
+    sum_of, recent = LeastAttended.sum_of, LeastAttended.recent  # rather than H2O's
 
     def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
         super().begin(present, image, layers)
         self.asked = question_queries(present, question_mask(present, image))
-        self.received: list[Tensor] = []
+        self.by_question: list[Tensor] = []
 
     def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.received.append(weights_of_question(query, key, *self.asked).square().sum((1, 2)))
+        self.by_question.append(self.sum_of(question_weights(query, key, *self.asked)))
         return super().score(layer, query, key, value)
 
     def allocate(self, scores: Tensor) -> Tensor:
-        counts, received = super().allocate(scores), torch.stack(self.received)
-        go_last = self.present & ~self.image & self.image.any(1, keepdim=True)
-        self.least = Accumulated(torch.where(go_last, received + 1e6, received), self.present)
+        counts = super().allocate(scores)
+        self.watch(torch.stack(self.by_question), self.present & ~self.image & self.image.any(1, keepdim=True))
         return counts
-
-    @property
-    def notes_bytes(self) -> int:
-        """Bytes of what is noted of each token: the attention received, and what the method itself notes."""
-        return self.least.total.nbytes + int(getattr(super(), "notes_bytes", 0))
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
-        bias = super().attend(layer, query, key, seen, position)
-        mask = None if seen is None else hide(seen)
-        if bias is not None:
-            mask = bias[:, None, None] if mask is None else mask + bias[:, None, None]
-        self.least.add(layer, attention_weights(query, key, mask).square().sum((1, 2)), position)
-        return bias
-
-    def victim(self, position: Tensor, kept: Tensor) -> Tensor:
-        one_can_go = (kept - self.num_sinks - 1).clamp(min=0)
-        return self.least.least(position, self.num_sinks, (kept // 4).clamp(max=8).minimum(one_can_go))
 
 
 RULES: dict[str, type[PrefixKV]] = {"queue": Queue, "least": Least, "keep": PrefixKV}

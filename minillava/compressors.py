@@ -115,33 +115,6 @@ def equally(method: PrefixKV, scores: Tensor) -> Tensor:
     return divide(method, torch.ones(scores.shape[:2]))
 
 
-class Accumulated:
-    """The attention that each token of a text has received so far, and the eviction of the token with least of it."""
-
-    def __init__(self, scores: Tensor, present: Tensor):
-        """Begins with what the prompt's tokens have received: scores [L, B, N], where present [B, N]."""
-        positions = (present.cumsum(-1) - 1).clamp(min=0)  # [B, N]
-        self.total = torch.zeros_like(scores).scatter_add(2, positions.expand_as(scores), scores)  # [L, B, T]
-
-    def add(self, layer: int, weights: Tensor, position: Tensor) -> None:
-        """Adds what further tokens gave a layer's keys at `position` [B, S]: weights [B, S], 0 in free slots."""
-        longest = int(position.max()) + 1
-        if longest > self.total.shape[2]:
-            self.total = F.pad(self.total, (0, longest - self.total.shape[2] + 64))
-        self.total[layer].scatter_add_(1, position.clamp(min=0), weights)
-
-    def least(self, position: Tensor, num_sinks: int, num_recent: Tensor) -> Tensor:
-        """The slot whose token has received least: [L, B], for tokens at position [L, B, S].
-
-        The first `num_sinks` tokens of the text and its newest num_recent [L, B] are spared.
-        """
-        total = self.total.gather(2, position.clamp(0, self.total.shape[2] - 1))
-        newest = position.sort(-1, descending=True).values  # [L, B, S]
-        recent = position >= newest.gather(2, (num_recent - 1).clamp(min=0)[..., None])  # [L, B, S]
-        spared = (position < num_sinks) | (recent & (num_recent > 0)[..., None])
-        return total.masked_fill(spared, torch.inf).argmin(-1)
-
-
 class Recorder(KeepAll):
     """Keeps everything, and remembers the importance of every key: `scores` [L, B, N]."""
 
@@ -207,34 +180,75 @@ class Random(PrefixKV):
         return equally(self, scores)
 
 
-class H2O(PrefixKV):
+class LeastAttended(PrefixKV):
+    """Drops, of a full layer, the token that has received least attention. Subclasses call `watch` in `allocate`."""
+
+    def watch(self, scores: Tensor, last: Tensor) -> None:
+        """Begins with what the prompt's tokens have received: scores [L, B, N]. Those in last [B, N] go last."""
+        at = (self.present.cumsum(-1) - 1).clamp(min=0)  # [B, N]: positions
+        self.received = torch.zeros_like(scores).scatter_add(2, at.expand_as(scores), scores)  # [L, B, T]
+        self.last = torch.zeros_like(last).scatter_add(1, at, last)  # [B, T]
+
+    @property
+    def notes_bytes(self) -> int:
+        """Bytes of what is noted of each token of the text, those that were dropped included."""
+        return self.received.nbytes + self.last.nbytes + int(getattr(super(), "notes_bytes", 0))
+
+    def sum_of(self, weights: Tensor) -> Tensor:
+        """What the keys receive in all from queries with these weights: [B, H, N, S] -> [B, S]."""
+        return weights.square().sum((1, 2))
+
+    def recent(self, kept: Tensor) -> Tensor:
+        """How many of the newest tokens are spared: kept [L, B] of the prompt -> [L, B]."""
+        return (kept // 4).clamp(max=8)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
+        bias = super().attend(layer, query, key, seen, position)  # [B, S], or None
+        mask = None if seen is None else hide(seen)
+        if bias is not None:
+            mask = bias[:, None, None] if mask is None else mask + bias[:, None, None]
+        self.note(layer, attention_weights(query, key, mask), position)
+        return bias
+
+    def note(self, layer: int, weights: Tensor, position: Tensor) -> None:
+        """Adds what a layer's keys at position [B, S] received: weights [B, H, N, S], 0 in free slots."""
+        more = int(position.max()) + 1 - self.received.shape[2]
+        if more > 0:
+            self.received, self.last = F.pad(self.received, (0, more + 64)), F.pad(self.last, (0, more + 64))
+        self.received[layer].scatter_add_(1, position.clamp(min=0), self.sum_of(weights))
+
+    def victim(self, position: Tensor, kept: Tensor) -> Tensor:
+        """The slot [L, B] of the token that has received least. Neither the first tokens nor the newest are dropped."""
+        at = position.clamp(0, self.received.shape[2] - 1)  # [L, B, S]
+        newest = position.sort(-1, descending=True).values  # [L, B, S]
+        count = self.recent(kept).minimum((kept - self.num_sinks - 1).clamp(min=0))  # [L, B]: one can always go
+        recent = position >= newest.gather(2, (count - 1).clamp(min=0)[..., None])  # [L, B, S]
+        spared = (position < self.num_sinks) | (recent & (count > 0)[..., None])  # [L, B, S]
+        with_last = spared | self.last.expand(len(at), -1, -1).gather(2, at)  # [L, B, S]
+        spared = torch.where(with_last.all(-1, keepdim=True), spared, with_last)  # [L, B, S]
+        return self.received.gather(2, at).masked_fill(spared, torch.inf).argmin(-1)
+
+
+class H2O(LeastAttended):
     """Half of the kept tokens have received the most attention so far, half are the newest. New tokens add theirs.
 
     H2O (arXiv 2306.14048), algorithm 1. A full layer drops, of the tokens not recent, the one with least attention.
     """
 
     def allocate(self, scores: Tensor) -> Tensor:
-        self.accumulated = Accumulated(scores, self.present)
+        self.watch(scores, torch.zeros_like(self.present))
         return equally(self, scores)
-
-    @property
-    def notes_bytes(self) -> int:
-        """Bytes of what is noted of each token of the text, those that were dropped included."""
-        return self.accumulated.total.nbytes
 
     def choose(self, layer: int, scores: Tensor, counts: Tensor) -> Tensor:
         recent = last_n(self.present, (counts // 2).minimum(counts - self.num_sinks))
         return retain(scores.masked_fill(recent, torch.inf), counts, self.present, self.num_sinks)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
-        weights = attention_weights(query, key, None if seen is None else hide(seen))  # [B, H, N, S]
-        self.accumulated.add(layer, weights.mean(1).sum(1), position)
-        return None
+    def sum_of(self, weights: Tensor) -> Tensor:
+        return weights.mean(1).sum(1)
 
-    def victim(self, position: Tensor, kept: Tensor) -> Tensor:
-        """Spares as many of the newest tokens as half of those kept, less the one that is about to enter."""
-        one_can_go = (kept - self.num_sinks - 1).clamp(min=0)  # [L, B]
-        return self.accumulated.least(position, self.num_sinks, (kept // 2 - 1).clamp(min=0).minimum(one_can_go))
+    def recent(self, kept: Tensor) -> Tensor:
+        """Half of those kept, less the one that is about to enter."""
+        return (kept // 2 - 1).clamp(min=0)
 
 
 class SnapKV(PrefixKV):
@@ -483,7 +497,7 @@ class AttentionMatching(Weighted):
         return fitted
 
 
-class Cover(Weighted):
+class Cover(LeastAttended, Weighted):
     """Keeps the words, a little of what they attend to, and an even cover of the picture that stands for all of it.
 
     The first and the last token stay anyway. Up to half of a layer's tokens are words of the prompt: the last of them,
@@ -508,11 +522,6 @@ class Cover(Weighted):
     LOOKED_AT = 0.2
     TURNS = 1.0  # how far the arc would have moved after the last layer
 
-    @property
-    def notes_bytes(self) -> int:
-        """Bytes of the weights, and of the attention that each token has received."""
-        return super().notes_bytes + self.accumulated.total.nbytes
-
     def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
         super().begin(present, image, layers)
         self.queries = question_queries(present, question_mask(present, image))
@@ -521,15 +530,8 @@ class Cover(Weighted):
     def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.sum_of(question_weights(query, key, *self.queries))
 
-    def sum_of(self, weights: Tensor) -> Tensor:
-        """What the keys receive in all from queries with these weights: [B, H, N, S] -> [B, S]."""
-        return weights.square().sum((1, 2))
-
     def allocate(self, scores: Tensor) -> Tensor:
-        go_last = self.words & self.has_image[:, None]  # [B, N]
-        self.accumulated = Accumulated(
-            torch.where(go_last, scores + 1e6, scores), self.present
-        )  # more than any attention
+        self.watch(scores, last=self.words & self.has_image[:, None])
         counts = equally(self, scores)
         self.chosen = self.cover(scores, counts)  # of all layers at once, which is faster
         return counts
@@ -559,19 +561,6 @@ class Cover(Weighted):
 
     def choose(self, layer: int, scores: Tensor, counts: Tensor) -> Tensor:
         return self.chosen[layer]
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
-        bias = self.bias(layer, position)  # [B, S], or None
-        mask = None if seen is None else hide(seen)
-        if bias is not None:
-            mask = bias[:, None, None] if mask is None else mask + bias[:, None, None]
-        weights = attention_weights(query, key, mask)  # [B, H, N, S]
-        self.accumulated.add(layer, self.sum_of(weights), position)
-        return bias
-
-    def victim(self, position: Tensor, kept: Tensor) -> Tensor:
-        one_can_go = (kept - self.num_sinks - 1).clamp(min=0)  # [L, B]
-        return self.accumulated.least(position, self.num_sinks, (kept // 4).clamp(max=8).minimum(one_can_go))
 
 
 METHODS: dict[str, type[PrefixKV]] = {

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillava.checks import LlavaError, check_logits, check_no_training, check_read
+from minillava.compressors import LeastAttended, Weighted
 from minillava.config import TextConfig
 from minillava.files import free_memory
 from minillava.model import (
@@ -186,16 +187,36 @@ class FastAttention(Attention):
             if query.is_cpu and query.dtype in HALF:
                 return sdpa_float32(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
             return super().attend(query, key, value, mask)
-        grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3)  # [B, Hkv, G, Dh]
         # The fused call keeps scores in float32; a product would round them to 16 bits.
         if key.dtype != torch.float32 and not torch.compiler.is_compiling():
+            grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3)  # [B, Hkv, G, Dh]
             context = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)  # [B, Hkv, G, Dh]
+            return context.flatten(1, 2)[:, :, None]
+        return self.attend_once(query, key, value, mask)[0]
+
+    def attend_once(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of one new token, the context [B, H, 1, Dh] and the weights [B, H, 1, S]."""
+        grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3)  # [B, Hkv, G, Dh]
+        scores = matvec(key, grouped.to(key.dtype) * query.shape[3] ** -0.5)  # [B, Hkv, G, S]
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(-1)  # [B, Hkv, G, S]
+        context = matvec(value.mT, weights).to(query.dtype)  # [B, Hkv, G, Dh]
+        return context.flatten(1, 2)[:, :, None], weights.flatten(1, 2)[:, :, None]
+
+    def forward(self, x: Tensor, rope: CosSin, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """As `Attention.forward`. A method that notes attention is handed these weights, and computes none itself."""
+        if not isinstance(cache, FastKVCache):
+            return super().forward(x, rope, mask, cache)
+        query, key, value = self.project(x, rope)
+        key, value, mask = cache.update(self.layer, query, key, value)
+        if cache.noted is None:
+            context = self.attend(query, key, value, mask)  # [B, H, N, Dh]
         else:
-            scores = matvec(key, grouped.to(key.dtype) * query.shape[3] ** -0.5)  # [B, Hkv, G, S]
-            if mask is not None:
-                scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-            context = matvec(value.mT, scores.softmax(-1)).to(query.dtype)  # [B, Hkv, G, Dh]
-        return context.flatten(1, 2)[:, :, None]
+            context, weights = self.attend_once(query, key, value, mask)
+            assert isinstance(cache.compressor, LeastAttended)
+            cache.compressor.note(self.layer, weights, cache.noted)
+        return self.o_proj(merge_heads(context))
 
 
 class FastVisionLayer(VisionLayer):
@@ -234,16 +255,20 @@ class FastKVCache(KVCache):
     """Stores values in the order in which `matvec` reads them, and does less for a single token.
 
     compiled: the step is compiled. Each layer then reads all its slots under a mask, so that shapes stay the same from
-    step to step. widen: a CPU holds keys and values of 16 bits in float32, where there is memory for it, since
-    products in 16 bits would take more than twice as long. `held_bytes` counts what is held.
+    step to step. fast_attention: all layers have FastAttention. A CPU then holds keys and values of 16 bits in float32,
+    where there is memory for it, since products in 16 bits would take more than twice as long. `held_bytes` counts what
+    is held.
     """
 
     def __init__(self, config: TextConfig, room: int, compressor: Compressor | None = None, compiled: bool = False,
-                 widen: bool = False):  # fmt: skip
+                 fast_attention: bool = False):  # fmt: skip
         super().__init__(config, room, compressor)
-        self.widen = widen
-        self.attends = type(self.compressor).attend not in (Compressor.attend, PrefixKV.attend)
+        attend = type(self.compressor).attend
+        self.attends = attend not in (Compressor.attend, PrefixKV.attend)
+        self.takes_notes = fast_attention and attend is LeastAttended.attend  # the attention can hand it its weights
         self.compiled = compiled and not self.attends  # torch.compile may not handle what a method does there
+        self.widen = fast_attention and not compiled
+        self.noted: Tensor | None = None  # positions [B, S] of the keys whose weights are to be handed to it next
 
     def new_slots(self, key: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """As `KVCache.new_slots`."""
@@ -280,6 +305,7 @@ class FastKVCache(KVCache):
         if layer < len(self.key):  # a turn or a token; those of the prompt change the dtype as they are stored
             held = self.key[layer].dtype
             query, key, value = query.to(held), key.to(held), value.to(self.value[layer].dtype)
+        self.noted = None
         if self.slot is None or layer >= len(self.key):
             return super().update(layer, query, key, value)
         keys, values, row, slot = self.key[layer], self.value[layer], self.row, self.slot[layer]
@@ -288,7 +314,12 @@ class FastKVCache(KVCache):
         key, value, position = keys[:, :, :filled], values[:, :, :filled], self.position[layer, :, :filled]
         even = not self.compiled and filled == self.fewest[layer]
         seen = None if even else (position >= 0)[:, None, None]
-        bias = self.compressor.attend(layer, query, key, seen, position) if self.attends else None
+        bias = None
+        if self.takes_notes and held == torch.float32:
+            self.noted = position
+            bias = self.compressor.bias(layer, position) if isinstance(self.compressor, Weighted) else None
+        elif self.attends:
+            bias = self.compressor.attend(layer, query, key, seen, position)
         if bias is None:
             return key, value, seen
         bias = bias[:, None, None].to(key.dtype)
@@ -310,8 +341,8 @@ class FastLlava(Llava):
     def new_cache(self, room: int = 128, compressor: Compressor | None = None) -> KVCache:
         """An empty FastKVCache, for compiled steps after `compile_steps`."""
         compiled = self.compiled_step is not None
-        widen = not compiled and all(type(each.self_attn) is FastAttention for each in self.language_model.layers)
-        return FastKVCache(self.config.text, room, compressor, compiled, widen)
+        fast_attention = all(type(each.self_attn) is FastAttention for each in self.language_model.layers)
+        return FastKVCache(self.config.text, room, compressor, compiled, fast_attention)
 
     @torch.inference_mode()
     def read(self, input_ids: Tensor, cache: KVCache, pixel_values: Tensor | None = None,
