@@ -1,15 +1,12 @@
-"""Random checkpoints of the installed `transformers`, in every layout; changes to them; noisy pictures."""
+"""Random checkpoints of the installed `transformers` and of the original LLaVA; changes to them; noisy pictures."""
 
 from __future__ import annotations
 
 import functools
 import json
-import re
 from pathlib import Path
 
 from bench.parity import CLIP, IMAGE_ID, random_model, save_original
-
-LAYOUTS = ("hub", "memory", "disk5")  # as on the Hub, in transformers' memory, as transformers 5 saves; see convert.py
 
 
 def reference(seed=0, text=None, **settings):
@@ -17,28 +14,9 @@ def reference(seed=0, text=None, **settings):
     return random_model("CLIP, Llama", seed=seed, text={"max_position_embeddings": 256, **(text or {})}, **settings)
 
 
-def write(model, folder: Path, layout: str) -> Path:
-    """Saves a reference model under `folder` in one of LAYOUTS, with a tokenizer and an image processor."""
-    from safetensors.torch import load_file, save_file
-
+def write(model, folder: Path, _layout: str = "disk5") -> Path:
+    """Saves a reference model under `folder` as transformers does, with a tokenizer and an image processor."""
     model.save_pretrained(folder)
-    if layout == "memory":
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        if model.config.tie_word_embeddings:
-            del state["lm_head.weight"]
-        save_file(state, folder / "model.safetensors")
-    if layout == "hub":
-        state = load_file(folder / "model.safetensors")
-        renamed = {
-            re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name): tensor
-            for name, tensor in state.items()
-        }
-        save_file(renamed, folder / "model.safetensors")
-        config = json.loads((folder / "config.json").read_text())
-        rope = config["text_config"].pop("rope_parameters")
-        config["text_config"]["rope_theta"] = rope.pop("rope_theta")
-        config["text_config"]["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-        (folder / "config.json").write_text(json.dumps(config))
     write_processor(folder, model.config.vision_config.image_size)
     return folder
 
@@ -49,21 +27,16 @@ def write_original(model, folder: Path, pickled: bool = False, **config) -> Path
     from safetensors.torch import load_file
 
     save_original(model, folder, **config)
-    clip = folder / CLIP
-    if pickled:
-        ours, tower = (load_file(path / "model.safetensors") for path in (folder, clip))
-        names = sorted(ours)
-        parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
-        for file, held in parts.items():
-            torch.save({name: ours[name] for name in held}, folder / file)
-        index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-        torch.save(tower, clip / "pytorch_model.bin")
-        for path in (folder, clip):
-            (path / "model.safetensors").unlink()
+    for path in list(folder.rglob("*.safetensors")) if pickled else ():
+        state = load_file(path)
+        shard = {name: f"pytorch_model-0000{1 + number % 2}-of-00002.bin" for number, name in enumerate(state)}
+        for file in set(shard.values()):
+            torch.save({name: tensor for name, tensor in state.items() if shard[name] == file}, path.with_name(file))
+        edit(path.with_name("pytorch_model.bin.index.json"), weight_map=shard)
+        path.unlink()
     write_processor(folder, model.config.vision_config.image_size)
-    (folder / "preprocessor_config.json").rename(clip / "preprocessor_config.json")
-    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "preprocessor_config.json").rename(folder / CLIP / "preprocessor_config.json")
+    (folder / "tokenizer_config.json").unlink()
     return folder
 
 
@@ -100,13 +73,19 @@ def edit(path: Path, **change) -> None:
     path.write_text(json.dumps(value))
 
 
-def edit_weights(folder: Path, change) -> None:
-    """Has `change` alter the checkpoint's tensors, which it gets by name."""
+def edit_weights(folder: Path, change, pickled: bool = False) -> None:
+    """Has `change` alter the checkpoint's tensors, which it gets by name; the file may become a pickle."""
+    import torch
     from safetensors.torch import load_file, save_file
 
-    state = load_file(folder / "model.safetensors")
+    path = folder / "model.safetensors"
+    state = load_file(path)
     change(state)
-    save_file(state, folder / "model.safetensors")
+    if pickled:
+        path.unlink()
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        save_file(state, path)
 
 
 def same_weights(one, other) -> bool:
@@ -115,6 +94,26 @@ def same_weights(one, other) -> bool:
 
     pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
     return all(a == b and x.dtype == y.dtype and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def check_converted(folder: Path, out: Path, limit: float = 1e-5):
+    """Converts a checkpoint; asserts that the copy is the same here, and in transformers gives the same logits."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    import weights
+
+    assert weights.main(["convert", str(folder), str(out)]) == 0
+    (model, processor), (copy, copied) = weights.load(folder), weights.load(out)
+    assert copy.config == model.config and same_weights(copy, model)
+    prompt, images = processor.chat([("What?", None)], 1), [picture(75, 40)]
+    assert copied.chat([("What?", None)], 1) == prompt
+    inputs = processor(prompt, images)
+    assert all(torch.equal(tensor, inputs[name]) for name, tensor in copied(prompt, images).items())
+    theirs, report = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert float((theirs.eval()(**inputs).logits - model(**inputs)).abs().max()) < limit
 
 
 def picture(width: int, height: int, seed: int = 0, mode: str = "RGB"):

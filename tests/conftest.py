@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import settings
 
 from minillava import TINY
 
@@ -41,20 +41,13 @@ def ends_with_this_process():
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--sweep", action="store_true", help="the same tests with more of everything: examples, tokens, seconds"
-    )
+    parser.addoption("--sweep", action="store_true", help="the same tests with more examples, tokens and seconds")
 
 
 def pytest_configure(config):
-    """Without --sweep, tests take fewer examples, tokens and pictures.
-
-    The profile `quick`, with `--hypothesis-profile`, is for tests that have to fail: they need no smaller example.
-    """
-    settings.register_profile("project", deadline=None, derandomize=True,
-                              max_examples=100 if config.getoption("--sweep") else 25)  # fmt: skip
-    settings.register_profile("quick", deadline=None, derandomize=True, database=None, max_examples=5,
-                              phases=[Phase.explicit, Phase.generate])  # fmt: skip
+    """Without --sweep, tests take fewer examples, tokens and pictures."""
+    examples = 100 if config.getoption("--sweep") else 25
+    settings.register_profile("project", deadline=None, derandomize=True, max_examples=examples)
     settings.load_profile(config.getoption("--hypothesis-profile", None) or "project")
 
 

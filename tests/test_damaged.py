@@ -7,11 +7,12 @@ import os
 import pickle
 import re
 import shutil
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import edit, edit_weights, reference, write_original
-from safetensors.torch import load_file
+from checkpoints import edit, edit_weights, write_original
 
 import weights
 from minillava.checks import LlavaError
@@ -22,36 +23,31 @@ def bases(small, tmp_path_factory):
     """Whole checkpoints: the small one, it in 8 bits, an original LLaVA, and one in pickles."""
     folder = tmp_path_factory.mktemp("bases")
     assert weights.main(["convert", str(small[0]), str(folder / "int8"), "--dtype", "int8"]) == 0
-    theirs = reference(seed=11, kv_heads=2)
-    return {"small": small[0], "int8": folder / "int8", "original": write_original(theirs, folder / "original"),
-            "pickled": write_original(theirs, folder / "pickled", pickled=True)}  # fmt: skip
+    return {"small": small[0], "int8": folder / "int8", "original": write_original(small[1], folder / "original"),
+            "pickled": write_original(small[1], folder / "pickled", pickled=True)}  # fmt: skip
 
 
 # ---------------------------------------------------------------- what to do to a checkpoint
 
 
+def on(name, change):
+    """Does something to a file."""
+    return lambda folder: change(folder / name)
+
+
 def put(name, content):
-    """A file has this content: text, bytes, or what becomes JSON."""
-    data = content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content))
-    return lambda folder: (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode("latin-1"))
-
-
-def gone(name):
-    return lambda folder: (folder / name).unlink()
+    """A file has this content: bytes, or what becomes JSON."""
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return on(name, lambda path: path.write_bytes(data))
 
 
 def cut(size):
     """The weights' file ends after so many bytes, or, below 0, so many before its end."""
-
-    def damage(folder):
-        path = folder / "model.safetensors"
-        os.truncate(path, size % path.stat().st_size)
-
-    return damage
+    return on("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:size]))
 
 
-def grown(name):
-    return lambda folder: os.truncate(folder / name, 10**12)  # takes no room on the disk
+def config(**values):
+    return on("config.json", partial(edit, **values))
 
 
 def header(content):
@@ -62,43 +58,23 @@ def several(*damages):
     return lambda folder: [damage(folder) for damage in damages]
 
 
-def changed(name, **values):
-    return lambda folder: edit(folder / name, **values)
-
-
-def config(**values):
-    """generation_config.json goes, too: its ids would count."""
-    return lambda folder: (edit(folder / "config.json", **values),
-                           (folder / "generation_config.json").unlink(missing_ok=True))  # fmt: skip
-
-
 def tensors(change):
     return lambda folder: edit_weights(folder, change)
 
 
 def as_pickle(name, change):
     """A tensor as safetensors cannot hold it."""
-
-    def damage(folder):
-        state = load_file(folder / "model.safetensors")
-        torch.save({**state, name: change(state[name])}, folder / "pytorch_model.bin")
-        (folder / "model.safetensors").unlink()
-
-    return damage
-
-
-class Trap:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+    return lambda folder: edit_weights(folder, lambda state: state.update({name: change(state[name])}), pickled=True)
 
 
 def trap(save):
-    return lambda folder: save(Trap(folder.parent / "run"), folder / "pytorch_model-00001-of-00002.bin")
+    """A pickle that makes a folder where it is unpickled."""
+
+    def damage(folder):
+        made = type("Trap", (), {"__reduce__": lambda self: (os.mkdir, (str(folder.parent / "run"),))})()
+        save(made, folder / "pytorch_model-00001-of-00002.bin")
+
+    return damage
 
 
 # ---------------------------------------------------------------- damages, and what is said
@@ -182,7 +158,7 @@ INDEX = [
     ({"weight_map": {"a": "../out.safetensors"}}, "own folder"), ({"weight_map": {"a": "/etc/passwd"}}, "own folder"),
     ({"weight_map": {"a": "gone.safetensors"}}, "missing shard"), ({"weight_map": {}}, "missing language_model"),
     ({}, "no weight_map"), ({"weight_map": 3}, "no weight_map"), ({"weight_map": {"a": 3}}, "no weight_map"),
-    ([1], "index.json"), ("{", "index.json"),
+    ([1], "index.json"), (b"{", "index.json"),
 ]  # fmt: skip
 ADDED = [
     ("added_tokens.json", {"<image>": "7"}), ("added_tokens.json", {"": 7}), ("added_tokens.json", {"<image>": -7}),
@@ -193,7 +169,7 @@ ADDED = [
 ]  # fmt: skip
 SMALL = [
     *((config(**change), sentence) for change, sentence in CONFIG),
-    *((changed("preprocessor_config.json", **{name: value}), name)
+    *((on("preprocessor_config.json", partial(edit, **{name: value})), name)
       for name, values in IMAGES.items() for value in values),
     *((tensors(change), sentence) for change, sentence in TENSORS),
     *((as_pickle(name, change), f"{name} {kind}") for name in (NORM, EMBEDDING) for change, kind in NOT_NUMBERS),
@@ -203,24 +179,25 @@ SMALL = [
     *((header(content), "damaged") for content in (
         b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}', b"{", b"[]", b"\xff" * 9)),
     *((put("config.json", content), "config.json") for content in (
-        "", "{", "[]", "null", b"\xed\xa0\x80", "[" * 10**5)),
-    *((grown(name), f"{name} has 1000000000000 bytes") for name in (
+        b"", b"{", b"[]", b"null", b"\xed\xa0\x80", b"[" * 10**5)),
+    *((on(name, partial(os.truncate, length=10**12)), f"{name} has 1000000000000 bytes") for name in (
         "config.json", "tokenizer.model", "tokenizer_config.json")),
-    (gone("config.json"), "no config.json"), (gone("model.safetensors"), "neither model.safetensors nor"),
-    (gone("tokenizer.model"), "neither tokenizer.model nor tokenizer.json"),
+    *((on(name, Path.unlink), sentence) for name, sentence in {
+        "config.json": "no config.json", "model.safetensors": "neither model.safetensors nor",
+        "tokenizer.model": "neither tokenizer.model nor tokenizer.json"}.items()),
     *((put("tokenizer.model", content), r"tokenizer\.model") for content in (b"", b"junk", b"\x0a\x05hello")),
-    *((several(gone("tokenizer.model"), put("tokenizer.json", content)), r"tokenizer\.json") for content in (
+    *((several(on("tokenizer.model", Path.unlink), put("tokenizer.json", content)), r"tokenizer\.json") for content in (
         b"{}", b"[1]", b"\xff", b'{"model": {"type": "BPE", "vocab": 3}}')),
     (put("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "<image>"}}}), "different checkpoints"),
-    (changed("tokenizer_config.json", chat_template=3), "template is int"),
+    (on("tokenizer_config.json", partial(edit, chat_template=3)), "template is int"),
     (put("chat_template.jinja", b"\xff"), "not UTF-8"),
-    (changed("processor_config.json", image_processor="x"), "no object"),
-    (several(config(**TILED), changed("preprocessor_config.json", image_grid_pinpoints=[[28, 28]]),
+    (on("processor_config.json", partial(edit, image_processor="x")), "no object"),
+    (several(config(**TILED), on("preprocessor_config.json", partial(edit, image_grid_pinpoints=[[28, 28]])),
              tensors(lambda state: state.update({"image_newline": torch.zeros(64)}))), "different checkpoints"),
 ]  # fmt: skip
 DAMAGES = [
     *(("small", damage, sentence) for damage, sentence in SMALL),
-    *(("original", changed("config.json", **change), sentence) for change, sentence in ORIGINAL),
+    *(("original", config(**change), sentence) for change, sentence in ORIGINAL),
     *(("int8", tensors(change), sentence) for change, sentence in INT8),
     *(("pickled", trap(save), "cannot be read as weights") for save in (
         lambda made, path: torch.save({"lm_head.weight": made}, path),
@@ -233,6 +210,7 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence_and_nothing_in_it_is_run(
     bases, tmp_path, base, damage, sentence
 ):
     folder = shutil.copytree(bases[base], tmp_path / "llava")
+    (folder / "generation_config.json").unlink(missing_ok=True)  # its ids would count instead of config.json's
     damage(folder)
     with pytest.raises(LlavaError) as caught:
         weights.load(folder)
@@ -262,18 +240,16 @@ def test_what_does_not_load_is_not_converted_either_and_inspect_shows_why(
     assert sentence in said and (sentence in shown) == (code > 0) and "\x1b" not in said + shown
 
 
-@pytest.mark.parametrize("arguments", [["inspect", "/nowhere"], ["convert", "/nowhere", "out"]])
-def test_a_folder_that_is_not_there_ends_with_2(arguments, capsys):
-    assert weights.main(arguments) == 2
-    assert "no folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "name", ["no such folder", "no/such/folder", "/nowhere", "word " * 10**5, "\0"], ids=lambda name: name[:20]
-)
-def test_what_is_neither_folder_nor_hub_id_is_refused(name, small):
+@pytest.mark.parametrize("name", ["no such folder", "no/such/folder", "/nowhere", "word " * 10**5, "\0"],
+                         ids=lambda name: name[:20])  # fmt: skip
+def test_what_is_neither_folder_nor_hub_id_is_refused_and_ends_a_command_with_2(name, capsys):
     with pytest.raises(LlavaError, match="no folder"):
         weights.load(name)
+    assert [weights.main(command) for command in (["inspect", name], ["convert", name, "out"])] == [2, 2]
+    assert capsys.readouterr().err.count("no folder") == 2
+
+
+def test_a_file_is_no_checkpoint(small):
     with pytest.raises(LlavaError, match="is a file"):
         weights.load(small[0] / "config.json")
 

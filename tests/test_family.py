@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from checkpoints import edit, picture, same_weights
+from checkpoints import check_converted, edit, picture
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.collections import PatchCollection
@@ -34,8 +34,19 @@ from prefixkv import PrefixKV
 LOGITS = 1e-5  # as in test_parity
 PINPOINTS = [(height, width) for height, width in GRIDS]
 
-# The forms of LLaVA-1.5 (parts), Llama 3 (text) and Qwen (text, with a system message of its own).
-LLAVA = (
+# Content as a list of parts, as in LLaVA-1.5's template, after all that a template may use; and content as text.
+LANGUAGE = [
+    "{% if tools %}T{% endif %}", "{% if tools is not none %}T{% endif %}",
+    "{% if tools is defined and tools %}T{% endif %}",
+    "{% if not tools is none and tools | length > 0 %}T{% endif %}", "{% if documents is not none %}D{% endif %}",
+    "{{ 'T' if tools != none else '' }}", "{{ bos_token }}{{ eos_token }}{{ unk_token }}", "{{ strftime_now('%Y') }}",
+    "  {% if true %}\n  a\n  {% endif %}\n  b {#- c #}\n", "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}"
+    "{% endgeneration %}{{ x }}", "{% for i in range(9) %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "{% set ns = namespace({'m': 0}, n=1, self=2) %}{% set ns.n = 3 %}{{ ns.n }}{{ ns.self }}{{ ns.m }}",
+    "{{ {'b': '<é>', 'a': [1]} | tojson }}{{ {'b': 1, 'a': 2} | tojson(indent=1, sort_keys=true) }}",
+    "{{ dict(b=1) | tojson }}{{ dict.fromkeys('a') | tojson }}{{ messages[0].content[1].text | upper }}",
+]  # fmt: skip
+LLAVA = "|".join(LANGUAGE) + (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
@@ -43,38 +54,27 @@ LLAVA = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 LLAMA3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|head|>' + message['role'] + '<|/head|>\n\n' + message['content'] | trim + '<|eot|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{{ '<|begin|>' }}{% for message in messages %}"
+    "{{ '<|head|>' + message['role'] + '<|/head|>\n\n' + message['content'] | trim + '<|eot|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}"
 )
-CHATML = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|head|>system\nHelp.<|eot|>\n' }}{% endif %}"
-    "{%- for message in messages %}{{ '<|head|>' + message['role'] + '\n' + message['content'] + '<|eot|>' + '\n' }}"
-    "{%- endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant\n' }}{% endif %}"
-)
-TEMPLATES = {"CLIP, Llama 3": LLAMA3, "SigLIP, Qwen2": CHATML, "LLaVA-NeXT, Llama": LLAVA, "LLaVA-NeXT, Mistral": None}
+TEMPLATES = {"CLIP, Llama 3": LLAMA3, "SigLIP, Qwen2": LLAMA3, "LLaVA-NeXT, Llama": LLAVA}
 
 
 def tokenizer(kind):
-    """A byte-level BPE of transformers, trained on a few words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """A byte-level BPE of transformers, of bytes and two merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
+    special = ["<|end_of_text|>", "<|begin|>", "<|eot|>", "<|head|>", "<|/head|>"]
+    pieces = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "in"]
+    pieces += [f"<|reserved {number}|>" for number in range(len(pieces), IMAGE_ID)]
+    bpe = Tokenizer(models.BPE({piece: id for id, piece in enumerate(pieces)}, [("Ġ", "a"), ("i", "n")]))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=IMAGE_ID, special_tokens=["<|end_of_text|>", "<|begin|>", "<|eot|>", "<|head|>", "<|/head|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
-    words = ["USER: What is in the image? ASSISTANT: a red cat and a dog.", "Describe the image in detail, please."]
-    bpe.train_from_iterator(words * 4 + [f"{a}{b}" for a in words[0].split() for b in words[1].split()], trainer)
-    bpe.add_tokens([f"<|reserved {number}|>" for number in range(bpe.get_vocab_size(), IMAGE_ID)])
-    bpe.add_special_tokens(["<image>"])
+    bpe.add_special_tokens([*special, "<image>"])
     if kind == "CLIP, Llama 3":
-        begin = "<|begin|>"
         bpe.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, bpe.token_to_id(begin))]
+            single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", pieces.index("<|begin|>"))]
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<|begin|>", eos_token="<|end_of_text|>", pad_token="<|eot|>",
@@ -87,16 +87,12 @@ def write(folder, kind, model):
     import transformers as t
 
     side, siglip, processor = model.config.vision_config.image_size, kind.startswith("SigLIP"), t.LlavaProcessor
-    size, crop = {"shortest_edge": side}, {"height": side, "width": side}
+    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     if kind.startswith("LLaVA-NeXT"):
         processor = t.LlavaNextProcessor
-        images = t.models.llava_next.image_processing_pil_llava_next.LlavaNextImageProcessorPil(
-            size=size, crop_size=crop, image_grid_pinpoints=GRIDS
-        )
-    elif siglip:
-        images = t.models.siglip.image_processing_pil_siglip.SiglipImageProcessorPil(size=crop)
+        images = t.LlavaNextImageProcessorPil(**size, image_grid_pinpoints=GRIDS)
     else:
-        images = t.models.clip.image_processing_pil_clip.CLIPImageProcessorPil(size=size, crop_size=crop)
+        images = t.SiglipImageProcessorPil(size=size["crop_size"]) if siglip else t.CLIPImageProcessorPil(**size)
     made = processor(
         images, tokenizer(kind), patch_size=7, vision_feature_select_strategy="full" if siglip else "default",
         num_additional_image_tokens=int(not siglip), chat_template=TEMPLATES.get(kind),
@@ -108,11 +104,11 @@ def write(folder, kind, model):
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    """Of a kind and a number of KV heads: (folder, transformers' model and processor, our model and processor)."""
+    """Of a kind: (folder, transformers' model and processor, our model and processor)."""
 
     @functools.cache
-    def get(kind, kv_heads=2):
-        folder, theirs = tmp_path_factory.mktemp("family"), random_model(kind, kv_heads, pad_token_id=2)
+    def get(kind):
+        folder, theirs = tmp_path_factory.mktemp("family"), random_model(kind, 2, pad_token_id=2)
         processor = write(folder, kind, theirs)
         return folder, theirs, processor, *weights.load(folder)
 
@@ -125,14 +121,11 @@ BATCH = ["a <image> cat", "USER: What?", "<image><image> a red dog and a cat."]
 
 
 def draw_file(path, rng):
-    """A noisy picture of any mode and size, in a file of any format, perhaps with a camera's turn in its EXIF data."""
-    mode = rng.choice(["RGB", "RGB", "L", "RGBA", "LA", "P", "1", "CMYK"])
+    """A noisy picture of any mode and size, perhaps with a camera's turn in its EXIF data."""
     size, exif = (rng.choice([1, 27, 28, 29, rng.randint(2, 200)]), rng.randint(2, 200)), Image.Exif()
-    noise = Image.frombytes("RGBA", size, rng.randbytes(4 * size[0] * size[1])).convert(mode)
     exif[274] = rng.randint(1, 8)
-    kinds = {"RGB": ["png", "jpg", "webp", "bmp"], "L": ["png", "jpg"], "CMYK": ["jpg", "tiff"]}
-    path = path.with_suffix("." + rng.choice(kinds.get(mode, ["png"])))
-    noise.save(path, **({} if path.suffix == ".bmp" else {"exif": exif}))
+    noise = Image.frombytes("RGBA", size, rng.randbytes(4 * size[0] * size[1]))
+    noise.convert(rng.choice(["RGB", "L", "RGBA", "LA", "P", "1"])).save(path, "png", exif=exif)
     return path
 
 
@@ -189,18 +182,6 @@ def test_llama_3s_angles_are_those_of_transformers(factor, low, more, original, 
     config = TextConfig(head_dim=size, rope_theta=theta, rope_scaling=scaling)
     theirs = LlamaConfig(head_dim=size, max_position_embeddings=2**20, rope_parameters={**scaling, "rope_theta": theta})
     assert torch.equal(rope_frequencies(config), LlamaRotaryEmbedding(theirs).inv_freq)
-
-
-@pytest.mark.parametrize("kind", FAMILY)
-def test_bfloat16_gives_the_tokens_of_transformers(family, kind, new_tokens):
-    folder, theirs, _, _, processor = family(kind)
-    theirs = type(theirs).from_pretrained(folder, dtype=torch.bfloat16).eval()
-    inputs = processor(SEVERAL, [picture(75, 40), picture(31, 90)])
-    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
-    made = theirs.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
-    model = weights.load_model(folder, dtype=torch.bfloat16)
-    found = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=())
-    assert torch.equal(found.token_ids, made[:, inputs["input_ids"].shape[1] :])
 
 
 # ---------------------------------------------------------------- tiles
@@ -274,16 +255,6 @@ def test_a_token_is_shown_as_text_with_its_space(family):
     assert tokenizer.piece(10**6) == ""
 
 
-def test_truncation_and_padding_that_a_tokenizer_json_was_saved_with_are_off(tmp_path, family):
-    folder, *_, processor = family("SigLIP, Qwen2")
-    shutil.copy(folder / "tokenizer.json", tmp_path)
-    edit(tmp_path / "tokenizer.json",
-         truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
-         padding={"strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2,
-                  "pad_type_id": 0, "pad_token": "<|eot|>"})  # fmt: skip
-    assert Tokenizer.from_folder(tmp_path, IMAGE_ID).encode(ONE[0]) == processor.tokenizer.encode(ONE[0])
-
-
 @pytest.mark.parametrize("sentencepiece", [True, False])
 def test_a_text_that_is_no_unicode_is_refused(family, tiny, sentencepiece):
     with pytest.raises(LlavaError, match=r"surrogates not allowed.*type it anew, as UTF-8 text"):
@@ -300,15 +271,18 @@ def test_sentencepiece_is_used_where_it_is(tmp_path, family, monkeypatch):
     assert not isinstance(Tokenizer.from_folder(tmp_path, IMAGE_ID).library, TokenizerJson)
 
 
-def test_tokens_that_only_other_files_name_are_added(tmp_path, family):
-    folder = family("SigLIP, Qwen2")[0]
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    others = [token for token in raw["added_tokens"] if token["content"] != "<image>"]
-    edit(tmp_path / "tokenizer.json", **{**raw, "added_tokens": others})
+def test_a_tokenizer_json_counts_without_its_truncation_and_padding_and_with_tokens_of_other_files(tmp_path, family):
+    raw = json.loads((family("SigLIP, Qwen2")[0] / "tokenizer.json").read_text())
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != "<image>"]
+    raw["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    raw["padding"] = {"strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2,
+                      "pad_type_id": 0, "pad_token": "<|eot|>"}  # fmt: skip
+    edit(tmp_path / "tokenizer.json", **raw)
     pad = {"content": "<pad>", "rstrip": True, "special": False}
     edit(tmp_path / "tokenizer_config.json", added_tokens_decoder={IMAGE_ID + 1: pad})
     made = Tokenizer.from_folder(tmp_path, IMAGE_ID)
-    assert made.encode("a<image><pad>  b")[-3:] == [IMAGE_ID, IMAGE_ID + 1, *made.encode("b")]
+    (a,), (b,) = map(made.encode, "ab")
+    assert made.encode("a<image><pad>  b") == [a, IMAGE_ID, IMAGE_ID + 1, b]
     assert made.decode([IMAGE_ID, IMAGE_ID + 1]) == made.piece(IMAGE_ID + 1) == "<pad>"
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(LlavaError, match=rf"gives <image> the id {IMAGE_ID}, others 319; .* different checkpoints"):
@@ -320,49 +294,21 @@ def test_tokens_that_only_other_files_name_are_added(tmp_path, family):
 TALK = [("What is this?", "A red cat."), ("And that?", None)]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FAMILY if TEMPLATES[kind]])
-def test_prompts_are_those_that_transformers_makes_of_the_template(family, kind):
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_prompts_are_those_that_transformers_makes_of_the_template_and_bos_stands_once(family, kind):
     _, _, theirs, _, ours = family(kind)
-    parts = TEMPLATES[kind] is LLAVA
 
-    def content(text, image):
-        if parts:
-            return [{"type": "image"}] * image + [{"type": "text", "text": text}]
-        return "<image>\n" * image + text
+    def message(role, text, *images):
+        parts = [*images, {"type": "text", "text": text}]
+        return {"role": role, "content": parts if TEMPLATES[kind] is LLAVA else "<image>\n" * len(images) + text}
 
-    messages = [
-        {"role": "user", "content": content("What is this?", 1)},
-        {"role": "assistant", "content": content("A red cat.", 0)},
-        {"role": "user", "content": content("And that?", 0)},
-    ]
-    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    prompt = ours.chat(TALK, 1)
+    talk = [message("user", "What is this?", {"type": "image"}), message("assistant", "A red cat."),
+            message("user", "And that?")]  # fmt: skip
+    expected = theirs.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    prompt, image = ours.chat(TALK, 1), picture(28, 28)
     assert prompt == expected.removeprefix("<|begin|>" if kind == "CLIP, Llama 3" else "")
-    image = picture(28, 28)
     ids = theirs(text=expected, images=[image], return_tensors="pt", add_special_tokens=False)["input_ids"]
-    assert torch.equal(ours(prompt, [image])["input_ids"], ids)  # and BOS once
-
-
-LANGUAGE = [
-    "{% if tools %}T{% endif %}", "{% if tools is not none %}T{% endif %}",
-    "{% if tools is defined and tools %}T{% endif %}",
-    "{% if not tools is none and tools | length > 0 %}T{% endif %}", "{% if documents is not none %}D{% endif %}",
-    "{{ 'T' if tools != none else '' }}", "{{ bos_token }}{{ eos_token }}{{ unk_token }}", "{{ strftime_now('%Y') }}",
-    "  {% if true %}\n  a\n  {% endif %}\n  b {#- c #}\n", "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}"
-    "{% endgeneration %}{{ x }}", "{% for i in range(9) %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}",
-    "{% set ns = namespace({'m': 0}, n=1, self=2) %}{% set ns.n = 3 %}{{ ns.n }}{{ ns.self }}{{ ns.m }}",
-    "{{ {'b': '<é>', 'a': [1]} | tojson }}{{ {'b': 1, 'a': 2} | tojson(indent=1, sort_keys=true) }}",
-    "{{ dict(b=1) | tojson }}{{ dict.fromkeys('a') | tojson }}{{ messages[0].content[1].text | upper }}",
-]  # fmt: skip
-
-
-def test_whatever_a_template_uses_it_renders_as_in_transformers(family, monkeypatch):
-    _, _, theirs, _, ours = family("LLaVA-NeXT, Llama")
-    template = "|".join([*LANGUAGE, LLAVA])
-    monkeypatch.setattr(ours, "template", template)
-    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
-    expected = theirs.apply_chat_template(talk, chat_template=template, add_generation_prompt=True, tokenize=False)
-    assert ours.chat([("What?", None)], 1) == expected
+    assert torch.equal(ours(prompt, [image])["input_ids"], ids)
 
 
 def test_without_a_template_the_form_is_llava_15s(family):
@@ -444,40 +390,32 @@ PACK = anyres.pack
 
 
 @pytest.mark.parametrize(
-    "kind, wrong, said",
-    [("SigLIP, Qwen2", None, "stages agree"), ("LLaVA-NeXT, Llama", None, "stages agree"),
-     ("LLaVA-NeXT, Llama", lambda f, t, newline: PACK(f, t, 0 * newline), "that differs is newline."),
-     ("LLaVA-NeXT, Llama", lambda f, t, newline: PACK(f.roll(-1, 0), t, newline), "that differs is packed features.")],
+    "kind, dtype, wrong, said",
+    [*((kind, "bfloat16", None, "stages agree") for kind in FAMILY), ("SigLIP, Qwen2", "float32", None, "stages agree"),
+     ("LLaVA-NeXT, Llama", "float32", None, "stages agree"),
+     ("LLaVA-NeXT, Llama", "float32", lambda f, t, newline: PACK(f, t, 0 * newline), "that differs is newline."),
+     ("LLaVA-NeXT, Llama", "float32", lambda f, t, newline: PACK(f.roll(-1, 0), t, newline),
+      "that differs is packed features.")],
 )  # fmt: skip
 def test_verify_compares_every_stage_of_every_kind_and_names_the_one_where_packing_goes_wrong(
-    family, kind, tmp_path, monkeypatch, capsys, wrong, said
+    family, kind, tmp_path, monkeypatch, capsys, dtype, wrong, said
 ):
     picture(75, 40).save(tmp_path / "picture.png")
-    arguments = ["--model", str(family(kind)[0]), "--image", str(tmp_path / "picture.png"), "--new-tokens", "4"]
+    arguments = ["--model", str(family(kind)[0]), "--image", str(tmp_path / "picture.png"), "--dtype", dtype]
     if wrong is not None:
         monkeypatch.setattr("minillava.model.pack", wrong)
-    assert verify.main(arguments) == (wrong is not None)
+    assert verify.main([*arguments, "--new-tokens", "16"]) == (wrong is not None)
     shown = capsys.readouterr().out
     assert said in shown and ("not compared" not in shown or wrong is not None)
     assert ("tiles" in shown) == ("newline" in shown) == ("packed features" in shown) == kind.startswith("LLaVA-NeXT")
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_converting_and_inspecting(family, kind, tmp_path, capsys):
-    folder, _, _, model, processor = family(kind)
-    assert weights.main(["inspect", str(folder)]) == 0
-    assert "Every parameter is there." in capsys.readouterr().out
-    assert weights.main(["convert", str(folder), str(tmp_path / "out")]) == 0
+def test_every_kind_is_converted_with_its_template_for_transformers_too(family, kind, tmp_path):
     from transformers import AutoProcessor
 
+    check_converted(family(kind)[0], tmp_path / "out")
     AutoProcessor.from_pretrained(tmp_path / "out")(text=["<image>"], images=[picture(75, 40)], return_tensors="pt")
-    converted, theirs = weights.load(tmp_path / "out")
-    assert converted.config == model.config
-    assert same_weights(model, converted)
-    texts, pictures = [processor.chat([("What?", None)], 1)], [picture(75, 40)]
-    assert theirs.chat([("What?", None)], 1) == texts[0]
-    for name, tensor in processor(texts, pictures).items():
-        assert torch.equal(theirs(texts, pictures)[name], tensor), name
 
 
 def test_converting_keeps_the_added_tokens_that_a_tokenizer_config_names(family, tmp_path):
@@ -501,27 +439,17 @@ def test_a_question_may_hold_what_a_failed_template_would_print(family, text):
     assert text in family("LLaVA-NeXT, Llama")[4].chat([(text, None)], 1)
 
 
-def test_bos_that_a_template_writes_out_stands_once(family, monkeypatch):
-    processor = family("CLIP, Llama 3")[4]
-    monkeypatch.setattr(processor, "template", LLAMA3.replace("bos_token", "'<|begin|>'"))
-    monkeypatch.setattr(processor, "special_tokens", {})
-    ids = processor(processor.chat([("What?", None)]))["input_ids"][0].tolist()
-    assert ids.count(processor.tokenizer.added["<|begin|>"].id) == 1 and ids[0] == 1
-
-
 def test_the_page_shows_tiles(family):
     *_, model, processor = family("LLaVA-NeXT, Llama")
-    image = picture(75, 40)
+    image, tiling = picture(75, 40), model.config.tiling((40, 75))
     inputs = processor(ONE, [image])
     data = explore.collect(model, processor, ONE[0], [image], (0.2,))
-    tiling = model.config.tiling((40, 75))
-    cells = [position for position in data["patches"] if position is not None]
+    patches, columns = data["patches"], data["columns"]
+    cells = [position for position in patches if position is not None]
     assert len(cells) == tiling.tokens and cells == sorted(cells)  # overview first, then row by row
-    assert len(data["patches"]) == data["columns"] * (tiling.side + tiling.height)
-    assert data["columns"] == tiling.width + 1
-    ends = [data["patches"][(tiling.side + row + 1) * data["columns"] - 1] for row in range(tiling.height)]
+    assert columns == tiling.width + 1 and len(patches) == columns * (tiling.side + tiling.height)
     positions = (inputs["input_ids"][0] == IMAGE_ID).nonzero().flatten()
-    assert ends == [int(positions[token]) for token in tiling.newlines]
+    assert patches[columns - 1 :: columns][tiling.side :] == positions[tiling.newlines].tolist()
     assert "null" in explore.page(data)
     kept = {"h2o": plan.kept_tokens(model, inputs, "h2o", 0.5)}
     with mock.patch("matplotlib.collections.PatchCollection", wraps=PatchCollection) as framed:

@@ -2,72 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 
 import pytest
 import torch
 import transformers
-from checkpoints import IMAGE_ID, LAYOUTS, reference, write
+from checkpoints import check_converted, reference, write
 from conftest import TINY
 
 import weights
 from bench import parity
 from minillava.scenes import draw, make_scene
-from prefixkv import PrefixKV
+from minillava.verify import Reference, first_difference, verify
 
 # Both sides do the same float32 operations in the same order, and where this was written no bit differed.
 # Another processor may choose other kernels for one mask; logits are about 5, so this leaves some 20 last places.
 LOGITS = 1e-5
-
-
-def prompts(images: bool, batch: bool, patches: int = 16) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Random ids, left-padded if there are several prompts, of different lengths; and how many images they hold."""
-    generator = torch.Generator().manual_seed(5)
-    rows, count = [], 0
-    for index, length in enumerate((9, 21, 4) if batch else (12,)):
-        row = torch.randint(3, 300, (length,), generator=generator)
-        for _ in range((index + 1) % 3 if images else 0):  # one, two and no images
-            row = torch.cat([row[:2], torch.full((patches,), IMAGE_ID), row[2:]])
-            count += 1
-        rows.append(row)
-    longest = max(map(len, rows))
-    ids = torch.stack([torch.cat([torch.zeros(longest - len(row), dtype=torch.long), row]) for row in rows])
-    mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
-    return ids, mask, count
-
-
-def compare(theirs, ours, images: bool, batch: bool, new_tokens: int) -> float:
-    """Largest logit difference on real tokens; asserts equal image features and so many equal greedy tokens."""
-    ids, mask, count = prompts(images, batch, ours.config.num_image_tokens)
-    side = ours.config.vision.image_size
-    pixels = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1)) if count else None
-    inputs = {"input_ids": ids, "attention_mask": mask} | ({} if pixels is None else {"pixel_values": pixels})
-    with torch.no_grad():  # ours first: a model with a hole in it, as in an exercise, fails at once
-        found = ours(**inputs)
-        if pixels is not None:
-            features = ours.image_features(pixels)
-            expected = theirs.model.get_image_features(pixel_values=pixels, output_hidden_states=True).pooler_output
-            torch.testing.assert_close(features, torch.stack(list(expected)), atol=LOGITS, rtol=0)
-        expected = theirs(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
-        generated = theirs.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
-    difference = float((found - expected)[mask.bool()].abs().max())
-    assert difference < LOGITS
-    for compressor in (None, PrefixKV(1.0)) if images and batch else (None,):
-        result = ours.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=(), compressor=compressor)
-        assert torch.equal(result.token_ids, generated[:, ids.shape[1] :])
-    return difference
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tied, kv_heads", [(False, 4), (True, 2)], ids=["untied-mha", "tied-gqa"])
-def test_every_layout_gives_the_reference_logits_and_tokens(tmp_path, layout, tied, kv_heads, new_tokens):
-    theirs = reference(kv_heads=kv_heads, tied=tied)
-    ours = weights.load_model(write(theirs, tmp_path, layout))
-    # What depends on the layout are the weights alone, so one kind of input is enough for the others.
-    kinds = itertools.product((True, False), (False, True)) if layout == LAYOUTS[0] else [(True, True)]
-    seen = [compare(theirs, ours, images, batch, new_tokens) for images, batch in kinds]
-    print(f"{layout} {'tied' if tied else 'untied'} {kv_heads}: largest logit difference {max(seen):.1e}")
 
 
 LLAMA3 = {
@@ -75,6 +25,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 32, "rope_theta": 500.0,
 }  # fmt: skip
 VARIANTS = {
+    "a key head for every query head": {"kv_heads": 4},
+    "tied": {"tied": True},
     "linear rope": {"text": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e3}}},
     "llama3 rope": {"text": {"rope_parameters": LLAMA3}},
     "head_dim": {"text": {"head_dim": 24}},
@@ -89,14 +41,13 @@ VARIANTS = {
 }
 
 
-# Only the keys of RoPE depend on the layout.
-@pytest.mark.parametrize(
-    "variant, layout", [*((name, "disk5") for name in VARIANTS), ("linear rope", "hub"), ("llama3 rope", "hub")]
-)
-def test_every_option_of_the_config_is_honoured(tmp_path, variant, layout, new_tokens):
-    theirs = reference(seed=3, kv_heads=2, **VARIANTS[variant])
-    ours = weights.load_model(write(theirs, tmp_path, layout))
-    compare(theirs, ours, images=True, batch=True, new_tokens=new_tokens)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_option_of_the_config_is_honoured_and_kept_when_it_is_converted(tmp_path, variant, new_tokens):
+    theirs = reference(seed=3, **{"kv_heads": 2, **VARIANTS[variant]})
+    folder = write(theirs, tmp_path / "saved")
+    stages = verify(weights.load_model(folder), Reference(folder, new_tokens=new_tokens), tolerance=1e-6)
+    assert first_difference(stages) is None
+    check_converted(folder, tmp_path / "hub")
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -106,9 +57,9 @@ def test_logits_while_generating_are_those_of_transformers_alone_and_in_batches(
     model, processor = tiny if quick else weights.load(TINY)
     questions = ("Describe the image in detail.", "How many objects are there?", "What is at the top left?", "What?")
     images = [draw(make_scene(random.Random(f"parity {index}")))[0] for index in range(8)]
-    alone, together = [[index] for index in range(4)], [[0, 4], [1, 5], [2, 6], [3, 7]]  # one question each
+    groups = [[0], [1], [2], [3], [0, 4], [1, 5], [2, 6], [3, 7]]  # one question each
     largest = 0.0
-    for group in alone + together if sweep else alone[:1] + together[1:2]:
+    for group in groups if sweep else (groups[0], groups[5]):
         prompt = processor.chat([(questions[group[0] % 4], None)], 1)
         inputs = processor([prompt] * len(group), [images[index] for index in group])
         cache, past, block = model.new_cache(new_tokens), None, inputs

@@ -10,12 +10,13 @@ import sys
 import warnings
 from operator import attrgetter
 from pathlib import Path
+from unittest import mock
 
+import huggingface_hub.constants
 import pytest
 import torch
 from checkpoints import edit, edit_weights, reference, same_weights
 from conftest import ROOT
-from safetensors.torch import load_file
 
 import weights
 from minillava.checks import LlavaError
@@ -46,8 +47,7 @@ def test_weights_of_several_dtypes_come_in_one_which_is_the_embeddings_if_none_i
     edit_weights(folder, lambda state: state.update({embedding: state[embedding].bfloat16()}))
     model = weights.load_model(folder, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    assert weights.memory_needed(folder, dtype) == (numbers * expected.itemsize, torch.bfloat16)
+    assert weights.memory_needed(folder, dtype) == (sum(p.nbytes for p in model.parameters()), torch.bfloat16)
 
 
 def test_an_untied_output_layer_is_used_even_if_the_config_says_tied(small, folder):
@@ -80,23 +80,21 @@ def test_settings_that_change_transformers_tokens_are_named(folder, generation, 
     assert [named in str(warning.message) for warning in caught] == [True] * (named is not None)
 
 
-WINDOW = {"sliding_window": 24}
-SETTINGS = [  # at the top of config.json and in its text part, in generation_config.json; what is read, and as what
-    ("pad_token_id", 0, {}, {}, {}), ("eos_token_id", (), {}, {}, {}),  # of Qwen2; Llama's end is 2
-    ("pad_token_id", 7, {"pad_token_id": None}, {"pad_token_id": 7}, {}),
-    ("pad_token_id", 7, {"pad_token_id": 7}, {"pad_token_id": 8}, {}),
-    ("pad_token_id", 4, {"pad_token_id": 7}, {}, {"eos_token_id": 4}),
-    ("pad_token_id", 9, {}, {}, {"pad_token_id": 9}), ("eos_token_id", (2,), {}, {"model_type": "llama"}, {}),
-    ("pad_token_id", 3, {"pad_token_id": -1}, {"eos_token_id": 3}, {}),
-    ("eos_token_id", (3,), {"pad_token_id": -1}, {"eos_token_id": 3}, {}),
-    ("pad_token_id", 5, {}, {}, {"eos_token_id": [5, 6]}), ("eos_token_id", (5, 6), {}, {}, {"eos_token_id": [5, 6]}),
-    *(("text.kv_heads", heads, {}, {"model_type": kind, "num_attention_heads": 64, "hidden_size": 128, **given}, {})
-      for kind, heads, given in (("qwen2", 32, {}), ("mistral", 8, {}), ("llama", 64, {}),
-                                 ("qwen2", 64, {"num_key_value_heads": None}))),
-    *(("text.tie_word_embeddings", tied, {"tie_word_embeddings": top}, {"tie_word_embeddings": text}, {})
+WINDOW, IDS = {"sliding_window": 24}, ("pad_token_id", "eos_token_id")
+SETTINGS = [  # what is read as what, of the top of config.json, its text part, and generation_config.json
+    (IDS, (0, ()), {}, {}, {}),  # of Qwen2
+    (IDS, (2, (2,)), {}, {"model_type": "llama"}, {}),
+    (IDS, (7, ()), {"pad_token_id": None}, {"pad_token_id": 7}, {}),
+    (IDS, (7, ()), {"pad_token_id": 7}, {"pad_token_id": 8}, {}),
+    (IDS, (4, (4,)), {"pad_token_id": 7}, {}, {"eos_token_id": 4}), (IDS, (9, ()), {}, {}, {"pad_token_id": 9}),
+    (IDS, (3, (3,)), {"pad_token_id": -1}, {"eos_token_id": 3}, {}),
+    (IDS, (5, (5, 6)), {}, {}, {"eos_token_id": [5, 6]}),
+    *((["text.kv_heads"], heads, {}, {"model_type": kind, **given}, {}) for kind, heads, given in (
+        ("qwen2", 32, {}), ("mistral", 8, {}), ("llama", 64, {}), ("qwen2", 64, {"num_key_value_heads": None}))),
+    *((["text.tie_word_embeddings"], tied, {"tie_word_embeddings": top}, {"tie_word_embeddings": text}, {})
       for top, text, tied in ((True, None, True), (True, False, True), (False, True, True), (False, None, False),
                               (None, None, False))),
-    *(("text.max_position_embeddings", positions, {}, text, {}) for text, positions in (
+    *((["text.max_position_embeddings"], positions, {}, text, {}) for text, positions in (
         ({"model_type": "mistral", **WINDOW}, 24), ({"model_type": "mistral", "sliding_window": 4096}, 256),
         ({"model_type": "mistral", "sliding_window": None, "max_position_embeddings": 9000}, 9000),
         ({"model_type": "llama", **WINDOW}, 256),
@@ -104,56 +102,44 @@ SETTINGS = [  # at the top of config.json and in its text part, in generation_co
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, expected, top, text, generation", SETTINGS)
+@pytest.mark.parametrize("names, expected, top, text, generation", SETTINGS)
 def test_a_setting_that_is_absent_or_stands_in_several_places_is_read_as_transformers_reads_it(
-    small, name, expected, top, text, generation
+    small, names, expected, top, text, generation
 ):
     """Of a Qwen2, unless another kind is named. A text is refused beyond the window, which then is its positions."""
     raw = json.loads((small[0] / "config.json").read_text())
     for place in (raw, raw["text_config"]):
         for absent in ("pad_token_id", "eos_token_id", "num_key_value_heads", "tie_word_embeddings", "head_dim"):
             place.pop(absent, None)
-    raw["text_config"] |= {"model_type": "qwen2", "num_key_value_heads": 2, **text}
-    if name == "text.kv_heads" and "num_key_value_heads" not in text:
-        del raw["text_config"]["num_key_value_heads"]
-    assert attrgetter(name)(weights.parse_config({**raw, **top}, generation)) == expected
-
-
-def test_a_hub_id_is_read_from_the_cache_and_without_network_refused_in_a_sentence(small, tmp_path, monkeypatch):
-    import huggingface_hub.constants as constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(LlavaError, match="no folder someone/a-model"):
-        weights.load("someone/a-model")
-    repository = tmp_path / "models--someone--a-model"
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    shutil.copytree(small[0], repository / "snapshots" / commit)
-    assert same_weights(weights.load("someone/a-model")[0], small[2])
-    assert same_weights(weights.load("someone/a-model", revision=commit)[0], small[2])
+    raw["text_config"] |= {"model_type": "qwen2", "num_attention_heads": 64, "hidden_size": 128, **text}
+    assert attrgetter(*names)(weights.parse_config({**raw, **top}, generation)) == expected
 
 
 @pytest.mark.parametrize("pickled", [False, True])
-def test_only_weights_configs_and_the_tokenizer_are_downloaded_and_pickles_where_nothing_else_is(
-    monkeypatch, folder, pickled
+def test_a_hub_id_is_read_from_the_cache_and_pickles_are_asked_for_only_where_there_is_nothing_else(
+    small, folder, tmp_path, monkeypatch, pickled
 ):
-    import huggingface_hub
-
-    asked, rest = [], ["*.json", "*.jinja", "tokenizer.model"]
-
-    def fake(name, revision, allow_patterns):
-        asked.append((name, revision, allow_patterns))
-        return str(folder)
-
+    download = mock.Mock(wraps=huggingface_hub.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(LlavaError, match="no folder someone/a-model, and the Hub could not give"):
+        weights.load("someone/a-model")
     if pickled:
-        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-        (folder / "model.safetensors").unlink()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
-    weights.load("someone/a-model", revision="v1")
-    patterns = [["*.safetensors", *rest], ["*.bin", *rest]][: 1 + pickled]
-    assert asked == [("someone/a-model", "v1", pattern) for pattern in patterns]
+        edit_weights(folder, lambda state: None, pickled=True)
+    cached, commit = tmp_path / "models--someone--a-model", 5 * "01234567"
+    shutil.copytree(folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    for revision in (None, commit):
+        download.reset_mock()
+        assert same_weights(weights.load("someone/a-model", revision=revision)[0], small[2])
+        patterns = [
+            [kind, "*.json", "*.jinja", "tokenizer.model"] for kind in ("*.safetensors", "*.bin")[: 1 + pickled]
+        ]
+        assert download.call_args_list == [
+            mock.call("someone/a-model", revision=revision, allow_patterns=asked) for asked in patterns
+        ]
 
 
 MEASURE = """
