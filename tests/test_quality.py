@@ -271,7 +271,8 @@ def test_a_plan_is_the_mean_of_what_samples_keep_and_says_how_far_they_agree(qui
             model.read(**quality.together(model, processor, [sample]), cache=cache)
             ratios.append((cache.kept[:, 0] / cache.prompt_lengths).tolist())
         assert plan.samples == 3 and plan.model == str(quick_model)
-        assert plan.ratios == pytest.approx(torch.tensor(ratios).mean(0).tolist())
+        # Rounding in a batch may move a token of one sample, of some 40 and three.
+        assert plan.ratios == pytest.approx(torch.tensor(ratios).mean(0).tolist(), abs=0.01)
     arguments = ["--plans", str(plans), "--out", str(tmp_path / "out"), "--protocols", "known", "--methods", "plan"]
     assert main([*QUICK, *ask, *arguments]) == 0
     kept = [record["kept"] for record in read_results(tmp_path / "out") if record["budget"] == 0.5]
