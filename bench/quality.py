@@ -10,7 +10,7 @@ checkpoint on scenes that training never saw. `--data` asks questions of your ow
 Methods are combined as bench/variants.py says: `--methods full cover random+words/least full@2`.
 
 Results go to `--out`: `results*.jsonl` (a line for every answer, from which a second run goes on), `table.md`, and
-pictures where matplotlib is installed. Many processes: `torchrun --nproc-per-node 2 -m bench.quality`.
+`quality.png` where matplotlib is installed. Many processes: `torchrun --nproc-per-node 2 -m bench.quality`.
 """
 
 from __future__ import annotations
@@ -568,18 +568,13 @@ def tables(records: list[Record], samples: dict[str, list[Sample]], seed: int) -
     return "\n".join([note, "", *lines])
 
 
-def shares_kept(records: list[Record]) -> dict[float, list[float]]:
-    """What PrefixKV kept of each layer, by budget."""
-    return {
+def layer_table(curve: Tensor, records: list[Record]) -> str:
+    """Markdown: how concentrated each layer's importance is, and what PrefixKV kept of it, by budget."""
+    shares = {
         budget: torch.stack([torch.tensor(row["kept"]) / row["prompt"] for row in rows]).mean(0).tolist()
         for (*run, budget), rows in sorted(grouped(records).items())
         if run == ["description", "known", "prefixkv"]
     }
-
-
-def layer_table(curve: Tensor, records: list[Record]) -> str:
-    """Markdown: how concentrated each layer's importance is, and what PrefixKV kept of it."""
-    shares = shares_kept(records)
     lines = ["**Layers: Gini coefficient of importance, and share that PrefixKV keeps by budget**", ""]
     lines += ["| layer | Gini | " + " | ".join(f"{budget:.0%}" for budget in shares) + " |"]
     lines += ["|---" * (len(shares) + 2) + "|"]
@@ -588,12 +583,12 @@ def layer_table(curve: Tensor, records: list[Record]) -> str:
     return "\n".join([*lines, ""])
 
 
-def plot(records: list[Record], curve: Tensor, folder: Path) -> None:
-    """`quality.png`, a column for each protocol, and `layers.png`, if matplotlib is installed."""
+def plot(records: list[Record], path: Path) -> None:
+    """The measures by bytes held, a column for each protocol, if matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
-        print("matplotlib is not installed, so there are no pictures: pip install -e '.[bench]'", file=sys.stderr)
+        print("matplotlib is not installed, so there is no picture: pip install -e '.[bench]'", file=sys.stderr)
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -618,21 +613,7 @@ def plot(records: list[Record], curve: Tensor, folder: Path) -> None:
         axis.set(xscale="log", yscale="log" if measure == "perplexity" else "linear",
                  title=f"{protocol}: {measure}", xlabel="bytes held at the end, of all in 16 bits")  # fmt: skip
     figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
-    figure.savefig(folder / "quality.png", dpi=110)
-    plt.close(figure)
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    colours = plt.get_cmap("viridis")(torch.linspace(0, 0.9, len(curve)).tolist())
-    for layer, (line, colour) in enumerate(zip(curve.tolist(), colours)):
-        left.plot([index / (len(line) - 1) for index in range(len(line))], line, color=colour, label=f"layer {layer}")
-    left.set(xlabel="share of the keys, most important first", ylabel="share of the importance")
-    left.legend(fontsize=7)
-    for budget, kept in shares_kept(records).items():
-        right.plot(range(len(kept)), kept, marker="o", markersize=3, label=f"{budget:.0%}")
-    right.set(xlabel="layer", ylabel="share of the prompt kept by PrefixKV")
-    if right.lines:  # PrefixKV was measured
-        right.legend(fontsize=7, title="budget")
-    figure.savefig(folder / "layers.png", dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -786,10 +767,9 @@ def evaluate(args: argparse.Namespace) -> int:
         recorder = Recorder()
         inputs = together(model, processor, some[: args.batch_size])
         model.read(**inputs, cache=model.new_cache(1, recorder))
-        curve = curves(recorder)
-        text = tables(records, samples, args.seed) + "\n" + layer_table(curve, records)
+        text = tables(records, samples, args.seed) + "\n" + layer_table(curves(recorder), records)
         write_file(args.out / "table.md", text.encode())
-        plot(records, curve, args.out)
+        plot(records, args.out / "quality.png")
         print(text)
     if dist.is_initialized():
         dist.barrier()
