@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import real
+from bench.common import table
 from bench.speed import PRESETS, Preset, make_inputs, write_checkpoint
-from minillava.checks import LlavaError
 from minillava.fast import optimize
 from minillava.model import Llava
 from minillava.quantised import to_int8
@@ -69,11 +69,9 @@ def step_logits(model: Llava, ids: Tensor) -> Tensor:
     return torch.stack(found, dim=1).float()
 
 
-def prose(count: int) -> list[str]:
-    """Rows of a table in Markdown: perplexity of `count` passages, and how the likeliest tokens and logits differ."""
+def prose(count: int) -> list[list[str]]:
+    """Rows of a table: perplexity of `count` passages, and how the likeliest tokens and logits differ."""
     path = real.find()
-    if path is None:
-        raise LlavaError(f"The pretrained decoder is not installed; to measure it: {real.INSTALL}")
     exact, tokenizer = real.load(path)
     passages = torch.tensor(real.passages(tokenizer, count, "testing", PROMPT + STEPS))
     batches = passages.split(BATCH)
@@ -88,7 +86,7 @@ def prose(count: int) -> list[str]:
         same = torch.cat([(one.argmax(-1) == other.argmax(-1)).flatten() for one, other in zip(logits, right)])
         most = max(float((one - other).abs().max()) for one, other in zip(logits, right))
         perplexity = float(torch.cat(losses).double().mean().exp())
-        rows.append(f"| {name} | {perplexity:.3f} | {same.double().mean():.1%} | {most:.3f} |")
+        rows.append([name, f"{perplexity:.3f}", f"{same.double().mean():.1%}", f"{most:.3f}"])
     return rows
 
 
@@ -101,15 +99,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--passages", type=int, default=40, help=f"of {PROMPT} + {STEPS} tokens (default: 40)")
     args = parser.parse_args(arguments)
     if args.prose:
-        rows = prose(args.passages)
-        print("| weights | perplexity | same likeliest token | largest difference of a logit |\n|---|---|---|---|")
-        print("\n".join(rows))
+        columns = ["weights", "perplexity", "same likeliest token", "largest difference of a logit"]
+        print(table(columns, prose(args.passages)))
         return 0
-    print("| dtype | | root mean square | largest | same argmax |\n|---|---|---|---|---|")
+    rows = []
     for dtype in DTYPES:
         with tempfile.TemporaryDirectory() as scratch:
             for name, (mean, most, same) in distances(PRESETS[args.preset], dtype, Path(scratch)).items():
-                print(f"| {dtype} | {name} | {mean:.2e} | {most:.2e} | {same:.1%} |", flush=True)
+                rows.append([dtype, name, f"{mean:.2e}", f"{most:.2e}", f"{same:.1%}"])
+    print(table(["dtype", "", "root mean square", "largest", "same argmax"], rows))
     return 0
 
 

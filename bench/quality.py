@@ -10,7 +10,7 @@ checkpoint on scenes that training never saw. `--data` asks questions of your ow
 Methods are combined as bench/variants.py says: `--methods full cover random+words/least full@2`.
 
 Results go to `--out`: `results*.jsonl` (a line for every answer, from which a second run goes on), `table.md`, and
-pictures where matplotlib is installed. Many processes: `torchrun --nproc-per-node 2 -m bench.quality`.
+`quality.png` where matplotlib is installed. Many processes: `torchrun --nproc-per-node 2 -m bench.quality`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import real
+from bench.common import table
 from bench.variants import KVzip, empty_cache, make, parsed, twice
 from minillava import TINY
 from minillava.checks import LlavaError, require
@@ -101,9 +102,9 @@ class Sample:
 
     def can_be(self, protocol: str) -> bool:
         """Whether it can be asked in this way."""
-        earlier = self.earlier if self.text is None else self.text.earlier
-        question = self.text is None or self.text.question
-        return bool({"known": True, "second": earlier, "first": question}[protocol])
+        if protocol == "second":
+            return bool(self.text.earlier if self.text else self.earlier)
+        return protocol == "known" or self.text is None or bool(self.text.question)
 
     def prompt(self, processor: Processor) -> str:
         """The published evaluation's: `system`, then the question in LLaVA-1.5's form, `<image>` where it stands.
@@ -126,11 +127,12 @@ def scenes(
     for index in range(count):
         rng = random.Random(f"{split} {seed} {index}")
         scene = make_scene(rng, smallest=smallest)
-        asked = short_question(rng, scene) if short else Question("description", DESCRIBE[0], describe(scene), ())
-        earlier = short_question(rng, scene)
-        while earlier.kind == asked.kind:
-            earlier = short_question(rng, scene)
-        if not short:  # one wording for all, so that the turns of a batch are equally long
+        if short:
+            asked, earlier = short_question(rng, scene), short_question(rng, scene)
+            while earlier.kind == asked.kind:
+                earlier = short_question(rng, scene)
+        else:  # one earlier wording for all, so that the turns of a batch are equally long
+            asked = Question("description", DESCRIBE[0], describe(scene), ())
             earlier = Question("count", "How many objects are there?", f"{NUMBERS[len(scene.things)]}.", ())
         picture = lambda scene=scene: draw(scene)[0]  # noqa: E731
         samples.append(Sample(f"<image>\n{asked.text}", asked.answer, picture, kind=asked.kind, scene=scene,
@@ -144,12 +146,9 @@ def read_samples(path: Path, images: Path, count: int) -> tuple[list[Sample], li
     LLaVA-Description: `conversations` (two turns, or four: then the second question is asked) and `image`. MM-Vet:
     `question`, `answer`, and `image` or `imagename`. A list, or an object whose values are the entries.
     """
-    if not os.path.isfile(path):
-        raise LlavaError(f"There is no file {path}; expected a JSON file of questions.")
+    require(os.path.isfile(path), f"There is no file {path}; expected a JSON file of questions.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LlavaError(f"{path} cannot be read ({error.strerror}); expected a JSON file of questions.") from None
     except (ValueError, RecursionError) as error:
         raise LlavaError(f"{path} is not valid JSON ({error}).") from None
     if not isinstance(raw, (list, dict)) or not raw:
@@ -195,8 +194,7 @@ def split(processor: Processor, sample: Sample, protocol: str) -> tuple[dict[str
         inputs = processor(sample.prompt(processor), images)
         ids = inputs["input_ids"][0].tolist()
         return inputs, ids, len(ids) - (ids[::-1].index(processor.config.image_token_id) if protocol == "first" else 0)
-    require(sample.earlier, "The data have no second question; leave out the protocol 'second'.")
-    assert sample.earlier is not None  # for mypy
+    assert sample.earlier is not None
     first, both = [(sample.earlier[0], None)], [sample.earlier, (question, None)]
     system = sample.system if processor.chat(first, 1) == llava_prompt(first, 1) else ""
     inputs = processor(system + processor.chat(both, 1), images)
@@ -215,11 +213,11 @@ def batches(
     The turns of a batch must be equally long, so samples are grouped by that.
     """
     prompts = [split(processor, sample, protocol) for sample in samples]
-    by_length: dict[int, list[int]] = {}
+    by_length: dict[int, list[int]] = defaultdict(list)
     for index, (_, ids, cut) in enumerate(prompts):
-        by_length.setdefault(len(ids) - cut, []).append(index)
+        by_length[len(ids) - cut].append(index)
     made = []
-    for members in (by_length[length] for length in sorted(by_length)):
+    for _, members in sorted(by_length.items()):
         for chosen in (members[start : start + size] for start in range(0, len(members), size)):
             rows = [prompts[index] for index in chosen]
             longest = max(cut for _, _, cut in rows)
@@ -311,11 +309,10 @@ def marks(sample: Sample, text: str) -> dict[str, int]:
     if sample.kind != "description":
         return {"right": int(text == sample.answer)}
     true, told = set(named(sample.answer)), named(text)
-    found: dict[str, int] = {"found": len(true & set(told)), "true": len(true), "told": len(told)}
+    found = Counter(found=len(true & set(told)), true=len(true), told=len(told))
     for thing in sample.scene.things:
-        seen = (thing.size, thing.colour, thing.shape, thing.place) in told
-        for name, count in ((f"found {wide(thing)}", int(seen)), (f"true {wide(thing)}", 1)):
-            found[name] = found.get(name, 0) + count
+        found[f"found {wide(thing)}"] += int((thing.size, thing.colour, thing.shape, thing.place) in told)
+        found[f"true {wide(thing)}"] += 1
     return found
 
 
@@ -336,35 +333,35 @@ def measure(
     turn, chosen = turn.to(args.device), [samples[index] for index in indices]
     long = chosen[0].kind == "description"
     answers = [ids_of(processor, sample) for sample in chosen]
+    further = turn.shape[1] + max(map(len, answers))
     most = 24 if not long else args.max_new_tokens if chosen[0].text is None else 1  # prose is not written
-    room = turn.shape[1] + max(most, *map(len, answers))
     prompt, scores = Collector(), None
     logits = model.read(**inputs, cache=model.new_cache(0, prompt))
-    shared = {"protocol": protocol, "kind": "description" if long else "question"}
+    lengths = prompt.present.sum(-1).tolist()
     for method, budget in runs:
         try:
-            further = turn.shape[1] + max(map(len, answers))
             seeds = [args.seed + index for index in indices]
             compressor = (PrefixKV(plan=plans[budget]) if parsed(method)["base"] == "plan" else
-                          make(method, budget, seeds, further, int(prompt.present.sum(-1).min())))  # fmt: skip
+                          make(method, budget, seeds, further, min(lengths)))  # fmt: skip
         except LlavaError as error:  # nothing is left for the prompt
             print(f"{error} This run is left out.", file=sys.stderr)
             continue
         if isinstance(compressor, KVzip):
             scores = twice(model, inputs) if scores is None else scores
             compressor.scores = scores
-        cache = fill(prompt, empty_cache(method, model, room, compressor))
+        cache = fill(prompt, empty_cache(method, model, max(further, turn.shape[1] + most), compressor))
         kept = cache.kept.T.tolist()
         after = model.read(turn, cache) if turn.shape[1] else logits
         losses = likelihood(model, after, cache.fork(), answers) if long else [0.0] * len(answers)
         tokens = list(itertools.islice(model.decode(after, cache), most))
         texts = [text.strip() for text in processor.decode(torch.stack(tokens, dim=1))]
-        share = bytes_held(cache, model)
+        share = round(bytes_held(cache, model), 5)
         yield [
-            {"sample": index, **shared, "method": method, "budget": budget, "nll": loss, "tokens": len(answer),
-             **marks(sample, text), "kept": counts, "prompt": length, "share": round(share, 5), "text": text}
+            {"sample": index, "protocol": protocol, "kind": "description" if long else "question", "method": method,
+             "budget": budget, "nll": loss, "tokens": len(answer), **marks(sample, text), "kept": counts,
+             "prompt": length, "share": share, "text": text}
             for index, loss, answer, sample, text, counts, length in zip(
-                indices, losses, answers, chosen, texts, kept, inputs["attention_mask"].sum(-1).tolist())
+                indices, losses, answers, chosen, texts, kept, lengths)
         ]  # fmt: skip
 
 
@@ -415,13 +412,13 @@ def estimate(
 
 def agreement(shares: dict[float, Tensor]) -> str:
     """A table of how far the plans of single samples, and of two halves of them, are apart."""
-    lines = ["| budget | spread between samples | largest in a layer | halves differ by at most |", "|---" * 4 + "|"]
+    rows = []
     for budget, share in shares.items():
         deviation = share.std(0) if len(share) > 1 else torch.zeros(share.shape[1])
         half = len(share) // 2
         apart = f"{float((share[:half].mean(0) - share[half:].mean(0)).abs().max()):.4f}" if half else "one sample"
-        lines.append(f"| {budget:.0%} | {float(deviation.mean()):.4f} | {float(deviation.max()):.4f} | {apart} |")
-    return "\n".join(lines)
+        rows.append([f"{budget:.0%}", f"{float(deviation.mean()):.4f}", f"{float(deviation.max()):.4f}", apart])
+    return table(["budget", "spread between samples", "largest in a layer", "halves differ by at most"], rows)
 
 
 # ---------------------------------------------------------------- tables
@@ -504,18 +501,17 @@ def blind(samples: list[Sample], measure: str, seed: int) -> dict[str, Tensor]:
 
 def sizes_table(by_run: dict[Run, list[Record]]) -> list[str]:
     """Markdown lines: objects named truly by their width, for scenes that have the smaller ones."""
+    rows = []
     described = [run for run in by_run if run[0] == "description"]
-    runs = sorted(described, key=lambda run: (run[1], run[3], order_of(run[2])))
-    lines = ["**Objects named truly by their width in patches, in per cent**", "",
-             "| protocol | budget | | " + " | ".join(WIDTHS) + " |", "|---" * (len(WIDTHS) + 3) + "|"]  # fmt: skip
-    for run in runs:
-        true = [sum(row.get(f"true {width}", 0) for row in by_run[run]) for width in WIDTHS]
+    for run in sorted(described, key=lambda run: (run[1], run[3], order_of(run[2]))):
+        true, found = ([sum(row.get(f"{name} {width}", 0) for row in by_run[run]) for width in WIDTHS]
+                       for name in ("true", "found"))  # fmt: skip
         if not true[0]:
             return []
-        found = [sum(row.get(f"found {width}", 0) for row in by_run[run]) for width in WIDTHS]
         cells = [f"{100 * right / all_:.0f} ({right} of {all_})" if all_ else "" for right, all_ in zip(found, true)]
-        lines.append(f"| {run[1]} | {run[3]:.0%} | {run[2]} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        rows.append([run[1], f"{run[3]:.0%}", run[2], *cells])
+    title = "**Objects named truly by their width in patches, in per cent**"
+    return [title, "", table(["protocol", "budget", "", *WIDTHS], rows), ""]
 
 
 def tables(records: list[Record], samples: dict[str, list[Sample]], seed: int) -> str:
@@ -548,43 +544,37 @@ def tables(records: list[Record], samples: dict[str, list[Sample]], seed: int) -
             for method in methods:
                 cells = []
                 for budget in budgets:
-                    rows, random_ = (by_run.get((kind, protocol, name, budget)) for name in (method, "random"))
+                    own, random_ = (by_run.get((kind, protocol, name, budget)) for name in (method, "random"))
                     against = values_of(random_, measure) if random_ and method != "random" else None
-                    cells.append(cell(measure, values_of(rows, measure), against) if rows else "")
+                    cells.append(cell(measure, values_of(own, measure), against) if own else "")
                 lines.append(f"| {method} | " + " | ".join(cells) + " |")
             lines.append("")
     for protocol in [p for p in PROTOCOLS if any(run[1] == p for run in by_run)]:
-        lines += [f"**By bytes held at the end; protocol {protocol}**", "",
-                  "| | budget | bytes | questions | objects | perplexity |", "|---|---|---|---|---|---|"]  # fmt: skip
+        rows = []
         shares = {run[2:]: [row["share"] for row in by_run.get(("description", *run[1:]), [])]
                   for run in by_run if run[1] == protocol}  # fmt: skip
         for (method, budget), share in sorted(shares.items(), key=lambda item: sum(item[1]) / max(1, len(item[1]))):
             cells = []
             for measure, (_, kind, top, _) in MEASURES.items():
-                rows = by_run.get((kind, protocol, method, budget), [])
-                cells.append(cell(measure, values_of(rows, measure)) if rows and top in rows[0] else "")
+                own = by_run.get((kind, protocol, method, budget), [])
+                cells.append(cell(measure, values_of(own, measure)) if own and top in own[0] else "")
             mean = f"{100 * sum(share) / len(share):.1f} %" if share else ""
-            lines.append(f"| {method} | {budget:.0%} | {mean} | " + " | ".join(cells) + " |")
-        lines.append("")
+            rows.append([method, f"{budget:.0%}", mean, *cells])
+        lines += [f"**By bytes held at the end; protocol {protocol}**", "",
+                  table(["", "budget", "bytes", *MEASURES], rows), ""]  # fmt: skip
     lines += sizes_table(by_run)
-    note = (
-        "In brackets 95 % by bootstrap over samples; + better, − worse, = neither than random at the budget, in pairs."
-    )
+    note = "In brackets 95 % by bootstrap over samples; "
+    note += "+ better, − worse, = neither than random at the budget, in pairs."
     return "\n".join([note, "", *lines])
 
 
-def shares_kept(records: list[Record]) -> dict[float, list[float]]:
-    """What PrefixKV kept of each layer, by budget."""
-    return {
+def layer_table(curve: Tensor, records: list[Record]) -> str:
+    """Markdown: how concentrated each layer's importance is, and what PrefixKV kept of it, by budget."""
+    shares = {
         budget: torch.stack([torch.tensor(row["kept"]) / row["prompt"] for row in rows]).mean(0).tolist()
         for (*run, budget), rows in sorted(grouped(records).items())
         if run == ["description", "known", "prefixkv"]
     }
-
-
-def layer_table(curve: Tensor, records: list[Record]) -> str:
-    """Markdown: how concentrated each layer's importance is, and what PrefixKV kept of it."""
-    shares = shares_kept(records)
     lines = ["**Layers: Gini coefficient of importance, and share that PrefixKV keeps by budget**", ""]
     lines += ["| layer | Gini | " + " | ".join(f"{budget:.0%}" for budget in shares) + " |"]
     lines += ["|---" * (len(shares) + 2) + "|"]
@@ -593,12 +583,12 @@ def layer_table(curve: Tensor, records: list[Record]) -> str:
     return "\n".join([*lines, ""])
 
 
-def plot(records: list[Record], curve: Tensor, folder: Path) -> None:
-    """`quality.png`, a column for each protocol, and `layers.png`, if matplotlib is installed."""
+def plot(records: list[Record], path: Path) -> None:
+    """The measures by bytes held, a column for each protocol, if matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
-        print("matplotlib is not installed, so there are no pictures: pip install -e '.[bench]'", file=sys.stderr)
+        print("matplotlib is not installed, so there is no picture: pip install -e '.[bench]'", file=sys.stderr)
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -611,34 +601,19 @@ def plot(records: list[Record], curve: Tensor, folder: Path) -> None:
                                 figsize=(1 + 3.6 * len(protocols), 0.6 + 2.7 * len(measures)))  # fmt: skip
     methods = sorted({method for _, _, method, _ in by_run}, key=order_of)
     hues = dict(zip(methods, itertools.cycle(plt.get_cmap("tab20").colors)))  # type: ignore[attr-defined]
-    for line, measure in zip(axes, measures):
-        for axis, protocol in zip(line, protocols):
-            for method in methods:
-                runs = sorted(run for run in by_run if run[:3] == (MEASURES[measure].kind, protocol, method))
-                at = [sum(row["share"] for row in by_run[run]) / len(by_run[run]) for run in runs]
-                found = [float(statistic(measure, values_of(by_run[run], measure))) for run in runs]
-                thick = method in ("prefixkv", "cover") or method.startswith("full")
-                axis.plot(at, found, marker="o", markersize=3, label=method, color=hues[method],
-                          linewidth=2.4 if thick else 1.1)  # fmt: skip
-            axis.set(xscale="log", title=f"{protocol}: {measure}", xlabel="bytes held at the end, of all in 16 bits")
-            if measure == "perplexity":
-                axis.set(yscale="log")
+    for (row, measure), (column, protocol) in itertools.product(enumerate(measures), enumerate(protocols)):
+        axis = axes[row][column]
+        for method in methods:
+            runs = sorted(run for run in by_run if run[:3] == (MEASURES[measure].kind, protocol, method))
+            at = [sum(record["share"] for record in by_run[run]) / len(by_run[run]) for run in runs]
+            found = [float(statistic(measure, values_of(by_run[run], measure))) for run in runs]
+            thick = method in ("prefixkv", "cover") or method.startswith("full")
+            axis.plot(at, found, marker="o", markersize=3, label=method, color=hues[method],
+                      linewidth=2.4 if thick else 1.1)  # fmt: skip
+        axis.set(xscale="log", yscale="log" if measure == "perplexity" else "linear",
+                 title=f"{protocol}: {measure}", xlabel="bytes held at the end, of all in 16 bits")  # fmt: skip
     figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
-    figure.savefig(folder / "quality.png", dpi=110)
-    plt.close(figure)
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    colours = plt.get_cmap("viridis")(torch.linspace(0, 0.9, len(curve)).tolist())
-    for layer, (line, colour) in enumerate(zip(curve.tolist(), colours)):
-        left.plot([index / (len(line) - 1) for index in range(len(line))], line, color=colour, label=f"layer {layer}")
-    left.set(xlabel="share of the keys, most important first", ylabel="share of the importance")
-    left.legend(fontsize=7)
-    for budget, kept in shares_kept(records).items():
-        right.plot(range(len(kept)), kept, marker="o", markersize=3, label=f"{budget:.0%}")
-    right.set(xlabel="layer", ylabel="share of the prompt kept by PrefixKV")
-    if right.lines:  # PrefixKV was measured
-        right.legend(fontsize=7, title="budget")
-    figure.savefig(folder / "layers.png", dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -706,6 +681,8 @@ def gather(value: Any) -> list[Any]:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Runs what is missing and writes the tables; returns the exit code."""
+    require(min(args.samples, args.questions, args.batch_size, args.max_new_tokens) > 0,
+            "--samples, --questions, --batch-size and --max-new-tokens must be 1 or more.")  # fmt: skip
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device)
     if world > 1:
@@ -718,18 +695,15 @@ def evaluate(args: argparse.Namespace) -> int:
     processor: Any
     if args.data in ("prose", "facts"):
         place = real.find()
-        if place is None:
-            raise LlavaError(f"The pretrained decoder is not installed: {real.INSTALL}")
+        weights = place.parent
         model, tokenizer = real.load(place)
         model.language_model.to(device), model.lm_head.to(device)
         processor = SimpleNamespace(decode=lambda ids: tokenizer.decode_batch(ids.tolist()))
-        weights = place.parent
         if args.data == "prose":
-            texts = [(text, "") for text in real.passage(tokenizer, args.samples)]
+            samples["description"] = [Sample("", "", text=text) for text in real.continued(tokenizer, args.samples)]
         else:
-            texts = real.facts(tokenizer, args.questions, args.seed)
-        kind = "description" if args.data == "prose" else "question"
-        samples[kind] = [Sample("", answer, kind=kind, text=text) for text, answer in texts]
+            samples["question"] = [Sample("", answer, kind="question", text=text)
+                                   for text, answer in real.facts(tokenizer, args.questions, args.seed)]  # fmt: skip
     elif args.data == "scenes":
         smallest = SMALLEST if args.smaller else SIZES["small"][0]
         samples = {"question": scenes(args.questions, args.seed, "asked", True, smallest),
@@ -739,8 +713,7 @@ def evaluate(args: argparse.Namespace) -> int:
     some = samples["description"] or samples["question"]
     for sentence in bad if rank == 0 else []:
         print(sentence, file=sys.stderr)
-    if not some:
-        raise LlavaError(f"{args.data} has no entry that can be used.")
+    require(some, f"{args.data} has no entry that can be used.")
     if some[0].text is None:
         weights = find(args.model)
         model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype), fast=True)
@@ -758,50 +731,45 @@ def evaluate(args: argparse.Namespace) -> int:
         plans = {budget: read_plan(args.plans / f"{budget:g}.json") for budget in args.budgets}
     # Scenes make plans of their own. Other data have none; by default, the method is then left out.
     methods = [name for name in args.methods if parsed(name)["base"] != "plan" or plans or args.data == "scenes"]
-    if methods != args.methods and args.methods != list(METHODS):
-        raise LlavaError("The method plan needs --plans FOLDER with this --data; --estimate-plan FOLDER writes them.")
+    require(methods == args.methods or args.methods == list(METHODS),
+            "The method plan needs --plans FOLDER with this --data; --estimate-plan FOLDER writes them.")  # fmt: skip
     protocols = [protocol for protocol in args.protocols if all(sample.can_be(protocol) for sample in some)]
-    if not protocols or (protocols != args.protocols and args.protocols != list(PROTOCOLS)):
-        left = [protocol for protocol in args.protocols if protocol not in protocols]
-        raise LlavaError(f"The data have no questions for the protocol {left[0]}; leave it out.")
+    left = ", ".join(protocol for protocol in args.protocols if protocol not in protocols)
+    require(not left or args.protocols == list(PROTOCOLS),
+            f"The data have no questions for the protocol {left}; leave it out.")  # fmt: skip
     settle(args, weights)
     if any(parsed(method)["base"] == "plan" for method in methods) and not plans:
         calibration = scenes(10, args.seed, "calibration")
         plans, _ = estimate(model, processor, calibration, args.budgets, str(args.model), args.batch_size)
     runs = runs_of(methods, args.budgets)
-    parts = gather(read_results(args.out) if rank == 0 or not dist.is_initialized() else [])
-    done = {key_of(r): r for part in parts for r in part}
+    done = {key_of(r): r for part in gather(read_results(args.out) if rank == 0 else []) for r in part}
     work = [(kind, protocol, batch) for protocol in protocols for kind in samples
             for batch in batches(processor, samples[kind], protocol, args.batch_size)]  # fmt: skip
+    mine = work[rank::world]
     made: list[Record] = []
-    path = args.out / f"results-{rank}.jsonl"
-    mine = []
-    for kind, protocol, batch in work[rank::world]:
-        missing = [run for run in runs if any((kind, protocol, index, *run) not in done for index in batch[0])]
-        if missing:
-            mine.append((kind, protocol, batch, missing))
     with (
-        path.open("a", encoding="utf-8") as file,
-        tqdm(total=sum(len(todo) for *_, todo in mine), disable=rank > 0 or not mine, unit="run", ncols=79) as bar,
+        (args.out / f"results-{rank}.jsonl").open("a", encoding="utf-8") as file,
+        tqdm(total=len(mine) * len(runs), disable=rank > 0, unit="run", ncols=79) as bar,
     ):
-        for kind, protocol, batch, todo in mine:
-            for records in measure(model, processor, protocol, batch, samples[kind], todo, plans, args):
-                new = [record for record in records if key_of(record) not in done]
-                for record in new:  # one write a line, so that a stop cuts off one line at most
-                    file.write(json.dumps(record) + "\n")
-                    file.flush()
-                made += new
+        for kind, protocol, batch in mine:
+            todo = [run for run in runs if any((kind, protocol, index, *run) not in done for index in batch[0])]
+            bar.update(len(runs) - len(todo))
+            for records in measure(model, processor, protocol, batch, samples[kind], todo, plans, args) if todo else ():
+                for record in records:
+                    if key_of(record) not in done:  # one write a line, so that a stop cuts off one line at most
+                        file.write(json.dumps(record) + "\n")
+                        file.flush()
+                        made.append(record)
                 bar.update()
-    everything = {key_of(r): r for part in gather(made) for r in part} | done
-    records = [r for key, r in sorted(everything.items()) if key[3:] in set(runs) and key[1] in protocols]
+    done |= {key_of(r): r for part in gather(made) for r in part}
+    records = [r for key, r in sorted(done.items()) if key[3:] in set(runs) and key[1] in protocols]
     if rank == 0:
         recorder = Recorder()
         inputs = together(model, processor, some[: args.batch_size])
         model.read(**inputs, cache=model.new_cache(1, recorder))
-        curve = curves(recorder)
-        text = tables(records, samples, args.seed) + "\n" + layer_table(curve, records)
+        text = tables(records, samples, args.seed) + "\n" + layer_table(curves(recorder), records)
         write_file(args.out / "table.md", text.encode())
-        plot(records, curve, args.out)
+        plot(records, args.out / "quality.png")
         print(text)
     if dist.is_initialized():
         dist.barrier()
@@ -836,8 +804,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--estimate-plan", type=Path, metavar="OUT", help="write a plan for each budget to this folder")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder for the results")
     args = parser.parse_args(arguments)
-    if min(args.samples, args.questions, args.batch_size, args.max_new_tokens) < 1:
-        parser.error("--samples, --questions, --batch-size and --max-new-tokens must be 1 or more")
     args.budgets = sorted(set(args.budgets))
     return args
 

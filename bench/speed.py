@@ -10,16 +10,14 @@ checkpoint.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,8 +32,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bench import common
 from minillava import TINY
-from minillava.checks import LlavaError, require
+from minillava.checks import require
 from minillava.compressors import METHODS
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.convert import config_dict, hub_name
@@ -46,12 +45,11 @@ from minillava.quantised import Int8Linear
 from prefixkv import Plan, PrefixKV
 from weights import empty_model, load_model, read_config
 
-BUDGETS = (0.2, 0.4, 0.6, 0.8)
 CONTENDERS = (
     "transformers DynamicCache",
     "transformers StaticCache",
     "full",
-    *(f"PrefixKV {budget:.0%}" for budget in BUDGETS),
+    *(f"PrefixKV {budget:.0%}" for budget in (0.2, 0.4, 0.6, 0.8)),
     "plan 20%",
     "transformers StaticCache compiled",
     "full compiled",
@@ -122,7 +120,6 @@ class Result:
     contender: str
     prefill_seconds: float
     step_milliseconds: float  # median of the decode steps
-    decode_seconds: float  # all of them
     tokens_per_second: float  # new tokens of the whole batch, prefill not counted
     total_seconds: float
     kv_bytes: int  # keys and values held after the last step
@@ -140,27 +137,23 @@ def write_checkpoint(config: LlavaConfig, folder: Path, dtype: torch.dtype) -> N
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     noise = torch.randn(1_048_573)  # a prime, so that no two rows are alike
-    index: dict[str, str] = {}
-    state: dict[str, Tensor] = {}
 
-    def write() -> None:
-        file = f"model-{len(set(index.values())) + 1:05}.safetensors"
-        save_file(state, folder / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(state, file))
-        state.clear()
-
-    for name, parameter in empty_model(config).named_parameters():
+    def weight(name: str, parameter: Tensor) -> Tensor:
         shape, count = parameter.shape, parameter.numel()
-        if len(shape) > 1:
-            some = (noise * parameter[0].numel() ** -0.5).to(dtype).roll(int(torch.randint(len(noise), ())))
-            state[hub_name(name)] = some.repeat(math.ceil(count / len(some)))[:count].reshape(shape).clone()
-        else:
-            state[hub_name(name)] = torch.full(shape, float("norm" in name and name.endswith("weight")), dtype=dtype)
-        if sum(tensor.nbytes for tensor in state.values()) > 2e9:
-            write()
-    if state:
-        write()
-    size = sum(parameter.numel() for parameter in empty_model(config).parameters()) * dtype.itemsize
+        if len(shape) == 1:
+            return torch.full(shape, float("norm" in name and name.endswith("weight")), dtype=dtype)
+        some = (noise * parameter[0].numel() ** -0.5).to(dtype).roll(int(torch.randint(len(noise), ())))
+        return some.repeat(math.ceil(count / len(some)))[:count].reshape(shape).clone()
+
+    files: dict[str, dict[str, Tensor]] = {}
+    size = 0
+    for name, parameter in empty_model(config).named_parameters():
+        files.setdefault(f"model-{int(size // 2e9) + 1:05}.safetensors", {})[name] = parameter
+        size += parameter.numel() * dtype.itemsize
+    for file, members in files.items():
+        save_file({hub_name(name): weight(name, parameter) for name, parameter in members.items()},
+                  folder / file, metadata={"format": "pt"})  # fmt: skip
+    index = {hub_name(name): file for file, members in files.items() for name in members}
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
     write_json(folder / "config.json", config_dict(config, str(dtype).removeprefix("torch.")))
 
@@ -187,13 +180,6 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak(device: str) -> int:
-    """Bytes at the peak so far: resident on the CPU, allocated on a GPU."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def forget_peak(device: str) -> int:
     """Begins a new peak; returns the bytes in use now. Outside Linux the CPU's peak remains that of the process."""
     if device.startswith("cuda"):
@@ -201,7 +187,7 @@ def forget_peak(device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")
-    return peak(device)
+    return common.peak(device)
 
 
 def compressor_of(contender: str, layers: int) -> PrefixKV | None:
@@ -262,28 +248,25 @@ def without(model: Llava, contender: str) -> Llava:
 def measure(contender: str, folder: str, preset: Preset) -> Result:
     """One prefill and all decode steps, after a few to warm up."""
     device, dtype = preset.device, torch.int8 if contender in INT8 else getattr(torch, preset.dtype)
-    if preset.cut and contender.startswith("transformers"):
-        preset = replace(preset, new=min(preset.new, preset.cut))
-    config = read_config(Path(folder))
+    config, compiled = read_config(Path(folder)), contender.endswith("compiled")
     model: Any
     begin: Callable[[Any, str, dict[str, Tensor], int], Run]
     if contender.startswith("transformers"):
         from transformers import AutoModelForImageTextToText
 
+        preset = replace(preset, new=min(preset.new, preset.cut or preset.new))
         reference: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=preset.stored)
         model, begin = reference.to(device).eval(), theirs
+        if compiled:
+            model.model.language_model.forward = torch.compile(model.model.language_model.forward, dynamic=True)
     else:
         model, begin = without(load_model(Path(folder), device, dtype, fast=True), contender), ours
-    inputs = make_inputs(config, preset)
-    warm = inputs
-    if contender.endswith("compiled"):  # the lengths that will be measured, so that nothing is compiled then
-        if contender.startswith("transformers"):
-            model.model.language_model.forward = torch.compile(model.model.language_model.forward, dynamic=True)
-        else:
+        if compiled:
             compile_steps(model)
-    elif preset.cut or preset.picture[0]:  # a picture takes long
+    warm = inputs = make_inputs(config, preset)  # if compiled, the lengths measured, so that nothing is compiled then
+    if not compiled and (preset.cut or preset.picture[0]):  # a picture takes long
         warm = {name: inputs[name][:, -8:] for name in ("input_ids", "attention_mask")}
-    else:
+    elif not compiled:
         warm = {name: tensor[:1] for name, tensor in inputs.items()}
         for name in ("input_ids", "attention_mask"):
             warm[name] = warm[name][:, : config.num_image_tokens + 8]
@@ -310,13 +293,12 @@ def measure(contender: str, folder: str, preset: Preset) -> Result:
         contender=contender,
         prefill_seconds=prefilled - start,
         step_milliseconds=1000 * statistics.median(steps),
-        decode_seconds=sum(steps),
         tokens_per_second=preset.batch * (preset.new - 1) / sum(steps),
         total_seconds=total,
         kv_bytes=held(),
         weight_bytes=weights,
-        peak_bytes=peak(device) - before,
-        whole_bytes=peak(device),
+        peak_bytes=common.peak(device) - before,
+        whole_bytes=common.peak(device),
     )
 
 
@@ -333,30 +315,11 @@ def bandwidth(device: str) -> float:
     return block.nbytes / best
 
 
-def in_a_process(task: dict[str, Any]) -> dict[str, Any]:
-    """Runs a task of `work` in a separate process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.speed", "--work", json.dumps(task)],
-        capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent,
-    )  # fmt: skip
-    if done.returncode:
-        raise LlavaError(f"{task} failed:\n{done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def work(task: dict[str, Any]) -> dict[str, Any]:
-    """What a separate process does: one contender, or the memory's bandwidth."""
-    if task["contender"] == "bandwidth":
-        return {"bandwidth": bandwidth(task["device"])}
-    preset = replace(PRESETS[task["preset"]], **task["changes"])
-    return asdict(measure(task["contender"], task["folder"], preset))
-
-
-def run(task: dict[str, Any], contender: str) -> Result:
+def run(contender: str, folder: str, preset: Preset) -> Result:
     """What a contender takes, measured in a separate process."""
-    done = Result(**in_a_process({**task, "contender": contender}))
-    found = f"prefill {done.prefill_seconds:.2f} s, {done.step_milliseconds:.2f} ms a step"
-    print(f"{contender}, {task['changes'] or task['preset']}: {found}", file=sys.stderr, flush=True)
+    done = common.in_a_process(measure, contender, folder, preset)
+    print(f"{contender}, {preset.batch} x {preset.prompt} tokens: prefill {done.prefill_seconds:.2f} s, "
+          f"{done.step_milliseconds:.2f} ms a step", file=sys.stderr, flush=True)  # fmt: skip
     return done
 
 
@@ -366,13 +329,13 @@ def median(results: list[Result]) -> Result:
     return Result(results[0].contender, *map(statistics.median, figures))
 
 
+COLUMNS = ("", "prefill s", "ms a step", "t_min ms", "step / t_min", "tokens/s", "all s", "KV MB", "peak MB", "all MB",
+           "gain", "allowed")  # fmt: skip
+
+
 def table(results: list[Result], speed: float, preset: Preset) -> str:
     """Markdown: what each contender took, against the full cache and against t_min."""
-    by_name = {result.contender: result for result in results}
-    columns = "step / t_min | tokens/s | all s | KV MB | peak MB | all MB | gain | allowed"
-    lines = [f"Batch {preset.batch}, {preset.prompt} prompt + {preset.new} new tokens, {preset.dtype} on "
-             f"{device_name(preset.device)}; memory read at {speed / 1e9:.1f} GB/s.", "",
-             f"| | prefill s | ms a step | t_min ms | {columns} |", "|---" * 12 + "|"]  # fmt: skip
+    by_name, rows = {result.contender: result for result in results}, []
     for r in results:
         least = 1000 * (r.weight_bytes + r.kv_bytes) / speed
         gain = allowed = ""
@@ -380,14 +343,17 @@ def table(results: list[Result], speed: float, preset: Preset) -> str:
         if full and not r.contender.startswith("transformers"):
             gain = f"{full.step_milliseconds / r.step_milliseconds:.2f}"
             allowed = f"{(full.weight_bytes + full.kv_bytes) / (r.weight_bytes + r.kv_bytes):.2f}"
-        lines.append(
-            f"| {r.contender} | {r.prefill_seconds:.3f} | {r.step_milliseconds:.2f} | {least:.2f} | "
-            f"{r.step_milliseconds / least:.2f} | {r.tokens_per_second:.0f} | {r.total_seconds:.2f} | "
-            f"{r.kv_bytes / 1e6:.1f} | {r.peak_bytes / 1e6:.0f} | {r.whole_bytes / 1e6:.0f} | {gain} | {allowed} |"
-        )
+        rows.append([
+            r.contender, f"{r.prefill_seconds:.3f}", f"{r.step_milliseconds:.2f}", f"{least:.2f}",
+            f"{r.step_milliseconds / least:.2f}", f"{r.tokens_per_second:.0f}", f"{r.total_seconds:.2f}",
+            f"{r.kv_bytes / 1e6:.1f}", f"{r.peak_bytes / 1e6:.0f}", f"{r.whole_bytes / 1e6:.0f}", gain, allowed,
+        ])  # fmt: skip
+    text = (f"Batch {preset.batch}, {preset.prompt} prompt + {preset.new} new tokens, {preset.dtype} on "
+            f"{device_name(preset.device)}; memory read at {speed / 1e9:.1f} GB/s.\n\n"
+            + common.table(COLUMNS, rows))  # fmt: skip
     if preset.cut:
-        lines.append(f"\nRows of transformers end after {preset.cut} new tokens; so do their times and bytes.")
-    return "\n".join(lines)
+        text += f"\n\nRows of transformers end after {preset.cut} new tokens; so do their times and bytes."
+    return text
 
 
 def device_name(device: str) -> str:
@@ -401,23 +367,23 @@ GROWTH = {"prompt tokens": [(1, 512 * 2**step) for step in range(6)], "batch": [
 
 def growth(folder: str, rounds: int) -> str:
     """Markdown: time and memory of prompts without an image by length and by batch, with the exponents of growth."""
-    lines = []
+    tables = []
     for name, shapes in GROWTH.items():
-        lines += [f"| {name} | prefill s | with scoring s | ms a step | peak MB | with scoring MB |", "|---" * 6 + "|"]
-        rows = []
+        found: list[tuple[float, ...]] = []
+        rows: list[list[object]] = []
         for batch, prompt in shapes:
-            changes = {"batch": batch, "prompt": prompt, "new": 9, "image": False}
-            task = {"preset": "cpu", "folder": folder, "changes": changes}
-            plain, scored = (median([run(task, name) for _ in range(rounds)]) for name in ("full", "PrefixKV 20%"))
-            rows.append((batch * prompt, plain.prefill_seconds, scored.prefill_seconds, plain.step_milliseconds,
-                         plain.peak_bytes / 1e6, scored.peak_bytes / 1e6))  # fmt: skip
-            shown = " | ".join(f"{value:.3g}" for value in rows[-1][1:])
-            lines.append(f"| {batch if name == 'batch' else prompt} | {shown} |")
-        for label, first in (("exponent", rows[0]), ("exponent, last doubling", rows[-2])):
-            size, *slopes = [math.log(after / before) for before, after in zip(first, rows[-1])]
-            lines.append(f"| {label} | " + " | ".join(f"{slope / size:.2f}" for slope in slopes) + " |")
-        lines.append("")
-    return "\n".join(lines)
+            preset = replace(PRESETS["cpu"], batch=batch, prompt=prompt, new=9, image=False)
+            plain, scored = (median([run(contender, folder, preset) for _ in range(rounds)])
+                             for contender in ("full", "PrefixKV 20%"))  # fmt: skip
+            found.append((batch * prompt, plain.prefill_seconds, scored.prefill_seconds, plain.step_milliseconds,
+                          plain.peak_bytes / 1e6, scored.peak_bytes / 1e6))  # fmt: skip
+            rows.append([batch if name == "batch" else prompt, *(f"{value:.3g}" for value in found[-1][1:])])
+        for label, first in (("exponent", found[0]), ("exponent, last doubling", found[-2])):
+            size, *slopes = [math.log(after / before) for before, after in zip(first, found[-1])]
+            rows.append([label, *(f"{slope / size:.2f}" for slope in slopes)])
+        columns = [name, "prefill s", "with scoring s", "ms a step", "peak MB", "with scoring MB"]
+        tables.append(common.table(columns, rows))
+    return "\n\n".join(tables)
 
 
 def scoring(methods: list[str], folder: str, preset: Preset, rounds: int) -> dict[str, list[float]]:
@@ -444,15 +410,15 @@ def scoring(methods: list[str], folder: str, preset: Preset, rounds: int) -> dic
 
 def scoring_table(seconds: dict[str, list[float]], preset: Preset) -> str:
     """Markdown: the median, and that of the ratios to the full cache's time in the same round."""
-    lines = [f"Batch {preset.batch}, {preset.prompt} prompt tokens, {preset.dtype} on {device_name(preset.device)}, "
-             f"budget 20%, {len(seconds['full'])} rounds.", "",
-             "| | prefill s (median) | divided by the full cache's (middle half) |", "|---|---|---|"]  # fmt: skip
+    rows = []
     for name, each in seconds.items():
         ratios = sorted(mine / full for mine, full in zip(each, seconds["full"]))
         low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
         ratio = f"{statistics.median(ratios):.3f} ({low:.2f}–{high:.2f})"
-        lines.append(f"| {name} | {statistics.median(each):.4f} | {ratio} |")
-    return "\n".join(lines)
+        rows.append([name, f"{statistics.median(each):.4f}", ratio])
+    columns = ["", "prefill s (median)", "divided by the full cache's (middle half)"]
+    return (f"Batch {preset.batch}, {preset.prompt} prompt tokens, {preset.dtype} on {device_name(preset.device)}, "
+            f"budget 20%, {len(seconds['full'])} rounds.\n\n{common.table(columns, rows)}")  # fmt: skip
 
 
 class TimedScores(PrefixKV):
@@ -475,56 +441,51 @@ def where(folder: str, preset: Preset, rounds: int) -> str:
     require(preset.device == "cpu", "--where measures a CPU; leave --device out.")
     model = load_model(Path(folder), preset.device, getattr(torch, preset.dtype), fast=True)
     inputs, layers, text = make_inputs(model.config, preset), model.language_model.layers, model.config.text
-    attention: list[torch.nn.Module] = []
-    for layer in layers:
-        attention += layer.self_attn.children()
     parts: dict[str, list[torch.nn.Module]] = {
         "vision tower": [model.vision_tower], "projector": [model.multi_modal_projector],
-        "queries, keys, values, outputs": attention, "MLP": [layer.mlp for layer in layers],
-        "decoder": [model.language_model]}  # fmt: skip
-    spent: dict[str, list[float]] = {name: [] for name in (*parts, "scoring", "whole prompt", "rate")}
-    numbers = dict.fromkeys(parts, 0)  # of the Linear layers: a product and a sum count as two
+        "queries, keys, values, outputs": [part for layer in layers for part in layer.self_attn.children()],
+        "MLP": [layer.mlp for layer in layers], "decoder": [model.language_model]}  # fmt: skip
+    spent: dict[str, float] = defaultdict(float)  # seconds of a round
+    numbers: dict[str, int] = defaultdict(int)  # of its Linear layers: a product and a sum count as two
     began: list[float] = []
     for name, modules in parts.items():
+
+        def ended(*_: Any, name: str = name) -> None:
+            spent[name] += time.perf_counter() - began.pop()
+
+        def count(layer: Any, given: tuple[Tensor], _: Any, name: str = name) -> None:
+            numbers[name] += 2 * given[0].numel() * len(layer.weight)
+
         for module in modules:
             module.register_forward_pre_hook(lambda *_: began.append(time.perf_counter()))
-
-            def ended(*_: Any, name: str = name) -> None:
-                spent[name][-1] += time.perf_counter() - began.pop()
-
-            def count(layer: Any, given: tuple[Tensor], _: Any, name: str = name) -> None:
-                numbers[name] += 2 * given[0].numel() * len(layer.weight)
-
             module.register_forward_hook(ended)
             for inner in module.modules():
                 if isinstance(inner, (torch.nn.Linear, Int8Linear)):
                     inner.register_forward_hook(count)
     matrix = torch.randn(text.intermediate_size, text.hidden_size)
     tokens = torch.randn(preset.batch * preset.prompt, text.hidden_size)
+    found = []
     for _ in range(rounds + 1):
-        numbers = dict.fromkeys(parts, 0)
-        for each in spent.values():
-            each.append(0.0)
+        spent.clear()
+        numbers.clear()
         start = time.perf_counter()
         for _ in range(4):
             tokens @ matrix.mT
-        spent["rate"][-1] = 8 * tokens.numel() * len(matrix) / (time.perf_counter() - start)
+        rate = 8 * tokens.numel() * len(matrix) / (time.perf_counter() - start)
         start, method = time.perf_counter(), TimedScores(0.2)
         model.read(**inputs, cache=model.new_cache(preset.new, method))
-        spent["whole prompt"][-1], spent["scoring"][-1] = time.perf_counter() - start, method.seconds
-    spent["attention, norms, the rest of the decoder"] = [
-        spent["decoder"][i] - spent["queries, keys, values, outputs"][i] - spent["MLP"][i] - spent["scoring"][i]
-        for i in range(rounds + 1)
-    ]
-    spent = {name: taken[1:] for name, taken in spent.items()}
-    rate = statistics.median(spent.pop("rate"))
-    lines = [f"{preset.prompt} prompt tokens, {preset.dtype} on {device_name(preset.device)}, PrefixKV 20%, medians of "
-             f"{rounds} rounds; one float32 product runs at {rate / 1e9:.0f} GFLOP/s.", "",
-             "| | s | Linear layers at that rate, s | ratio |", "|---|---|---|---|"]  # fmt: skip
-    for name, taken in spent.items():
-        seconds, least = statistics.median(taken), numbers.get(name, 0) / rate
-        lines.append(f"| {name} | {seconds:.2f} | {f'{least:.2f} | {seconds / least:.2f}' if least else ' | '} |")
-    return "\n".join(lines)
+        whole = time.perf_counter() - start
+        rest = spent["decoder"] - spent["queries, keys, values, outputs"] - spent["MLP"] - method.seconds
+        found.append({"rate": rate, **{name: spent[name] for name in parts}, "scoring": method.seconds,
+                      "whole prompt": whole, "attention, norms, the rest of the decoder": rest})  # fmt: skip
+    taken = {name: statistics.median(each[name] for each in found[1:]) for name in found[0]}
+    rate, rows = taken.pop("rate"), []
+    for name, seconds in taken.items():
+        least = numbers[name] / rate
+        rows.append([name, f"{seconds:.2f}", *((f"{least:.2f}", f"{seconds / least:.2f}") if least else ("", ""))])
+    return (f"{preset.prompt} prompt tokens, {preset.dtype} on {device_name(preset.device)}, PrefixKV 20%, medians of "
+            f"{rounds} rounds; one float32 product runs at {rate / 1e9:.0f} GFLOP/s.\n\n"
+            + common.table(["", "s", "Linear layers at that rate, s", "ratio"], rows))  # fmt: skip
 
 
 def loading(folder: str) -> str:
@@ -533,16 +494,12 @@ def loading(folder: str) -> str:
     Counted is anonymous memory (RssAnon, in Linux): what a process holds, without pages that are backed by the files.
     """
 
-    def anonymous() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
     def watch() -> None:
         while not loaded.wait(0.01):
-            held.append(anonymous())
+            held.append(common.status("RssAnon"))
 
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-    held, loaded = [anonymous()], threading.Event()
+    held, loaded = [common.status("RssAnon")], threading.Event()
     threading.Thread(target=watch).start()
     start = time.perf_counter()
     try:
@@ -559,7 +516,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="cpu", choices=PRESETS, help="shapes and lengths (default: cpu)")
-    parser.add_argument("--model", help="folder of a checkpoint (default: random weights of the preset's shapes)")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), metavar="NAME",
                         choices=CONTENDERS + OTHERS + INT8 + PARTS,
                         help=", ".join(CONTENDERS + OTHERS + INT8 + PARTS).replace("%", "%%"))  # fmt: skip
@@ -567,7 +523,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="measure what each class of minillava.fast gains, one left out at a time")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="times that each contender runs (default: 3)")
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--prompt", type=int, help="prompt tokens, image included")
     parser.add_argument("--new", type=int, help="new tokens")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8"])
@@ -579,26 +534,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--loading", metavar="FOLDER", help="measure what it takes to load this checkpoint instead; if "
                         "there is none, one with the preset's shapes and random weights is written first")  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder for speed.md and speed.json")
-    parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def measure_all(args: argparse.Namespace) -> None:
     """Prints what was asked for; raises LlavaError for what cannot be run."""
-    if args.work:
-        return print(json.dumps(work(args.work)))
-    changes = {name: getattr(args, name) for name in ("batch", "prompt", "new", "device", "dtype")
+    changes = {name: getattr(args, name) for name in ("batch", "new", "device", "dtype")
                if getattr(args, name) is not None}  # fmt: skip
     preset = replace(PRESETS[args.preset], **changes)
     here = not preset.device.startswith("cuda") or torch.cuda.is_available()
     require(here, f"The preset {args.preset} needs a GPU; there is none here.")
     require(min(args.rounds, preset.batch) > 0, "--rounds or --batch is 0 or less; expected 1 or more.")
     with tempfile.TemporaryDirectory() as scratch:
-        folder, found = args.loading or args.model or str(TINY), {}
-        if not args.model and preset.model is not None:
-            folder = args.loading or scratch
-            if not Path(folder, "config.json").exists():
-                write_checkpoint(preset.model, Path(folder), preset.stored)
+        folder, found = args.loading or (scratch if preset.model else str(TINY)), {}
+        if preset.model is not None and not Path(folder, "config.json").exists():
+            write_checkpoint(preset.model, Path(folder), preset.stored)
         if args.loading:
             text = loading(folder)
         elif args.scoring:
@@ -609,11 +559,11 @@ def measure_all(args: argparse.Namespace) -> None:
             text = growth(folder, args.rounds)
         else:
             rounds: dict[str, list[Result]] = {name: [] for name in args.contenders}
-            speeds, task = [], {"preset": args.preset, "folder": folder, "changes": changes}
+            speeds = []
             for _ in range(args.rounds):
-                speeds.append(in_a_process({"contender": "bandwidth", "device": preset.device})["bandwidth"])
+                speeds.append(common.in_a_process(bandwidth, preset.device))
                 for name in args.contenders:
-                    rounds[name].append(run(task, name))
+                    rounds[name].append(run(name, folder, preset))
             results = [median(rounds[name]) for name in args.contenders]
             text = table(results, statistics.median(speeds), preset)
             found = {name: [asdict(result) for result in each] for name, each in rounds.items()}

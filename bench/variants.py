@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillava.checks import LlavaError
+from minillava.checks import LlavaError, require
 from minillava.compressors import (
     GOLDEN,
     H2O,
@@ -80,8 +80,7 @@ class WithoutLooking(Cover):
     def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
         return self.bias(layer, position)  # attention is not looked at
 
-    def victim(self, position: Tensor, kept: Tensor) -> Tensor:
-        return PrefixKV.victim(self, position, kept)
+    victim = PrefixKV.victim
 
 
 class WithRandomPatches(Cover):
@@ -93,15 +92,20 @@ class WithRandomPatches(Cover):
         return drawn[:, number % 4096]
 
 
+def grid(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column [B, N] of every patch of square pictures, image [B, N], and their width in patches [B, 1]."""
+    patches = image.cumsum(1) - 1  # [B, N]
+    width = image.sum(1, keepdim=True).float().sqrt().round().long().clamp(min=1)  # [B, 1]
+    return patches // width, patches % width, width
+
+
 class WithTwoWays(Cover):
     """What is evenly spaced in cover is so in rows and in columns: steps of the plastic number's powers (R2)."""
 
     PLASTIC = 1.32471795724474602596  # x^3 = x + 1
 
     def along(self, number: Tensor, layers: int) -> Tensor:
-        patches = self.image.cumsum(1) - 1  # [B, N]
-        width = self.image.sum(1, keepdim=True).float().sqrt().round().long().clamp(min=1)  # [B, 1], of a square
-        row, column = patches // width, patches % width
+        row, column, _ = grid(self.image)
         place = torch.where(self.image, row / self.PLASTIC + column / self.PLASTIC**2, number.double() * GOLDEN)
         return (place.double() + torch.arange(layers, device=number.device)[:, None, None] / layers) % 1
 
@@ -119,10 +123,9 @@ class Pooled(Weighted):
     def compress(self, waiting: list[Waiting]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         if len(waiting) < self.layers:
             return
-        patches = self.image.cumsum(1) - 1  # [B, N]
-        width = self.image.sum(1, keepdim=True).float().sqrt().round().long().clamp(min=1)  # [B, 1]
-        row, column = patches // width // 2 * 2, patches % width // 2 * 2
-        first = (self.image.long().argmax(1, keepdim=True) + row * width + column) * self.image  # [B, N]: its square's
+        row, column, width = grid(self.image)
+        start = self.image.long().argmax(1, keepdim=True)
+        first = (start + row // 2 * 2 * width + column // 2 * 2) * self.image  # [B, N]: its square's
         place = torch.arange(self.present.shape[1], device=first.device)
         to = torch.where(self.image, first, place)  # [B, N]
         keep = self.present & (to == place)
@@ -318,8 +321,7 @@ class Prefix(Equal):
 class Queue(PrefixKV):
     """PrefixKV's eviction."""
 
-    def victim(self, position: Tensor, kept: Tensor) -> Tensor:
-        return PrefixKV.victim(self, position, kept)
+    victim = PrefixKV.victim
 
 
 class Least(LeastAttended):
@@ -342,29 +344,26 @@ class Least(LeastAttended):
         return counts
 
 
-RULES: dict[str, type[PrefixKV]] = {"queue": Queue, "least": Least, "keep": PrefixKV}
-SIZES: dict[str, type[PrefixKV]] = {"equal": Equal, "prefix": Prefix}
+PARTS: dict[str, type[PrefixKV]] = {
+    "+words": Words, "equal": Equal, "prefix": Prefix, "queue": Queue, "least": Least
+}  # fmt: skip
 
 
 def make(name: str, budget: float, seeds: Sequence[int] = (0,), further: int = 0, prompt: int = 1) -> PrefixKV | None:
-    """The compressor of a name, None for the full cache; Random draws with a seed for each prompt.
+    """The compressor of any name but plan, None for the full cache; Random draws with a seed for each prompt.
 
     further: tokens that will be read after a prompt of `prompt` tokens; with /keep, room is left for them. Raises
     LlavaError for a name that is none, or a budget that these tokens exceed by themselves.
     """
     parts = parsed(name)
-    if parts["base"] == "plan":
-        raise LlavaError(f"{name!r} is no method of its own; it needs a plan's file.")
     if parts["base"] == "full":
         return None
     base = (METHODS | VARIANTS)[parts["base"]]
-    mixed = (Words if parts["words"] else None, SIZES.get(parts["sizes"] or ""), RULES.get(parts["rule"] or ""))
-    bases = tuple(part for part in mixed if part not in (None, PrefixKV))
+    bases = [PARTS[parts[part]] for part in ("words", "sizes", "rule") if parts[part] in PARTS]
     cls: type[PrefixKV] = type(name, (*bases, base), {}) if bases else base
     if parts["rule"] == "keep":
         budget = (budget * (prompt + further) - further) / prompt
-        if budget <= 0:
-            raise LlavaError(f"{name}: {further} further tokens are more than the budget; nothing is left to keep.")
+        require(budget > 0, f"{name}: {further} further tokens are more than the budget; nothing is left to keep.")
     made = cls(budget, seeds) if issubclass(cls, Random) else cls(budget)
     if parts["rule"] == "keep":
         made.decode = "keep"
@@ -378,16 +377,14 @@ def parsed(name: str) -> dict[str, str]:
         raise LlavaError(
             f"There is no method {name!r}; known are full, plan, {', '.join(METHODS)}, and see bench/variants.py."
         )
-    if found["bits"] and found["short"]:
-        raise LlavaError(f"{name!r} asks for few bits and short positions; only one of the two can be had.")
-    if found["bits"] and int(found["bits"]) not in BITS:
-        raise LlavaError(f"{name!r} asks for {found['bits']} bits; known are {', '.join(map(str, BITS))}.")
-    if found["base"] in ("plan", "pooled") and (found["words"] or found["sizes"] or found["rule"]):
-        raise LlavaError(f"{name!r}: {found['base']} leaves nothing to choose; it can be combined with bits only.")
-    if found["words"] and (found["base"].startswith("cover") or found["base"] == "h2o as published"):
-        raise LlavaError(f"{name!r}: this method does not ask for scores when it chooses; leave out +words.")
-    if found["base"] == "full" and (found["words"] or found["sizes"] or found["rule"]):
-        raise LlavaError(f"{name!r} keeps every token; there is nothing to choose or to drop.")
+    base, bits, words = found["base"], found["bits"], found["words"]
+    require(not (bits and found["short"]),
+            f"{name!r} asks for few bits and short positions; only one of the two can be had.")  # fmt: skip
+    require(not bits or int(bits) in BITS, f"{name!r} asks for {bits} bits; known are {', '.join(map(str, BITS))}.")
+    require(base not in ("full", "plan", "pooled") or not (words or found["sizes"] or found["rule"]),
+            f"{name!r}: {base} leaves nothing to choose; it can be combined with bits only.")  # fmt: skip
+    require(not words or not (base.startswith("cover") or base == "h2o as published"),
+            f"{name!r}: this method does not ask for scores when it chooses; leave out +words.")  # fmt: skip
     return found.groupdict()
 
 

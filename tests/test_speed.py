@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
+import os
 import re
-import sys
-from types import SimpleNamespace
+import signal
 
 import pytest
 import torch
 
-from bench import half, speed
+from bench import common, half, speed
 from bench.speed import PRESETS, Result, main, median, table
+from minillava.checks import LlavaError
+
+SHAPES = speed.llava(64, 96, 2, 4, 320, speed.VisionConfig(48, 80, 3, 4, image_size=28, patch_size=7), kv_heads=2)
 
 
 def result(contender, step, kv, weights=1_000_000, prefill=1.0):
-    decode = step * 63 / 1000
-    return Result(contender, prefill, step, decode, 1000 / step, prefill + decode, kv, weights, 1, 1)
+    return Result(contender, prefill, step, 1000 / step, prefill + step * 63 / 1000, kv, weights, 1, 1)
+
+
+def rows_of(text):
+    """The cells of the tables in a text, heads included."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_work_is_done_in_a_new_process_and_one_that_dies_is_an_error():
+    assert common.in_a_process(os.getpid) != os.getpid()
+    with pytest.raises(LlavaError, match="died; is there"):
+        common.in_a_process(signal.raise_signal, signal.SIGKILL)
 
 
 def test_a_small_run_of_every_kind_of_contender(tmp_path, capsys, monkeypatch):
-    def in_this_process(command, **options):
-        assert command[:3] == [sys.executable, "-m", "bench.speed"]
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            code = main(command[3:])
-        return SimpleNamespace(returncode=code, stdout=out.getvalue())
-
-    monkeypatch.setattr(speed.subprocess, "run", in_this_process)
+    monkeypatch.setattr(common, "in_a_process", lambda work, *arguments: work(*arguments))
     names = ["transformers DynamicCache", "transformers StaticCache", "full", "PrefixKV 20%", "plan 20%"]
     ask = ["--preset", "tiny", "--new", "4", "--rounds", "1", "--out", str(tmp_path), "--contenders", *names]
     assert main(ask) == 0
     shown = capsys.readouterr().out
     assert (tmp_path / "speed.md").read_text() == shown
-    rows = {cells[1].strip(): cells for cells in (line.split("|") for line in shown.splitlines()) if len(cells) > 10}
-    assert set(names) < set(rows)
+    assert [row[0] for row in rows_of(shown)] == ["", *names] and len({len(row) for row in rows_of(shown)}) == 1
     rounds = json.loads((tmp_path / "speed.json").read_text())["rounds"]
     kept = {name: rounds[name][0]["kv_bytes"] for name in names}
     assert kept["transformers DynamicCache"] == kept["full"] == 595 * 8 * 2 * 2 * 32 * 4  # tokens, layers, K V, heads
@@ -45,14 +49,13 @@ def test_a_small_run_of_every_kind_of_contender(tmp_path, capsys, monkeypatch):
 
 
 def test_growth_has_the_exponents_of_what_was_measured(monkeypatch):
-    def run(task, name):
-        size = task["changes"]["batch"] * task["changes"]["prompt"]
+    def run(name, folder, preset):
+        size = preset.batch * preset.prompt
         return result(name, size**0.5, 0, prefill=size if name == "full" else size**2)
 
     monkeypatch.setattr(speed, "run", run)
-    rows = [[cell.strip() for cell in line.split("|")[1:4]] + [line.split("|")[4].strip()]
-            for line in speed.growth("folder", 1).splitlines() if line.startswith("| exponent")]  # fmt: skip
-    assert len(rows) == 4 and all(row[1:] == ["1.00", "2.00", "0.50"] for row in rows)
+    rows = [row[1:4] for row in rows_of(speed.growth("folder", 1)) if row[0].startswith("exponent")]
+    assert rows == [["1.00", "2.00", "0.50"]] * 4
 
 
 def test_the_weights_counted_are_those_that_a_step_reads(tiny):
@@ -67,10 +70,10 @@ def test_the_table_has_gain_and_limit_of_what_was_measured():
     """What is compiled gains over what is compiled."""
     measured = [result("full", 40.0, 3_000_000), result("PrefixKV 20%", 20.0, 600_000),
                 result("full compiled", 30.0, 3_000_000), result("PrefixKV 20% compiled", 20.0, 600_000)]  # fmt: skip
-    lines = [line.split("|") for line in table(measured, 1e8, PRESETS["cpu"]).splitlines()[-4:]]
-    assert [cell.strip() for cell in lines[0][4:6]] == ["40.00", "1.00"]  # 4 MB at 100 MB/s take 40 ms
-    assert [line[11].strip() for line in lines] == ["1.00", "2.00", "1.00", "1.50"]
-    assert lines[1][12].strip() == "2.50"  # (1 + 3) / (1 + 0.6)
+    rows = rows_of(table(measured, 1e8, PRESETS["cpu"]))[1:]
+    assert rows[0][3:5] == ["40.00", "1.00"]  # 4 MB at 100 MB/s take 40 ms
+    assert [row[10] for row in rows] == ["1.00", "2.00", "1.00", "1.50"]
+    assert rows[1][11] == "2.50"  # (1 + 3) / (1 + 0.6)
 
 
 def test_medians_are_taken_figure_by_figure():
@@ -78,10 +81,15 @@ def test_medians_are_taken_figure_by_figure():
     assert found.step_milliseconds == 2.0 and found.contender == "full"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_preset_for_a_gpu_says_so_where_there_is_none(capsys):
-    assert main(["--preset", "paper-7b-1024"]) == 2
-    assert "needs a GPU" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "options, sentence",
+    [(["--rounds", "0"], "expected 1 or more"), (["--batch", "0"], "expected 1 or more"),
+     (["--device", "cuda"], "needs a GPU")],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_said(options, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--preset", "tiny", *options]) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_the_papers_presets_have_the_shapes_of_llava():
@@ -99,10 +107,9 @@ def test_a_row_names_its_method_and_budget():
 
 
 def test_16_bit_logits_are_about_as_far_from_float32_as_those_of_transformers(monkeypatch, capsys):
-    shapes = speed.llava(64, 96, 2, 4, 320, speed.VisionConfig(48, 80, 3, 4, image_size=28, patch_size=7), kv_heads=2)
-    monkeypatch.setitem(PRESETS, "small", speed.Preset(shapes, 2, 40, 2))
+    monkeypatch.setitem(PRESETS, "small", speed.Preset(SHAPES, 2, 40, 2))
     assert half.main(["--preset", "small"]) == 0
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = rows_of(capsys.readouterr().out)[1:]
     assert [row[:2] for row in rows] == [[d, who] for d in half.DTYPES for who in ("minillava", "transformers")]
     for ours, theirs in zip(rows[::2], rows[1::2]):
         # Both are rounded as often, at other places: chance decides by some percent which is nearer.
@@ -118,20 +125,18 @@ def test_the_difference_is_in_standard_deviations():
 
 def test_scoring_divides_by_the_full_cache_of_the_same_round(capsys):
     seconds = {"full": [1.0, 2.0, 4.0, 8.0], "cover": [1.5, 2.0, 4.0, 80.0], "prefixkv": [2.0, 4.0, 8.0, 16.0]}
-    lines = speed.scoring_table(seconds, PRESETS["tiny"]).splitlines()
-    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:]] == [
+    assert rows_of(speed.scoring_table(seconds, PRESETS["tiny"]))[1:] == [
         ["full", "3.0000", "1.000 (1.00–1.00)"], ["cover", "3.0000", "1.250 (1.00–10.00)"],
         ["prefixkv", "6.0000", "2.000 (2.00–2.00)"],
     ]  # fmt: skip
     assert main(["--preset", "tiny", "--rounds", "1", "--scoring", "cover"]) == 0
     out = capsys.readouterr().out
-    assert "592 prompt tokens" in out and [line.split("|")[1] for line in out.splitlines()[4:]] == [" full ", " cover "]
+    assert "592 prompt tokens" in out and [row[0] for row in rows_of(out)] == ["", "full", "cover"]
 
 
 def test_a_prompts_parts_make_up_its_seconds(capsys):
     assert main(["--preset", "tiny", "--rounds", "1", "--where"]) == 0
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
-    seconds = {name: float(taken) for name, taken, *_ in rows}
+    seconds = {name: float(taken) for name, taken, *_ in rows_of(capsys.readouterr().out)[1:]}
     whole = seconds.pop("whole prompt")
     # Each is rounded to hundredths, so off by 0.005 at most: three numbers, and seven.
     assert seconds["vision tower"] + seconds["decoder"] <= whole + 0.015 + 1e-9
@@ -139,17 +144,10 @@ def test_a_prompts_parts_make_up_its_seconds(capsys):
 
 
 def test_a_checkpoint_is_written_once_and_its_loading_measured(tmp_path, monkeypatch, capsys):
-    shapes = speed.llava(64, 96, 2, 4, 320, speed.VisionConfig(48, 80, 3, 4, image_size=28, patch_size=7))
-    monkeypatch.setitem(PRESETS, "small", speed.Preset(shapes, 2, 40, 2, dtype="bfloat16"))
+    monkeypatch.setitem(PRESETS, "small", speed.Preset(SHAPES, 2, 40, 2, dtype="bfloat16"))
     ask, path = ["--preset", "small", "--loading", str(tmp_path / "new")], tmp_path / "new/config.json"
     assert main(ask) == 0
     written, out = path.stat().st_mtime_ns, capsys.readouterr().out
     parameters, size = (int(text.replace(",", "")) for text in re.findall(r"[\d,]*\d", out)[:2])
-    assert parameters == sum(p.numel() for p in speed.empty_model(shapes).parameters()) and size > 2 * parameters
+    assert parameters == sum(p.numel() for p in speed.empty_model(SHAPES).parameters()) and size > 2 * parameters
     assert main(ask) == 0 and path.stat().st_mtime_ns == written
-
-
-@pytest.mark.parametrize("option", ["--rounds", "--batch"])
-def test_nothing_is_measured_no_times(option, capsys):
-    assert main(["--preset", "tiny", option, "0"]) == 2
-    assert "expected 1 or more" in capsys.readouterr().err

@@ -1,0 +1,54 @@
+"""What the programs in this folder share: a new process for each measurement, the memory at its peak, and tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from minillava.checks import LlavaError
+from minillava.command import end_quietly
+
+T = TypeVar("T")
+
+
+def in_a_process(work: Callable[..., T], *arguments: object) -> T:
+    """What `work` returns in a new process, or raises there. Raises LlavaError if the process dies."""
+    with ProcessPoolExecutor(1, get_context("spawn"), end_quietly) as pool:
+        try:
+            return pool.submit(work, *arguments).result()
+        except BrokenProcessPool:
+            raise LlavaError(f"The process for {arguments} died; is there enough memory?") from None
+
+
+def status(field: str) -> int:
+    """Bytes in a line of Linux' /proc/self/status, such as VmHWM, the most that was resident; 0 without that line."""
+    lines = Path("/proc/self/status").read_text(errors="replace").splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field)), 0)
+
+
+def peak(device: str = "cpu") -> int:
+    """Bytes at the peak so far: of this process, or allocated on a GPU; 0 on Windows, where it is not known."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    # `resource` would count what the parent held when it began this process.
+    if sys.platform == "linux" and (most := status("VmHWM")):
+        return most
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown."""
+    head = f"| {' | '.join(columns)} |".replace("|  |", "| |")
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in rows]
+    return "\n".join([head, "|---" * len(columns) + "|", *lines])
