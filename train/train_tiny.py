@@ -349,7 +349,7 @@ def decode(
         if index + 1 == len(layers):
             hidden = hidden[:, image:]  # [B, M, D]
         else:
-            first = attend(*(part[:, :, :image] for part in (queries, keys, values)), is_causal=True)
+            first = attend(queries[:, :, :image], keys[:, :, :image], values[:, :, :image], is_causal=True)
             context = torch.cat([first, context], dim=2)  # [B, H, N, Dh]
         hidden = behind(layer, hidden, context)
         if index == POINTER:
