@@ -22,16 +22,6 @@ from prefixkv import PrefixKV, attention_weights, hide, importance
 seeds = st.integers(0, 2**32 - 1)
 
 
-def begun(compressor, *lengths, layers=1):
-    """The compressor, told of prompts padded on the left."""
-    present = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
-    compressor.begin(present, torch.zeros_like(present), layers)
-    return compressor
-
-
-# ---------------------------------------------------------------- rope
-
-
 def turned(x, position, frequency):
     """RoPE at positions [B, N] by frequencies [Dh / 2]."""
     angle = (position[..., None] * frequency).repeat(1, 1, 2)[:, None]  # [B, 1, N, Dh]
@@ -51,15 +41,13 @@ def test_number_i_and_number_i_plus_half_are_turned_as_a_complex_number(seed, ba
 @given(seeds, st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))
 def test_a_query_and_a_key_feel_only_their_distance(seed, query_at, key_at, shift):
     query, key = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(seed))
+    frequency = torch.tensor([1.0, 0.3, 0.1, 0.03])
     one, other = (
-        turned(query, torch.tensor([[query_at + more]]), torch.tensor([1.0, 0.3, 0.1, 0.03]))
-        @ turned(key, torch.tensor([[key_at + more]]), torch.tensor([1.0, 0.3, 0.1, 0.03])).mT
+        turned(query, torch.tensor([[query_at + more]]), frequency)
+        @ turned(key, torch.tensor([[key_at + more]]), frequency).mT
         for more in (0, shift)
     )
     torch.testing.assert_close(one, other, atol=1e-4, rtol=0)  # sums of eight products of up to 16
-
-
-# ---------------------------------------------------------------- patches
 
 
 def tower(family, seed):
@@ -72,40 +60,34 @@ def tower(family, seed):
     return made
 
 
-def expected_features(made, pixels, depth):
+def compare_features(made, pixels, layer, depth):
     """Patch after patch in reading order; a border that is no whole patch is cut."""
     blocks = [pixels[..., y : y + 4, x : x + 4].flatten(1) for y in (0, 4, 8) for x in (0, 4, 8)]
     conv = made.patch_embedding
     hidden = torch.stack(blocks, dim=1) @ conv.weight.flatten(1).mT + (0 if conv.bias is None else conv.bias)
     if made.class_embedding is not None:
-        hidden = torch.stack([made.class_embedding.expand(len(pixels), -1), *hidden.unbind(1)], dim=1)
+        hidden = torch.cat([made.class_embedding.expand(len(pixels), 1, -1), hidden], dim=1)
     hidden = made.pre_layrnorm(hidden + made.position_embedding.weight)
-    for layer in made.layers[:depth]:
-        hidden = layer(hidden)
-    return hidden
+    for above in made.layers[:depth]:
+        hidden = above(hidden)
+    # three layers of float32, added in another order; numbers are of size 10
+    torch.testing.assert_close(made(pixels, layer), hidden, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layer, depth", [(-2, 2), (-1, 3), (0, 0), (1, 1)])
 def test_the_tower_puts_a_class_token_before_the_patches(layer, depth):
-    made, pixels = tower("clip_vision_model", 0), torch.randn(2, 3, 14, 14)
-    # three layers of float32, added in another order; numbers are of size 10
-    torch.testing.assert_close(made(pixels, layer), expected_features(made, pixels, depth), atol=1e-3, rtol=1e-4)
+    compare_features(tower("clip_vision_model", 0), torch.randn(2, 3, 14, 14), layer, depth)
 
 
 @pytest.mark.parametrize("layer, depth", [(-2, 2), (3, 3)])
 def test_a_tower_of_siglip_has_patches_only(layer, depth):
-    made, pixels = tower("siglip_vision_model", 1), torch.randn(2, 3, 14, 14)
-    assert made(pixels, layer).shape == (2, 9, 12)
-    torch.testing.assert_close(made(pixels, layer), expected_features(made, pixels, depth), atol=1e-3, rtol=1e-4)
+    compare_features(tower("siglip_vision_model", 1), torch.randn(2, 3, 14, 14), layer, depth)
 
 
 def test_layers_above_the_chosen_one_are_not_run():
     made = tower("clip_vision_model", 2)
     made.layers[2].forward = mock.Mock(side_effect=AssertionError("the last layer was run"))
     made(torch.randn(1, 3, 14, 14), -2)
-
-
-# ---------------------------------------------------------------- scoring and importance
 
 
 @given(seeds, st.sampled_from([(1, 1), (4, 2), (6, 2)]), st.integers(1, 6), st.integers(0, 20), st.data())
@@ -129,41 +111,31 @@ def test_importance_never_holds_the_weights_of_all_queries(padding):
     assert largest.numbers < 2 * 4 * 64 * 600  # a block's weights; all would be 4 x 600 x 600
 
 
-# ---------------------------------------------------------------- published
-
-
-def best(scores, count, start):
-    """The tokens that a layer keeps: the first `start`, then those with the highest scores."""
-    others = sorted(range(start, len(scores)), key=lambda token: -scores[token])
-    return sorted([*range(start), *others[: count - start]])
-
-
-def compare(scores, counts, start):
+def compare_kept(scores, counts, start):
+    """A layer keeps the first `start` tokens, then those with the highest scores."""
     kept = compress(scores.clone(), counts.clone(), start)
     for row, layer, count in zip(kept, scores.tolist(), counts.tolist()):
-        assert row.nonzero()[:, 0].tolist() == best(layer, count, start)
+        others = sorted(range(start, len(layer)), key=lambda token, layer=layer: -layer[token])
+        assert row.nonzero()[:, 0].tolist() == sorted([*range(start), *others[: count - start]])
 
 
 @given(seeds, st.integers(1, 4), st.integers(2, 30), st.data())
 def test_the_most_important_tokens_stay_in_every_layer(seed, layers, length, data):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.stack([torch.randperm(length, generator=generator).float() for _ in range(layers)])
-    compare(scores, torch.tensor([data.draw(st.integers(1, length)) for _ in range(layers)]), 0)
+    compare_kept(scores, torch.tensor([data.draw(st.integers(1, length)) for _ in range(layers)]), 0)
 
 
 @given(seeds, st.integers(4, 30), st.integers(1, 3), st.data())
 def test_no_layer_keeps_more_tokens_than_it_may(seed, length, start, data):
     scores = torch.stack([torch.randperm(length, generator=torch.Generator().manual_seed(seed)).float()])
-    compare(scores, torch.tensor([data.draw(st.integers(start, length))]), start)
+    compare_kept(scores, torch.tensor([data.draw(st.integers(start, length))]), start)
 
 
 @given(seeds, st.integers(4, 30), st.data())
 def test_of_two_tokens_that_are_nearly_level_the_more_important_stays(seed, length, data):
     scores = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[None] * 1e-4 + 1
-    compare(scores, torch.tensor([data.draw(st.integers(1, length))]), 0)
-
-
-# ---------------------------------------------------------------- eviction and cache
+    compare_kept(scores, torch.tensor([data.draw(st.integers(1, length))]), 0)
 
 
 @given(seeds, st.integers(1, 3), st.integers(1, 3), st.integers(0, 3))
@@ -202,7 +174,11 @@ def test_a_token_takes_the_next_free_slot_of_every_layer(layers, lengths, count)
             assert row[: own + step + 1] == [*range(own + step + 1)]
 
 
-# ---------------------------------------------------------------- allocator
+def begun(compressor, *lengths, layers=1):
+    """The compressor, told of prompts padded on the left."""
+    present = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    compressor.begin(present, torch.zeros_like(present), layers)
+    return compressor
 
 
 @given(seeds, st.integers(1, 5), st.lists(st.integers(40, 90), min_size=1, max_size=3))
@@ -223,8 +199,6 @@ def test_no_layer_gets_more_tokens_than_there_are_nor_fewer_than_are_protected(l
     assert int(counts.sum()) == round(0.6 * layers * length)
     assert int(counts[0]) == length and int(counts.min()) >= 2 and int(counts[1:].max() - counts[1:].min()) <= 1
 
-
-# ---------------------------------------------------------------- the second question
 
 QUESTIONS = ("How many objects are there?", "What is at the top left?", "Is there a red square?")
 

@@ -15,8 +15,6 @@ import sys
 import pytest
 import torch
 from conftest import TINY
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import weights
@@ -44,37 +42,26 @@ def data(small):
 @pytest.mark.parametrize("number", range(len(SHOWN)), ids=SHOWN)
 def test_the_tokens_shown_are_those_that_a_cache_keeps(small, data, number):
     _, _, model, processor = small
-    for stop, budget in enumerate(data["budgets"]):
-        if budget not in (0.05, 0.2, 0.35, 1.0):
-            continue
+    for stop, budget in [pair for pair in enumerate(data["budgets"]) if pair[1] in (0.05, 0.2, 0.35, 1.0)]:
         cache = model.new_cache(1, METHODS[SHOWN[number]](budget))
         model.read(**processor(data["prompt"], [IMAGE]), cache=cache)
         assert cache.kept[:, 0].tolist() == explore.counts(data, stop, number)
         for layer, position in enumerate(cache.position[:, 0]):
-            kept = explore.kept(data, layer, stop, number)
-            assert [j for j, here in enumerate(kept) if here] == sorted(position[position >= 0].tolist())
+            kept = torch.tensor(explore.kept(data, layer, stop, number)).nonzero()[:, 0]
+            assert torch.equal(kept, position[position >= 0].sort().values)
 
 
 def test_where_the_model_looks_is_the_last_tokens_attention_and_the_page_opens_where_it_is_sharpest(small, data):
     _, _, model, processor = small
-    inputs = processor(data["prompt"], [IMAGE])
-    hidden, rope = (
-        model.embed(inputs["input_ids"], inputs["pixel_values"]),
-        model.language_model.cos_sin(torch.arange(len(data["looks"][0]))[None]),
-    )
-    sharp = []
+    inputs, sharp = processor(data["prompt"], [IMAGE]), []
+    hidden = model.embed(inputs["input_ids"], inputs["pixel_values"])
+    rope = model.language_model.cos_sin(torch.arange(hidden.shape[1])[None])
     for layer, looks in zip(model.language_model.layers, data["looks"]):
         heads = manual_attention(*layer.self_attn.project(layer.input_layernorm(hidden), rope), None)[1]
         assert looks == pytest.approx(heads[0, :, -1].mean(0).tolist(), abs=2e-5)
         sharp.append(sum(sorted((looks[position] for position in data["patches"]), reverse=True)[:10]))
         hidden = layer(hidden, rope)
     assert sharp[data["layer"]] == max(sharp)
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=40))
-def test_bits_say_which_tokens_are_kept(keep):
-    made = {"methods": [{"kept": [[explore.bits(torch.tensor(keep))]]}], "importance": [[0.0] * len(keep)]}
-    assert explore.kept(made, 0, 0) == keep
 
 
 def test_the_page_has_the_models_name_every_token_once_and_the_picture_that_the_model_sees(small, data):
@@ -111,21 +98,10 @@ def test_without_an_image_there_is_nothing_to_explore(small):
         explore.collect(*small[2:], "Hello", [], [0.2])
 
 
-# ---------------------------------------------------------------- the commands
-
-COMMANDS = pytest.mark.parametrize(
-    "command",
-    [lambda path, *more: explore.main([path, "--max-new-tokens", "1", "--method", "h2o", *more]),
-     lambda path, *more: plan.main(["--save", path, *more]),
-     lambda path, *more: plan.main(["--plot", path, *more])],
-    ids=["explore", "save", "plot"],
-)  # fmt: skip
-
-
 def refused(command, *arguments):
     """Whether a command ends with 2, before it has done anything or afterwards."""
     try:
-        return command(*arguments) == 2
+        return command([*arguments]) == 2
     except SystemExit as stop:
         return stop.code == 2
 
@@ -149,13 +125,19 @@ def test_the_commands_write_page_plan_and_picture_and_how_far_they_are(tmp_path,
     assert sorted(os.listdir(tmp_path)) == ["a.html", "a.json", "a.png"]
 
 
-@COMMANDS
-def test_a_file_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path, capsys, small, command, monkeypatch):
+@pytest.mark.parametrize("command, options", [
+    (explore.main, ["--max-new-tokens", "1", "--method", "h2o"]), (plan.main, ["--save"]), (plan.main, ["--plot"]),
+], ids=["explore", "save", "plot"])  # fmt: skip
+def test_a_file_that_cannot_be_written_is_refused_and_nothing_is_left(
+    tmp_path, capsys, small, command, options, monkeypatch
+):
     monkeypatch.setattr("minillava.files.secrets.token_hex", lambda count: "x")
+    names = ["no/a.png", ".", "x" * 249 + ".png"]  # 253: too long for the name at first
     if os.path.exists("/dev/full"):
         (tmp_path / "full.png.x.part").symlink_to("/dev/full")  # no space is left there
-    for name in ("no/a.png", ".", "x" * 249 + ".png", *(["full.png"] if os.path.exists("/dev/full") else [])):
-        assert refused(command, str(tmp_path / name), "--model", str(small[0]))  # 253: too long for the name at first
+        names.append("full.png")
+    for name in names:
+        assert refused(command, *options, str(tmp_path / name), "--model", str(small[0]))
         assert "cannot be written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -168,20 +150,18 @@ def test_a_file_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path, 
 )  # fmt: skip
 def test_bad_options_of_a_plan_are_refused(capsys, monkeypatch, arguments, word):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert refused(plan.main, arguments)
+    assert refused(plan.main, *arguments)
     shown = capsys.readouterr()
     assert word in shown.err.splitlines()[-1] and not shown.out
 
-
-# ---------------------------------------------------------------- in a browser
 
 HARNESS = """<script>
 const errors = [];
 addEventListener("error", event => errors.push(event.message));
 for (const name of ["error", "warn"]) console[name] = text => errors.push(String(text));
 addEventListener("load", () => {
-  const result = {}, texts = ["kept-text", "looks-text", "layer-out", "budget-out", "patch-text", "compressed", "story",
-    "run-name", "question"];
+  const texts = ["kept-text", "looks-text", "layer-out", "budget-out", "patch-text", "compressed", "story", "run-name",
+    "question"];
   const look = () => ({
     ...Object.fromEntries(texts.map(id => [id, $(id).textContent])),
     dropped: document.querySelectorAll("#grid .dropped").length,
@@ -194,25 +174,21 @@ addEventListener("load", () => {
   const move = (id, value) => {
     $(id).value = value;
     $(id).dispatchEvent(new Event(id === "method" ? "change" : "input"));
+    return look();
   };
-  result.start = look();
-  result.bottom = Math.max(...["looks-text", "kept-text"].map(id => $(id).getBoundingClientRect().bottom));
-  move("layer", 3); result.layer = look();
-  move("budget", data.budgets.length - 1); result.all = look();
+  const bottom = Math.max(...["looks-text", "kept-text"].map(id => $(id).getBoundingClientRect().bottom));
+  const result = {bottom, start: look(), layer: move("layer", 3), all: move("budget", data.budgets.length - 1)};
   document.querySelector("#grid button").focus();
   for (const key of ["ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp", "ArrowUp", "ArrowDown"])
     document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
   result.keys = look();
-  move("budget", data.start); move("method", data.methods.length - 1); result.method = look();
+  move("budget", data.start);
+  result.method = move("method", data.methods.length - 1);
   if (innerWidth < 640) document.body.style.width = "360px";
   result.width = innerWidth < 640 ? document.body.scrollWidth : document.documentElement.scrollWidth;
   result.labels = [...document.querySelectorAll("input, select")].every(field => field.labels.length);
   result.title = document.title; result.errors = errors;
-  document.body.innerHTML = "";
-  const told = document.createElement("pre");
-  told.id = "result";
-  told.textContent = JSON.stringify(result);
-  document.body.append(told);
+  document.body.textContent = `result:${JSON.stringify(result)}:end`;
 });
 </script>"""
 
@@ -228,7 +204,7 @@ def test_the_page_works_in_a_browser_without_a_message(tmp_path, data, width, mo
          f"--window-size={width},900", "--virtual-time-budget=4000", "--dump-dom", path.as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
+    found = re.search(r"result:(\{.*\}):end", done.stdout, re.DOTALL)
     assert found, done.stdout[-1000:] + done.stderr[-1000:]
     seen = json.loads(html.unescape(found[1]))
     assert seen["title"] == "What is kept of a KV cache" and seen["start"]["question"] == f"{NASTY} ASSISTANT:"

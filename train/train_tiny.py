@@ -9,13 +9,12 @@ Three kinds of stages, as LLaVA builds on a CLIP that exists already:
 3. joint: everything together, while the learning rate falls to nothing; patches and pointing are still asked.
 
 The table STAGES says what is done in which order. Most is learnt from small pictures, which cost little; then the
-pictures grow, the tower's position embeddings with them, and shorter stages make the weights fit.
+pictures grow, the tower's position embeddings with them, and shorter stages make the weights fit. The last stage has
+smaller objects, too, down to 2 x 2 patches.
 
 Many questions are asked of one picture at once. Short conversations of one to three turns lie side by side after
 the image tokens; each sees the image and itself, at the positions it would have by itself. So one reading of the image
 serves a dozen questions, and no answer can be copied from another conversation.
-
-The last stage has smaller objects, too, down to 2 x 2 patches.
 
 The state of training is saved to `--work` every two minutes and taken up again by the same command. `--start FOLDER
 --first STAGE` begins with a checkpoint that the stages before STAGE have made.
@@ -32,10 +31,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from minillava.command import end_quietly, run_command  # isort: skip
 
@@ -48,29 +48,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from minillava import scenes
 from minillava.checks import LlavaError
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.convert import convert
 from minillava.files import replacing, write_json
 from minillava.model import DecoderLayer, Llava, merge_heads
-from minillava.processor import ImageProcessor, Processor, Tokenizer
-from minillava.scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    KINDS,
-    MAX_OBJECTS,
-    PLACES,
-    SHAPES,
-    SIZES,
-    SMALLEST,
-    Question,
-    Scene,
-    description,
-    draw,
-    make_scene,
-    plural,
-    short_question,
-)
+from minillava.processor import IMAGE_TOKEN, ImageProcessor, Processor, Tokenizer
 from train.evaluate import commonest, evaluate
 from weights import load, load_model
 
@@ -85,7 +69,7 @@ class Stage:
     steps: int
     batch: int  # scenes a step
     rate: float  # the peak of the learning rate
-    smallest: float = SIZES["small"][0]  # radius of the smallest objects
+    smallest: float = scenes.SIZES["small"][0]  # radius of the smallest objects
 
     @property
     def grid(self) -> int:
@@ -99,42 +83,34 @@ STAGES = (
     Stage("joint", "joint", side=96, steps=1000, batch=16, rate=5e-4),
     Stage("vision-192", "vision", side=192, steps=200, batch=32, rate=1e-3),
     Stage("joint-192", "joint", side=192, steps=950, batch=12, rate=5e-4),
-    Stage("joint-small", "joint", side=192, steps=300, batch=12, rate=3e-4, smallest=SMALLEST),
+    Stage("joint-small", "joint", side=192, steps=300, batch=12, rate=3e-4, smallest=scenes.SMALLEST),
 )
 FALL_FROM = {"vision": 0.6, "language": 1.0, "joint": 0.0}  # after this share of a stage its learning rate falls
 PATCH = 8
-IMAGE_TOKEN = "<image>"
 LABELS = {  # what a patch is asked, and how many answers there are: + 1 for "no object"
-    "colour": len(COLOURS) + 1,
-    "shape": len(SHAPES) + 1,
-    "size": len(SIZES) + 1,
-    "place": len(PLACES) + 1,
+    "colour": len(scenes.COLOURS) + 1,
+    "shape": len(scenes.SHAPES) + 1,
+    "size": len(scenes.SIZES) + 1,
+    "place": len(scenes.PLACES) + 1,
     "outline": 2,
-    "background": len(BACKGROUNDS),
+    "background": len(scenes.BACKGROUNDS),
     "row": 0,  # as many as the grid has, see `make_heads`
     "column": 0,
     "centre": 2,  # does an object's middle lie in it: one patch an object, which is what counting needs
 }
-ALL_KINDS = (*KINDS, "describe")
-WEIGHTS = (0.5, 1.0, 1.0, 1.0, 2.0, 1.5, 1.5, 1.0)  # how often each of KINDS is asked
+ALL_KINDS = (*scenes.KINDS, "describe")
+WEIGHTS = (0.5, 1.0, 1.0, 1.0, 2.0, 1.5, 1.5, 1.0)  # how often each of scenes.KINDS is asked
 POINTER = 4  # the decoder layer, counted from 0, of which one head is shown where to look
-MEAN, STD = 0.5, 0.5
 
 
 def tiny_config(side: int, vocab_size: int, image_token_id: int, pad_token_id: int) -> LlavaConfig:
     """The architecture of minillava/tiny, with pictures of side x side pixels."""
-    return LlavaConfig(
-        vision=VisionConfig(
-            hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
-            image_size=side, patch_size=PATCH,
-        ),
-        text=TextConfig(
-            vocab_size=vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=8,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, rms_norm_eps=1e-5,
-        ),
-        image_token_id=image_token_id,
-        pad_token_id=pad_token_id,
-    )  # fmt: skip
+    vision = VisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
+                          image_size=side, patch_size=PATCH)  # fmt: skip
+    text = TextConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=4,
+                      num_key_value_heads=2, max_position_embeddings=2048, rms_norm_eps=1e-5,
+                      vocab_size=vocab_size)  # fmt: skip
+    return LlavaConfig(vision=vision, text=text, image_token_id=image_token_id, pad_token_id=pad_token_id)
 
 
 def train_tokenizer(path: Path, seed: int) -> None:
@@ -142,8 +118,8 @@ def train_tokenizer(path: Path, seed: int) -> None:
     rng = random.Random(seed)
     lines = []
     for _ in range(4000):
-        scene = make_scene(rng)
-        turns = [description(rng, scene), *(short_question(rng, scene) for _ in range(5))]
+        scene = scenes.make_scene(rng)
+        turns = [scenes.description(rng, scene), *(scenes.short_question(rng, scene) for _ in range(5))]
         lines += [f"USER: {turn.text} ASSISTANT: {turn.answer}" for turn in turns]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -156,7 +132,7 @@ def train_tokenizer(path: Path, seed: int) -> None:
 
 def image_processor(side: int) -> ImageProcessor:
     """The processor of a checkpoint for pictures of side x side pixels."""
-    return ImageProcessor(size={"shortest_edge": side}, crop_size=side, image_mean=[MEAN] * 3, image_std=[STD] * 3)
+    return ImageProcessor(size={"shortest_edge": side}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
 def pixels(image: Image.Image, side: int) -> Tensor:
@@ -164,32 +140,29 @@ def pixels(image: Image.Image, side: int) -> Tensor:
     return image_processor(side)(image)
 
 
-def patch_labels(scene: Scene, cover: Image.Image, grid: int) -> Tensor:
+def patch_labels(scene: scenes.Scene, cover: Image.Image, grid: int) -> Tensor:
     """The answers to LABELS for every patch: [grid², 9]. An object counts where it covers a sixth of the patch."""
     small = cover.resize((grid * PATCH, grid * PATCH), Image.Resampling.NEAREST)
     ids = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(grid, PATCH, grid, PATCH)
     ids = ids.permute(0, 2, 1, 3).reshape(grid * grid, PATCH * PATCH).long()  # [P, pixels of a patch]
-    shares = F.one_hot(ids, MAX_OBJECTS + 1).float().mean(1)  # [P, objects + 1]
+    shares = F.one_hot(ids, scenes.MAX_OBJECTS + 1).float().mean(1)  # [P, objects + 1]
     best = shares[:, 1:].max(-1)
     owner = torch.where(best.values >= 1 / 6, best.indices + 1, 0)
-    table = [[0, 0, 0, 0]]
-    for thing in scene.things:
-        table.append([list(COLOURS).index(thing.colour) + 1, SHAPES.index(thing.shape) + 1,
-                      list(SIZES).index(thing.size) + 1, thing.cell + 1])  # fmt: skip
+    colours, sizes = list(scenes.COLOURS), list(scenes.SIZES)
+    things = [(colours.index(t.colour), scenes.SHAPES.index(t.shape), sizes.index(t.size), t.cell)
+              for t in scene.things]  # fmt: skip
     cells = torch.arange(grid * grid)
-    centres = {int(thing.y * grid) * grid + int(thing.x * grid) for thing in scene.things}
     rest = [
         (shares.max(-1).values < 0.999).long(),
-        torch.full_like(cells, list(BACKGROUNDS).index(scene.background)),
+        torch.full_like(cells, list(scenes.BACKGROUNDS).index(scene.background)),
         cells // grid,
         cells % grid,
-        torch.tensor([int(cell in centres) for cell in range(grid * grid)]),
+        torch.isin(cells, torch.tensor([int(t.y * grid) * grid + int(t.x * grid) for t in scene.things])).long(),
     ]
-    return torch.cat([torch.tensor(table)[owner], torch.stack(rest, -1)], -1)
+    return torch.cat([torch.tensor([(-1, -1, -1, -1), *things])[owner] + 1, torch.stack(rest, -1)], -1)
 
 
-@dataclass
-class Sample:
+class Sample(NamedTuple):
     """Conversations about one picture, side by side; all lists but `kinds` are as long as `ids`."""
 
     ids: list[int]
@@ -202,9 +175,6 @@ class Sample:
     shape: list[int]
     kinds: list[int]  # of the questions, an index into ALL_KINDS, one for every answer
 
-    def columns(self) -> tuple[list[int], ...]:
-        return self.ids, self.labels, self.branch, self.position, self.answer, self.about, self.colour, self.shape
-
 
 class Conversations:
     """Turns conversations into token ids in LLaVA-1.5's format, with labels on the answers only."""
@@ -216,51 +186,58 @@ class Conversations:
         self.pad_id = self.image_id + 1
         self.size = math.ceil((self.pad_id + 1) / 64) * 64
 
-    def encode(self, conversations: list[list[Question]], patches: int) -> Sample:
+    def encode(self, conversations: list[list[scenes.Question]], patches: int) -> Sample:
         """Conversations about one picture of so many patches."""
         ids = [self.bos, *self.model.encode("USER: "), *[self.image_id] * patches]
         prefix = len(ids)
         none, zero = [-100] * prefix, [0] * prefix
-        sample = Sample(ids, none[:], zero[:], list(range(prefix)), zero[:], zero[:], none[:], none[:], [])
+        sample = Sample(ids, none[:], zero[:], [*range(prefix)], zero[:], zero[:], none[:], none[:], [])
         for branch, turns in enumerate(conversations, start=1):
             begin = len(ids)
             for index, turn in enumerate(turns):
-                prompt = f"\n{turn.text} ASSISTANT:" if index == 0 else f"USER: {turn.text} ASSISTANT:"
+                prompt = f"{'USER: ' if index else chr(10)}{turn.text} ASSISTANT:"
                 asked, both = self.model.encode(prompt), self.model.encode(f"{prompt} {turn.answer}")
                 assert both[: len(asked)] == asked
                 told = [*both[len(asked) :], self.eos]
+                ids.extend(asked + told)
+                sample.labels.extend([-100] * len(asked) + told)
                 sample.kinds.append(ALL_KINDS.index(turn.kind))
-                ids += asked + told
-                sample.labels += [-100] * len(asked) + told
-                sample.answer += [0] * len(asked) + [len(sample.kinds)] * len(told)
+                sample.answer.extend([0] * len(asked) + [len(sample.kinds)] * len(told))
                 sentence, about = 0, []
                 for token in told:
                     about.append(sum(1 << cell for cells in turn.cells[sentence : sentence + 1] for cell in cells))
                     sentence += "." in self.model.id_to_piece(token)
-                sample.about += [0] * (len(asked) - 1) + about + [0]
+                sample.about.extend([0] * (len(asked) - 1) + about + [0])
                 words = set(re.findall(r"\w+", turn.text))
-                for column, found in (
-                    (sample.colour, [index for index, colour in enumerate(COLOURS) if colour in words]),
-                    (sample.shape, [index for index, shape in enumerate(SHAPES) if {shape, plural(shape)} & words]),
-                ):
+                shapes = [{shape, scenes.plural(shape)} for shape in scenes.SHAPES]
+                for column, names in ((sample.colour, [{c} for c in scenes.COLOURS]), (sample.shape, shapes)):
+                    found = [index for index, name in enumerate(names) if name & words]
                     name = found[0] if len(found) == 1 else -100
-                    column += [-100] * (len(asked) - 1) + [name] * len(told) + [-100]
-            sample.branch += [branch] * (len(ids) - begin)
-            sample.position += range(prefix, prefix + len(ids) - begin)
+                    column.extend([-100] * (len(asked) - 1) + [name] * len(told) + [-100])
+            sample.branch.extend([branch] * (len(ids) - begin))
+            sample.position.extend(range(prefix, prefix + len(ids) - begin))
         return sample
 
 
-class Batches(torch.utils.data.IterableDataset):
-    """Endless batches; batch i of a stage follows only from (seed, stage, i), so a resumed run sees the same."""
+def padded(rows: Sequence[list[int]], fill: int, multiple: int) -> Tensor:
+    """Rows filled up to a common length, which is a multiple of so many."""
+    length = math.ceil(max(map(len, rows)) / multiple) * multiple
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
 
-    def __init__(self, stage: Stage, start: int, seed: int, talk: Conversations):
-        self.stage, self.start, self.seed, self.talk = stage, start, seed, talk
 
-    def conversations(self, rng: random.Random, scene: Scene) -> list[list[Question]]:
+@dataclass(frozen=True)
+class Batches(torch.utils.data.Dataset):
+    """A stage's batches; batch i follows only from (seed, stage, i), so a resumed run sees the same."""
+
+    stage: Stage
+    seed: int
+    talk: Conversations
+
+    def conversations(self, rng: random.Random, scene: scenes.Scene) -> list[list[scenes.Question]]:
         """Twelve short questions and at times a description, in conversations of one to three turns."""
-        turns = [short_question(rng, scene, WEIGHTS) for _ in range(12)]
+        turns = [scenes.short_question(rng, scene, WEIGHTS) for _ in range(12)]
         if rng.random() < 0.4:
-            turns.insert(rng.randint(0, 12), description(rng, scene))
+            turns.insert(rng.randint(0, 12), scenes.description(rng, scene))
         parts = []
         while turns:
             cut = rng.choice((1, 1, 2, 3))
@@ -268,34 +245,24 @@ class Batches(torch.utils.data.IterableDataset):
             turns = turns[cut:]
         return parts
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        torch.set_num_threads(1)
-        stage, step = self.stage, self.start
-        while True:
-            rng = random.Random(f"{self.seed} {stage.name} {step}")
-            images, targets, samples = [], [], []
-            for _ in range(stage.batch):
-                # Scenes of at most two or three objects make it easy to see what a question is about.
-                most = rng.choice((2, 3, MAX_OBJECTS)) if stage.kind == "language" else MAX_OBJECTS
-                scene = make_scene(rng, most, stage.smallest)
-                image, cover = draw(scene)
-                images.append(pixels(image, stage.side))
-                targets.append(patch_labels(scene, cover, stage.grid))
-                if stage.kind != "vision":
-                    samples.append(self.talk.encode(self.conversations(rng, scene), stage.grid**2))
-            step += 1
-            if stage.kind == "vision":
-                yield torch.stack(images), torch.stack(targets)
-                continue
-            length = math.ceil(max(len(sample.ids) for sample in samples) / 32) * 32
-            empty = (self.talk.pad_id, -100, -1, 0, 0, 0, -100, -100)
-            columns = [
-                torch.tensor([part + [fill] * (length - len(part)) for part in parts])
-                for fill, parts in zip(empty, zip(*(sample.columns() for sample in samples)))
-            ]
-            most = max(len(sample.kinds) for sample in samples)
-            kinds = torch.tensor([sample.kinds + [-1] * (most - len(sample.kinds)) for sample in samples])
-            yield torch.stack(images), torch.stack(targets), *columns, kinds
+    def __getitem__(self, index: int) -> list[Tensor]:
+        stage, rng = self.stage, random.Random(f"{self.seed} {self.stage.name} {index}")
+        images, targets, samples = [], [], []
+        for _ in range(stage.batch):
+            # Scenes of at most two or three objects make it easy to see what a question is about.
+            most = rng.choice((2, 3, scenes.MAX_OBJECTS)) if stage.kind == "language" else scenes.MAX_OBJECTS
+            scene = scenes.make_scene(rng, most, stage.smallest)
+            image, cover = scenes.draw(scene)
+            images.append(pixels(image, stage.side))
+            targets.append(patch_labels(scene, cover, stage.grid))
+            if stage.kind != "vision":
+                samples.append(self.talk.encode(self.conversations(rng, scene), stage.grid**2))
+        batch = [torch.stack(images), torch.stack(targets)]
+        if samples:
+            *columns, kinds = zip(*samples)
+            fills = (self.talk.pad_id, -100, -1, 0, 0, 0, -100, -100)
+            batch += [padded(rows, fill, 32) for fill, rows in zip(fills, columns)] + [padded(kinds, -1, 1)]
+        return batch
 
 
 def initialise(model: nn.Module) -> None:
@@ -304,12 +271,10 @@ def initialise(model: nn.Module) -> None:
         if parameter.dim() >= 2:
             scale = 0.5 if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")) else 1
             fan_in = parameter[0].numel()
-            std = 0.05 if "embed" in name and "patch" not in name else scale * fan_in**-0.5
-            nn.init.normal_(parameter, std=std)
+            nn.init.normal_(parameter, std=0.05 if "embed" in name and "patch" not in name else scale * fan_in**-0.5)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
-    lm_head = model.get_parameter("lm_head.weight")
-    nn.init.normal_(lm_head, std=0.02)
+    nn.init.normal_(model.get_parameter("lm_head.weight"), std=0.02)
 
 
 def widen_positions(table: Tensor, grid: int) -> Tensor:
@@ -318,8 +283,6 @@ def widen_positions(table: Tensor, grid: int) -> Tensor:
     A patch keeps the place that it has in the picture, so that what the tower knows of places holds for the new grid.
     """
     old = math.isqrt(len(table) - 1)
-    if old == grid:
-        return table
     square = table[1:].view(1, old, old, -1).permute(0, 3, 1, 2)  # [1, Dv, old, old]
     square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)  # [1, Dv, grid, grid]
     return torch.cat([table[:1], square.flatten(2)[0].T])
@@ -368,12 +331,9 @@ def finish(layer: DecoderLayer, hidden: Tensor, context: Tensor) -> Tensor:
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-Decode = Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
 def decode(
     model: Llava, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor,
-    before: Callable[..., tuple[Tensor, Tensor, Tensor]] = project, behind: Callable[..., Tensor] = finish,
+    before: Callable[..., Any] = project, behind: Callable[..., Tensor] = finish,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The decoder over embeddings [B, N, D]: the words' outputs [B, M, D], and of POINTER query and key [B, N, Dh].
 
@@ -382,17 +342,14 @@ def decode(
     are `project` and `finish`, or the same compiled: once for all layers and lengths.
     """
     layers, image = model.language_model.layers, hidden.shape[1] - mask.shape[2]
+    attend = partial(F.scaled_dot_product_attention, enable_gqa=True)
     for index, layer in enumerate(layers):
         queries, keys, values = before(layer, hidden, *rope)
-        context = F.scaled_dot_product_attention(
-            queries[:, :, image:], keys, values, attn_mask=mask, enable_gqa=True
-        )  # [B, H, M, Dh]
+        context = attend(queries[:, :, image:], keys, values, attn_mask=mask)  # [B, H, M, Dh]
         if index + 1 == len(layers):
             hidden = hidden[:, image:]  # [B, M, D]
         else:
-            first = F.scaled_dot_product_attention(
-                queries[:, :, :image], keys[:, :, :image], values[:, :, :image], is_causal=True, enable_gqa=True
-            )  # [B, H, N - M, Dh]
+            first = attend(queries[:, :, :image], keys[:, :, :image], values[:, :, :image], is_causal=True)
             context = torch.cat([first, context], dim=2)  # [B, H, N, Dh]
         hidden = behind(layer, hidden, context)
         if index == POINTER:
@@ -417,31 +374,31 @@ def pointing_loss(query: Tensor, key: Tensor, heads: nn.ModuleDict, columns: lis
     place = targets[row][..., list(LABELS).index("place")]  # [T, P], 0 for none
     wanted = (columns[5][row, at][:, None] << 1 >> place & 1).bool()
     loss = -weights.masked_fill(~wanted, -torch.inf).logsumexp(-1)[wanted.any(-1)].mean()
-    for index, name in enumerate(("colour", "shape")):
+    for name, asked in zip(("colour", "shape"), columns[6:8]):
         reader, looks = heads[f"pointer {name}"], targets[..., list(LABELS).index(name)] - 1
-        loss = loss + 0.5 * F.cross_entropy(reader(asking), columns[6 + index][row, at])
+        loss = loss + 0.5 * F.cross_entropy(reader(asking), asked[row, at])
         loss = loss + 0.5 * F.cross_entropy(reader(shown).flatten(0, 1), looks.flatten(), ignore_index=-1)
     return loss
 
 
 def answer_loss(
-    model: Llava, run: Decode, heads: nn.ModuleDict, features: Tensor, columns: list[Tensor], targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    model: Llava, heads: nn.ModuleDict, features: Tensor, columns: list[Tensor], targets: Tensor,
+    parts: tuple[Callable[..., Any], Callable[..., Any]],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss of a batch, for every answer [B, T] whether each of its tokens is the likeliest, and the pointing loss.
 
     Every sample is new, so the share of right answers is that of greedy decoding on scenes never seen. An answer of
     n tokens weighs sqrt(n): with every token alike, the few of "yes." drown in the seventy of a description. The
-    output layer is not run over questions and patches.
+    output layer is not run over questions and patches. `parts` are the last two arguments of `decode`.
     """
-    ids, labels, branch, position, answer = columns[:5]
-    kinds = columns[-1]
+    ids, labels, branch, position, answer, *_, kinds = columns
     embeddings = model.language_model.embed_tokens(ids)
     image = ids == model.config.image_token_id
     embeddings = embeddings.masked_scatter(image[..., None], model.multi_modal_projector(features))
     words = int((branch[0] == 0).sum())  # where they begin
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()[words:]
     mask = causal & ((branch[:, words:, None] == branch[:, None]) | (branch[:, None] == 0))  # [B, M, N]
-    hidden, query, key = run(model, embeddings, model.language_model.cos_sin(position), mask[:, None])
+    hidden, query, key = decode(model, embeddings, model.language_model.cos_sin(position), mask[:, None], *parts)
     labels, answer = labels[:, words + 1 :], answer[:, words + 1 :]
     told = labels != -100
     logits, wanted, number = model.lm_head(hidden[:, :-1][told]), labels[told], answer[told] - 1
@@ -458,12 +415,12 @@ def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversati
     path, steps = args.work / f"{stage.name}.pt", min(stage.steps, args.limit or stage.steps)
     device = torch.device(args.device)
     widen(model, heads, stage, args.seed)
-    parts: dict[str, list[nn.Module]] = {
+    trained: dict[str, list[nn.Module]] = {
         "vision": [model.vision_tower, heads],
         "language": [model.multi_modal_projector, model.language_model, model.lm_head, heads],
         "joint": [model, heads],
     }
-    parameters = [p for module in parts[stage.kind] for p in module.parameters()]
+    parameters = [p for module in trained[stage.kind] for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=stage.rate, betas=(0.9, 0.95), weight_decay=0.02)
     start, before = 0, 0.0
     if path.exists():
@@ -474,28 +431,28 @@ def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversati
         if start >= steps:
             return before
         optimizer.load_state_dict(state["optimizer"])
-    run: Decode = decode
     see: Callable[..., Tensor] = look
+    parts: tuple[Callable[..., Any], Callable[..., Any]] = project, finish
     if args.compile:
-        lead, trail = torch.compile(project, dynamic=True), torch.compile(finish, dynamic=True)
-        run, see = partial(decode, before=lead, behind=trail), torch.compile(look, dynamic=False)
-    data = Batches(stage, start, args.seed, talk)
-    loader = iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4))
+        parts = torch.compile(project, dynamic=True), torch.compile(finish, dynamic=True)
+        see = torch.compile(look, dynamic=False)
+    data = torch.utils.data.DataLoader(Batches(stage, args.seed, talk), batch_size=None, sampler=range(start, steps),
+                                       num_workers=1, prefetch_factor=4)  # fmt: skip
     began, done, marked, saved, mean = time.process_time(), start, time.time(), time.time(), 0.0
-    for step in range(start, steps):
-        batch = [part.to(device) for part in next(loader)]
+    for step, batch in enumerate(data, start):
+        images, targets, *columns = [part.to(device) for part in batch]
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps, stage.rate, FALL_FROM[stage.kind])
         with torch.set_grad_enabled(stage.kind != "language"):
-            features = see(model, batch[0])
+            features = see(model, images)
         loss = torch.zeros((), device=device)
         if stage.kind != "language":
-            answers = {name: heads[name](features) for name in LABELS}
-            for i, name in enumerate(LABELS):
-                part = F.cross_entropy(answers[name].flatten(0, 1), batch[1][..., i].flatten())
+            labelled = [(heads[name](features), label) for name, label in zip(LABELS, targets.unbind(-1))]
+            for logits, label in labelled:
+                part = F.cross_entropy(logits.flatten(0, 1), label.flatten())
                 loss = loss + (part if stage.kind == "vision" else 0.2 * part)
         if stage.kind != "vision":
-            talked, right, pointing = answer_loss(model, run, heads, features, batch[2:], batch[1])
+            talked, right, pointing = answer_loss(model, heads, features, columns, targets, parts)
             loss = loss + talked + 0.2 * pointing
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -503,19 +460,20 @@ def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversati
         optimizer.step()
         value = loss.item()
         if not math.isfinite(value):
-            raise RuntimeError(f"The loss of stage {stage.name} became {value} at step {step}; lower its rate.")
+            raise LlavaError(f"The loss of stage {stage.name} became {value} at step {step}; lower its rate.")
         mean = value if step == start else 0.98 * mean + 0.02 * value
-        if (step + 1) % 50 == 0 or step + 1 == steps:
+        last = step + 1 == steps
+        if (step + 1) % 50 == 0 or last:
             pace = stage.batch * (step + 1 - done) / (time.time() - marked)
             left, done, marked = stage.batch * (steps - step - 1) / pace / 60, step + 1, time.time()
             line = f"{stage.name} {step + 1}/{steps} loss {mean:.4f} {pace:.1f} samples/s, {left:.0f} min left"
             if stage.kind != "language":
-                shares = [(answers[n].argmax(-1) == batch[1][..., i]).float().mean() for i, n in enumerate(LABELS)]
-                line += "".join(f" {name} {share.item():.3f}" for name, share in zip(LABELS, shares))
+                shares = [(logits.argmax(-1) == label).float().mean().item() for logits, label in labelled]
+                line += "".join(f" {name} {share:.3f}" for name, share in zip(LABELS, shares))
             if stage.kind != "vision":
-                line += f" pointing {pointing.item():.3f}, answers {right[batch[-1] >= 0].float().mean().item():.0%}"
+                line += f" pointing {pointing.item():.3f}, answers {right[columns[-1] >= 0].float().mean().item():.0%}"
             print(line, flush=True)
-        if time.time() - saved > 120 or step + 1 == steps:
+        if time.time() - saved > 120 or last:
             saved = time.time()
             state = {"model": model.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
                      "step": step + 1, "seconds": before + time.process_time() - began}  # fmt: skip
@@ -549,7 +507,8 @@ Loads with `weights.load` and with `LlavaForConditionalGeneration.from_pretraine
 Scenes and conversations are drawn on the fly (`minillava/scenes.py`); no data set is needed. In a vision stage the
 vision tower learns to label patches. In a language stage the decoder learns a dozen questions about every scene, with
 the tower frozen. In a joint stage all of it learns together while the learning rate falls. In the last two kinds, one
-attention head of the decoder is shown which patches the answer is about. {sides}
+attention head of the decoder is shown which patches the answer is about. Where the pictures grow from one stage to the
+next, the position embeddings of the tower are interpolated.
 
 | stage | kind | picture | steps | scenes a step | peak of the rate |
 |---|---|---|---|---|---|
@@ -574,15 +533,12 @@ def tokenizer_json(model: sentencepiece.SentencePieceProcessor, added: dict[int,
     """The same tokenizer as `tokenizers` reads it, so that transformers need not convert the sentencepiece model."""
     score = {model.id_to_piece(i): model.get_score(i) for i in range(model.vocab_size())}
     vocab = {piece: i for i, piece in enumerate(score)}
-    merges = []
-    for piece in vocab:
-        cuts = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        pairs = [(left, right) for left, right in cuts if left in vocab and right in vocab]
-        merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-    merges.sort(key=lambda pair: -score["".join(pair)])
+    cuts = [(piece[:cut], piece[cut:]) for piece in vocab for cut in range(1, len(piece))]
+    merges = [(left, right) for left, right in cuts if left in vocab and right in vocab]
+    merges.sort(key=lambda pair: (-score["".join(pair)], vocab[pair[0]], vocab[pair[1]]))
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     bos, space = model.id_to_piece(model.bos_id()), {"String": " "}
-    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    begin, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": content, **flags} for i, content in sorted(added.items())],
@@ -592,8 +548,8 @@ def tokenizer_json(model: sentencepiece.SentencePieceProcessor, added: dict[int,
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [begin, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "single": [begin, text],
+            "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": {bos: {"id": bos, "ids": [model.bos_id()], "tokens": [bos]}},
         },
         "decoder": {"type": "Sequence", "decoders": [
@@ -613,10 +569,9 @@ def export(model: Llava, tokenizer: Path, talk: Conversations, folder: Path) -> 
     config, work = model.config, tokenizer.parent
     added = {talk.image_id: IMAGE_TOKEN, talk.pad_id: "<pad>", 0: "<unk>", talk.bos: "<s>", talk.eos: "</s>"}
     write_json(work / "tokenizer.json", tokenizer_json(talk.model, added))
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     settings = {
         "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False,
-        "added_tokens_decoder": {str(i): {"content": token, **flags} for i, token in sorted(added.items())},
+        "added_tokens_decoder": {str(i): {"content": token, "special": True} for i, token in sorted(added.items())},
         "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
         "model_max_length": config.text.max_position_embeddings, "processor_class": "LlavaProcessor",
     }  # fmt: skip
@@ -630,10 +585,10 @@ def export(model: Llava, tokenizer: Path, talk: Conversations, folder: Path) -> 
     examples.mkdir(exist_ok=True)
     for index in range(1, 4):
         rng = random.Random(f"example {index}")
-        scene = make_scene(rng)
+        scene = scenes.make_scene(rng)
         while len(scene.things) != 3 + index:
-            scene = make_scene(rng)
-        draw(scene, 384, oversample=4)[0].save(examples / f"scene_{index}.png", optimize=True)
+            scene = scenes.make_scene(rng)
+        scenes.draw(scene, 384, oversample=4)[0].save(examples / f"scene_{index}.png", optimize=True)
 
 
 def write_card(
@@ -643,23 +598,20 @@ def write_card(
     """Writes the model card, with the scores as measured, and the processor's seconds that `stages` took."""
     processor, blind = f"{torch.get_num_threads()} threads of the {args.device}", commonest()
     which = "All stages" if stages[0] == STAGES[0] else f"The stages from {stages[0].name} on, in a run with `--start`,"
-    first, last = STAGES[0].side, model.config.vision.image_size
-    wider = f"then they grow to {last}, and the position embeddings of the tower are\ninterpolated."
     rows = [f"| {s.name} | {s.kind} | {s.side} x {s.side} | {s.steps:,} | {s.batch} | {s.rate:g} |"
             for s in STAGES[: STAGES.index(stages[-1]) + 1]]  # fmt: skip
     marks = [f"| {name} | {100 * share:.1f} % | " + (f"{100 * blind[name]:.1f} % |" if name in blind else "|")
              for name, share in scores.items()]  # fmt: skip
     card = CARD.format(
         parameters=sum(p.numel() for p in model.parameters()), v=model.config.vision, t=model.config.text,
-        objects=MAX_OBJECTS, stages="\n".join(rows), scores="\n".join(marks),
+        objects=scenes.MAX_OBJECTS, stages="\n".join(rows), scores="\n".join(marks),
         command=f"python -m train.train_tiny --until {stages[-1].name} --seed {args.seed}{' --compile' * args.compile}",
-        sides=f"Most is learnt\nfrom pictures of {first} pixels a side; {wider}" if last > first else "",
         time=f"{which} took {seconds / 60:.0f} minutes of processor time, on {processor}.",
     )  # fmt: skip
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m train.train_tiny", description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder for the state of training")
     parser.add_argument("--device", default="cpu")
@@ -672,7 +624,7 @@ def main() -> None:
                         help="the last stage (default: all); `joint` gives a checkpoint for 96 px")  # fmt: skip
     parser.add_argument("--limit", type=int, help="at most so many steps a stage, to try it out")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny/checkpoint"), help="folder for the checkpoint")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.manual_seed(args.seed)
     stages = STAGES[names.index(args.first) : names.index(args.until) + 1]
     if not stages or (args.first != names[0]) != (args.start is not None):
