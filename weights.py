@@ -1,8 +1,6 @@
-"""Checkpoints: from a folder to a model.
+"""From a checkpoint's folder to a model: `find`, `read_config`, `match` its tensors to an empty model, stream them in.
 
 model, processor = load("minillava/tiny")
-
-It goes one way: `find` the folder, `read_config`, `match` the files' tensors to an empty model, stream them into it.
 
 python -m weights inspect FOLDER_OR_ID     what is in a checkpoint, and what would be missing
 python -m weights convert FOLDER_OR_ID OUT the same checkpoint in the Hub layout, which everything reads; with
@@ -503,7 +501,8 @@ def read_plan(path: str | Path) -> Plan:
             raw = json.loads(file.read(10**6))  # a plan is far shorter; a device may never end
         plan = {"ratios": [1 - ratio for ratio in raw]} if isinstance(raw, list) else raw
         ratios = [float(ratio) for ratio in plan["ratios"]]
-        require(ratios and all(0 <= ratio <= 1 for ratio in ratios), "ratios from 0 to 1, one per layer, are missing")
+        usable = ratios and all(0 <= ratio <= 1 for ratio in ratios)
+        require(usable, "ratios between 0 and 1, one per layer, are missing")
         budget = float(plan.get("budget", sum(ratios) / len(ratios)))
         return Plan(budget, ratios, str(plan.get("model", "")), int(plan.get("samples", 0)))
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
