@@ -171,7 +171,7 @@ class Grade:
 
 def handed_in(submission: Path, file: str) -> str:
     """The text of a file in a folder or a zip, under its name or, at the top, the last part of it."""
-    folder = submission if submission.is_dir() else zipfile.Path(submission)
+    folder: Path | zipfile.Path = submission if submission.is_dir() else zipfile.Path(submission)
     for name in (file, file.rsplit("/", 1)[-1]):
         path = folder / name
         parts = (path, *path.parents) if isinstance(path, Path) else ()
@@ -229,8 +229,8 @@ def run(exercise: Exercise, files: Files) -> dict[str, Any]:
             said = "the tests, or the code that they run, were changed"
         if not said and not result.exists():
             said = f"the tests ended without a result (exit code {process.returncode})\n{last}".rstrip()
-        found = {"passed": [], "first": "", "said": said}
-        return found if said else dict(json.loads(result.read_text(encoding="utf-8")))
+        failed: dict[str, Any] = {"passed": [], "first": "", "said": said}
+        return failed if said else dict(json.loads(result.read_text(encoding="utf-8")))
 
 
 def grade_one(name: str, submission: Path, files: Files) -> Grade:
