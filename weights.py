@@ -150,7 +150,7 @@ def read_rope(part: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
         value = rope.get(name)
         usable = isinstance(value, (int, float)) and 0 < value < 1e12
         require_value(usable, f"{name} for RoPE", value, "a number above 0")
-    low, high = rope.get("low_freq_factor"), rope.get("high_freq_factor")
+    low, high = rope.get("low_freq_factor", 0), rope.get("high_freq_factor", 0)
     ordered = kind != "llama3" or low < high
     require(ordered, f"config.json: RoPE scaling has factors {low} and {high}; expected the lower one first.")
     return theta, rope
@@ -250,7 +250,7 @@ def shards(folder: Path) -> list[Path]:
             return [single]
     else:
         raise LlavaError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index; expected one.")
-    weight_map = read_json(index).get("weight_map")
+    weight_map: Any = read_json(index).get("weight_map")
     usable = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
     require(usable, f"{index} has no weight_map from tensors to files; copy or download it again.")
     names = sorted({*weight_map.values()})
@@ -352,7 +352,7 @@ def choose_dtype(dtype: Dtype, own: torch.dtype) -> torch.dtype:
     """The dtype to load in, of a checkpoint of the dtype `own`; raises LlavaError if that cannot be."""
     if dtype == "default":
         dtype = torch.int8 if own == torch.int8 else torch.float32
-    chosen = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype or own
+    chosen: Any = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype or own
     usable = chosen in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
     require(usable, f"The dtype is {chosen}, in which nothing can be computed; load in another, as float32.")
     asked = f"The checkpoint has weights in 8 bits, and {chosen} was asked for"
@@ -499,7 +499,7 @@ def read_plan(path: str | Path) -> Plan:
     try:
         with open(path, "rb") as file:
             raw = json.loads(file.read(10**6))  # a plan is far shorter; a device may never end
-        plan = {"ratios": [1 - ratio for ratio in raw]} if isinstance(raw, list) else raw
+        plan: dict[str, Any] = {"ratios": [1 - ratio for ratio in raw]} if isinstance(raw, list) else raw
         ratios = [float(ratio) for ratio in plan["ratios"]]
         usable = ratios and all(0 <= ratio <= 1 for ratio in ratios)
         require(usable, "ratios between 0 and 1, one per layer, are missing")

@@ -403,12 +403,12 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             "\n".join(f"{n:12} {e.minutes:3} min  {e.file}: {e.function}" for n, e in EXERCISES.items())
         ),
         "check": lambda: grade_all(names or list(EXERCISES), root, reference(root)),
-        "remove": lambda: remove(*names, root),
-        "restore": lambda: restore(*names, root),
-        "submit": lambda: submit(new(*names), root),
-        "handout": lambda: handout(new(*names), root),
-        "solutions": lambda: solutions(new(*names), root),
-        "autograder": lambda: autograder(new(*names), only, root),
+        "remove": lambda: remove(names[0], root),
+        "restore": lambda: restore(names[0], root),
+        "submit": lambda: submit(new(names[0]), root),
+        "handout": lambda: handout(new(names[0]), root),
+        "solutions": lambda: solutions(new(names[0]), root),
+        "autograder": lambda: autograder(new(names[0]), only, root),
         "grade": lambda: grade([Path(name) for name in names], only, args.out and new(str(args.out)), root),
     }
     try:
