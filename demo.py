@@ -136,77 +136,41 @@ def compressors(args: argparse.Namespace) -> list[tuple[str, PrefixKV | None]]:
     return [(name, METHODS[name](budget)) for name, budget in pairs]
 
 
-class Chat:
-    """A conversation about some pictures, on a cache that goes on: a turn reads only what is new."""
-
-    def __init__(self, model: Llava, processor: Processor, images: list[Image.Image], args: argparse.Namespace):
-        self.model, self.processor, self.images, self.args = model, processor, images, args
-        self.turns: list[tuple[str, str | None]] = []
-        self.cache: KVCache | None = None
-        self.known: list[int] = []  # the token ids that the cache has read
-
-    def prepare(self) -> tuple[dict[str, Tensor], KVCache] | None:
-        """What is to be read for the last question, and a cache with room for it and its answer.
-
-        None if the model has no positions left. Raises LlavaError for a question that cannot be used.
-        """
-        inputs = self.processor(self.processor.chat(self.turns, len(self.images)), self.images)
-        ids, known = inputs["input_ids"][0].tolist(), len(self.known)
-        left = self.model.config.text.max_position_embeddings - len(ids)
-        if left < 1 and len(self.turns) > 1:
-            return None
-        room = max(0, min(self.args.max_new_tokens, left))
-        if self.cache is not None and ids[:known] == self.known:
-            inputs = {"input_ids": inputs["input_ids"][:, known:]}
-            self.cache.reserve(max(0, len(ids) - known + room - self.cache.room))
-        else:
-            if self.cache is not None:
-                print(terminal.dim("  The template has changed what was read before; the conversation is read again."))
-            compressed = self.args.method or self.args.budget or self.args.plan
-            compressor = compressors(self.args)[0][1] if compressed else None
-            self.cache = new_cache(self.model, room, compressor, self.args.kv_bits)
-        self.known = ids
-        return {name: tensor.to(self.model.lm_head.weight.device) for name, tensor in inputs.items()}, self.cache
-
-    def ask(self, question: str) -> bool:
-        """Shows the answer to a question, and a line about its cost. False if the model has no positions left."""
-        start = time.perf_counter()
-        self.turns.append((question, None))
+def ask(talk: terminal.Conversation, question: str, args: argparse.Namespace) -> bool:
+    """Shows the answer to a question, and a line about its cost. False if the model has no positions left."""
+    start, before = time.perf_counter(), talk.cache
+    with terminal.interrupts() as stop:
         try:
-            prepared = self.prepare()
-        except LlavaError as error:
-            self.turns.pop()
-            print(error, file=sys.stderr)
+            found = talk.read(question, stop)
+        except (LlavaError, KeyboardInterrupt) as error:
+            print(str(error) or "The question is dropped.", file=sys.stderr)
             return True
-        if prepared is None:
+        if found is None:
             return False
-        block, cache = prepared
-        with terminal.interrupts() as stop:
-            try:
-                logits = terminal.read(self.model, block, cache, stop)
-            except (LlavaError, KeyboardInterrupt) as error:  # a cache that has read half of a block is of no use
-                self.turns.pop()
-                self.cache = None
-                print(str(error) or "The question is dropped.", file=sys.stderr)
-                return True
-            first = time.perf_counter() - start
-            ids, _ = terminal.write(self.processor, self.model.decode(logits, cache, **self.args.sampling), stop=stop)
-        self.known += ids[:-1]  # the last one is not read yet
-        self.turns[-1] = (question, self.processor.decode(ids).strip())
-        held, text = int(cache.held.sum()), cache.held.numel() * int(cache.lengths[0])
-        print(terminal.dim(f"  {held:,} of {text:,} tokens held; first word after {first:.2g} s"))
-        return True
+        (logits, cache), first = found, time.perf_counter() - start
+        if before not in (None, cache):
+            print(terminal.dim("  The template has changed what was read before; the conversation was read again."))
+        ids, _ = terminal.write(talk.processor, talk.model.decode(logits, cache, **args.sampling), stop=stop)
+    talk.answered(ids)
+    held, text = int(cache.held.sum()), cache.held.numel() * int(cache.lengths[0])
+    print(terminal.dim(f"  {held:,} of {text:,} tokens held; first word after {first:.2g} s"))
+    return True
 
 
 def chat(model: Llava, processor: Processor, images: list[Image.Image], args: argparse.Namespace) -> None:
     """Several turns in the terminal."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the processor refuses what is no UTF-8
-    conversation = Chat(model, processor, images, args)
+    compressed = args.method or args.budget or args.plan
+
+    def fresh(room: int) -> KVCache:
+        return new_cache(model, room, compressors(args)[0][1] if compressed else None, args.kv_bits)
+
+    talk = terminal.Conversation(model, processor, images, fresh, args.max_new_tokens)
     print("Ask about the image; an empty line ends the conversation, Ctrl-C an answer.")
     try:
         while question := input("you: ").strip():
-            if not conversation.ask(question):
+            if not ask(talk, question, args):
                 limit = model.config.text.max_position_embeddings
                 print(f"The conversation has filled the model's {limit} positions; start another one.")
                 return
@@ -240,7 +204,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                        "told before, and then each token comes sooner")  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
-    terminal.add_sampling_options(parser.add_argument_group("sampling"))
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=terminal.whole_number(1), default=128, metavar="N",
+                          help="longest answer, in tokens (default: 128)")  # fmt: skip
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to this")
+    sampling.add_argument("--top-k", type=int, default=0, help="draw from so many of the likeliest (0: all)")
+    sampling.add_argument("--seed", type=terminal.whole_number(0), help="make a sampled answer repeatable")
     args = parser.parse_args(arguments)
     if not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("sampling needs --temperature 0 or more, --top-k 0 or more, and --top-p above 0 and at most 1")
@@ -281,7 +251,7 @@ def describe(args: argparse.Namespace) -> None:
         if len(questions) > 1:
             print(f"{'' if number == 0 else chr(10)}== {names[0]} ==\n")
         prompt = terminal.prompt_of(processor, args.prompt, len(images))
-        inputs = {name: tensor.to(model.lm_head.weight.device) for name, tensor in processor(prompt, images).items()}
+        inputs = terminal.encode(model, processor, prompt, images)
         ways = [("full", None, None), *((method, compressor, args.kv_bits) for method, compressor in compressed)]
         runs = [answer(model, processor, inputs, *way, args) for way in ways]
         found = {"model": args.model, "images": names, "prompt": prompt, "runs": [asdict(run) for run in runs]}

@@ -1,4 +1,4 @@
-"""Checkpoints: read the config, check, stream into the model.
+"""From a checkpoint's folder to a model: `find`, `read_config`, `match` its tensors to an empty model, stream them in.
 
 model, processor = load("minillava/tiny")
 
@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,26 +25,12 @@ if __name__ == "__main__":
     end_quietly()
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minillava.checks import LlavaError
-from minillava.config import LlavaConfig, TextConfig, VisionConfig, wrong_value
-from minillava.convert import (
-    INT8,
-    UNUSED,
-    clip_folder,
-    convert,
-    describe,
-    fill_up,
-    from_original,
-    grows,
-    hub_name,
-    our_name,
-    read_pickle,
-)
+from minillava.checks import LlavaError, require, require_value
+from minillava.config import LlavaConfig, TextConfig, VisionConfig
+from minillava.convert import INT8, UNUSED, clip_folder, convert, fill_up, hub_config, hub_name, our_name, read_tensors
 from minillava.fast import optimize
 from minillava.files import find, write_file
 from minillava.model import ACTIVATIONS, Llava
@@ -64,12 +50,10 @@ ROPE_SETTINGS = {  # of each scaling that `rope_frequencies` knows
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-DEFAULTS: dict[str, dict[str, Any]] = {  # of each kind of part, where they differ from those in config.py
-    "llama": {},
+DEFAULTS: dict[str, dict[str, Any]] = {  # of kinds of parts, where they differ from those in config.py
     "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072},
     "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
               "max_position_embeddings": 32768},
-    "clip_vision_model": {},
     "siglip_vision_model": {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
 }  # fmt: skip
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-NeXT
@@ -89,18 +73,22 @@ def first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def read_object(raw: dict[str, Any], name: str, where: str = "") -> dict[str, Any]:
+    """The object `name` in config.json, or in the part of it that `where` names; {} if it is absent or null."""
+    value = first(raw.get(name), {})
+    require_value(isinstance(value, dict), where + name, value, "an object")
+    return dict(value)
+
+
 def read_part(raw: dict[str, Any], name: str, *kinds: str) -> dict[str, Any]:
     """The object `name` of config.json, with the defaults of its kind: one of `kinds`, the first if none is named."""
-    part = {} if raw.get(name) is None else raw[name]
-    if not isinstance(part, dict):
-        raise wrong_value(name, part, "an object")
+    part = read_object(raw, name)
     kind = first(part.get("model_type"), kinds[0])
-    if kind not in kinds:
-        raise wrong_value(f"{name}.model_type", kind, f"one of {', '.join(kinds)}")
+    require_value(kind in kinds, f"{name}.model_type", kind, f"one of {', '.join(kinds)}")
     # An absent key and null are the default, but these two mean something by null: one per query head, no window.
     meant = ("num_key_value_heads", "sliding_window")
     given = {key: value for key, value in part.items() if value is not None or key in meant}
-    return {**DEFAULTS[kind], **given, "model_type": kind}
+    return {**DEFAULTS.get(kind, {}), **given, "model_type": kind}
 
 
 def read_fields(cls: type[C], raw: dict[str, Any], where: str = "") -> C:
@@ -115,13 +103,12 @@ def read_fields(cls: type[C], raw: dict[str, Any], where: str = "") -> C:
         kind = str(field.type).split(" ")[0].split("[")[0]  # "int | None" is an int, where it is there
         if value is None or kind not in TYPES:
             continue
-        if not isinstance(value, TYPES[kind]) or isinstance(value, bool) != (kind == "bool"):
-            raise wrong_value(where + name, value, f"a value of type {kind}")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise wrong_value(where + name, value, f"one of {', '.join(CHOICES[name])}")
-        largest = LARGEST.get(name, 2**24)
-        if where and kind in ("int", "float") and not 0 < value <= largest:
-            raise wrong_value(where + name, value, f"a number above 0, up to {largest:g}")
+        typed = isinstance(value, TYPES[kind]) and isinstance(value, bool) == (kind == "bool")
+        require_value(typed, where + name, value, f"a value of type {kind}")
+        choices, largest = CHOICES.get(name, ()), LARGEST.get(name, 2**24)
+        require_value(not choices or value in choices, where + name, value, f"one of {', '.join(choices)}")
+        in_range = not where or kind not in ("int", "float") or 0 < value <= largest
+        require_value(in_range, where + name, value, f"a number above 0, up to {largest:g}")
         values[name] = value
     return cls(**values)
 
@@ -129,54 +116,43 @@ def read_fields(cls: type[C], raw: dict[str, Any], where: str = "") -> C:
 def parse_text(raw: dict[str, Any]) -> TextConfig:
     """The decoder's settings; Mistral is Llama within its window."""
     part = read_part(raw, "text_config", "llama", "mistral", "qwen2")
-    kind = part["model_type"]
+    kind, factor = part["model_type"], part.get("partial_rotary_factor")
     if kind == "mistral":
         part["model_type"] = "llama"
     if kind == "qwen2":
         part.pop("attention_bias", None)  # a key of other kinds: here biases are where they are
-    if part.get("partial_rotary_factor") not in (None, 1):
-        raise wrong_value("partial_rotary_factor", part["partial_rotary_factor"], "1: RoPE turns whole heads here")
+    require_value(factor in (None, 1), "partial_rotary_factor", factor, "1: RoPE turns whole heads here")
     part["tie_word_embeddings"] = part.get("tie_word_embeddings") or raw.get("tie_word_embeddings")  # either may say it
     part["rope_theta"], part["rope_scaling"] = read_rope(part)
     text = read_fields(TextConfig, part, "text_config.")
-    heads, shared = text.num_attention_heads, text.kv_heads
-    if text.head_dim is None and text.hidden_size % heads:
-        raise wrong_value("text_config.hidden_size", text.hidden_size, f"a multiple of its {heads} heads")
-    if heads % shared:
-        raise LlavaError(f"config.json: {heads} query heads cannot share {shared} key-value heads evenly.")
-    if text.head_size % 2:
-        raise LlavaError(f"config.json: head size {text.head_size} is odd; RoPE turns pairs.")
+    width, heads, shared = text.hidden_size, text.num_attention_heads, text.kv_heads
+    whole = text.head_dim is not None or width % heads == 0
+    require_value(whole, "text_config.hidden_size", width, f"a multiple of its {heads} heads")
+    require(heads % shared == 0, f"config.json: {heads} query heads cannot share {shared} key-value heads evenly.")
+    require(text.head_size % 2 == 0, f"config.json: head size {text.head_size} is odd; RoPE turns pairs.")
     # A window is how far attention reaches back. Within it nothing differs from Llama; a longer text is refused.
-    if kind == "llama" or (kind == "qwen2" and not part.get("use_sliding_window")):
-        return text
-    window = part.get("sliding_window", 4096)
-    if window is not None and (type(window) is not int or window < 1):
-        raise wrong_value("sliding_window", window, "a number of tokens, or null")
-    longest = text.max_position_embeddings
+    windowed = kind == "mistral" or (kind == "qwen2" and part.get("use_sliding_window"))
+    window, longest = part.get("sliding_window", 4096) if windowed else None, text.max_position_embeddings
+    usable = window is None or (type(window) is int and window > 0)
+    require_value(usable, "sliding_window", window, "a number of tokens, or null")
     return replace(text, max_position_embeddings=min(window or longest, longest))
 
 
 def read_rope(part: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
     """RoPE's theta and scaling. transformers 5 moved both, rope_theta and rope_scaling, into rope_parameters."""
-    rope: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        settings = part.get(name) or {}
-        if not isinstance(settings, dict):
-            raise wrong_value(f"text_config.{name}", settings, "an object")
-        rope |= settings
+    rope = read_object(part, "rope_scaling", "text_config.") | read_object(part, "rope_parameters", "text_config.")
     theta = rope.pop("rope_theta", part.get("rope_theta"))
     kind = rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     if kind == "default":
         return theta, None
-    if kind not in list(ROPE_SETTINGS):
-        raise wrong_value("rope_type", kind, f"one of default, {', '.join(ROPE_SETTINGS)}")
+    require_value(kind in list(ROPE_SETTINGS), "rope_type", kind, f"one of default, {', '.join(ROPE_SETTINGS)}")
     for name in ROPE_SETTINGS[kind]:
         value = rope.get(name)
-        if not isinstance(value, (int, float)) or not 0 < value < 1e12:
-            raise wrong_value(f"{name} for RoPE", value, "a number above 0")
-    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        raise LlavaError(f"config.json: RoPE scaling has factors {low} and {high}; expected the lower one first.")
+        usable = isinstance(value, (int, float)) and 0 < value < 1e12
+        require_value(usable, f"{name} for RoPE", value, "a number above 0")
+    low, high = rope.get("low_freq_factor", 0), rope.get("high_freq_factor", 0)
+    ordered = kind != "llama3" or low < high
+    require(ordered, f"config.json: RoPE scaling has factors {low} and {high}; expected the lower one first.")
     return theta, rope
 
 
@@ -184,25 +160,24 @@ def parse_vision(raw: dict[str, Any]) -> VisionConfig:
     """The vision tower's settings."""
     part = read_part(raw, "vision_config", "clip_vision_model", "siglip_vision_model")
     vision = read_fields(VisionConfig, part, "vision_config.")
-    heads = vision.num_attention_heads
-    if vision.hidden_size % heads:
-        raise wrong_value("vision_config.hidden_size", vision.hidden_size, f"a multiple of its {heads} heads")
-    if vision.patch_size > vision.image_size:
-        raise wrong_value("patch_size", vision.patch_size, f"at most image_size, {vision.image_size}")
+    width, heads, patch, side = vision.hidden_size, vision.num_attention_heads, vision.patch_size, vision.image_size
+    require_value(width % heads == 0, "vision_config.hidden_size", width, f"a multiple of its {heads} heads")
+    require_value(patch <= side, "patch_size", patch, f"at most image_size, {side}")
     return vision
 
 
 def read_pinpoints(raw: dict[str, Any], side: int) -> tuple[tuple[int, int], ...]:
     """LLaVA-NeXT's sizes of grids of tiles of `side` pixels: pairs of (height, width)."""
     pinpoints = first(raw.get("image_grid_pinpoints"), PINPOINTS)
-    if not isinstance(pinpoints, list) or not 0 < len(pinpoints) <= 1000 or not all(
+    pairs = isinstance(pinpoints, list) and all(
         isinstance(pair, list) and [type(length) for length in pair] == [int, int] for pair in pinpoints
-    ):  # fmt: skip
-        raise wrong_value("image_grid_pinpoints", pinpoints, "pairs [height, width]")
+    )
+    require_value(pairs and 0 < len(pinpoints) <= 1000, "image_grid_pinpoints", pinpoints, "pairs [height, width]")
+    expected = f"multiples of image_size {side}, at most 100 tiles and 100 million pixels"
     for height, width in pinpoints:
-        if min(height, width) < side or height % side or width % side or height * width > min(100 * side**2, 10**8):
-            expected = f"multiples of image_size {side}, at most 100 tiles and 100 million pixels"
-            raise wrong_value("a pair of image_grid_pinpoints", [height, width], expected)
+        tiles = min(height, width) >= side and height % side == width % side == 0
+        fits = tiles and height * width <= min(100 * side**2, 10**8)
+        require_value(fits, "a pair of image_grid_pinpoints", [height, width], expected)
     return tuple((height, width) for height, width in pinpoints)
 
 
@@ -212,16 +187,14 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
     Raises LlavaError for an architecture that model.py does not hold and for values it cannot use.
     """
     kind = raw.get("model_type")
-    if kind not in ("llava", "llava_next"):
-        needs = RELATIVES.get(str(kind))
-        raise wrong_value("model_type", kind, "llava or llava_next" + (f"; this one needs {needs}" if needs else ""))
+    needs = f"; this one needs {RELATIVES[str(kind)]}" if str(kind) in RELATIVES else ""
+    require_value(kind in ("llava", "llava_next"), "model_type", kind, f"llava or llava_next{needs}")
     text, vision = parse_text(raw), parse_vision(raw)
-    part = raw.get("text_config") or {}
-    default: list[int] = [2] if text.model_type == "llama" else []
+    part, default = read_object(raw, "text_config"), [2] if text.model_type == "llama" else []
     eos = first(*(place.get("eos_token_id") for place in (generation, part, raw)), default)
     ends = eos if isinstance(eos, list) else [eos]
-    if not all(type(end) is int and 0 <= end < 2**31 for end in ends):
-        raise LlavaError(f"eos_token_id is {eos!s:.99}; expected one id or a list of ids.")
+    usable = all(type(end) is int and 0 <= end < 2**31 for end in ends)
+    require(usable, f"eos_token_id is {eos!s:.99}; expected one id or a list of ids.")
     # As in transformers, a generation_config.json that is there decides. -1 stands for none: then a sample that has
     # ended is filled up with its end.
     pad = first(*(place.get("pad_token_id") for place in ((generation,) if generation else (raw, part))))
@@ -235,28 +208,22 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
         image_grid_pinpoints=read_pinpoints(raw, vision.image_size) if kind == "llava_next" else (),
     )
     for name, token in (("image", config.image_token_id), ("pad", config.pad_token_id)):
-        if not 0 <= token < text.vocab_size:
-            raise LlavaError(f"config.json: {name} token {token} is outside the vocabulary of {text.vocab_size}.")
-    depth = vision.num_hidden_layers
-    if not -depth - 1 <= config.vision_feature_layer <= depth:
-        raise wrong_value("vision_feature_layer", config.vision_feature_layer, f"one of the tower's {depth} layers")
-    if config.num_image_tokens < 1:
-        raise LlavaError("config.json: the only patch is dropped; expected a smaller patch_size.")
-    if config.image_grid_pinpoints and config.num_image_tokens != vision.num_patches:
-        expected = "default" if vision.has_cls else "full"
-        raise wrong_value("vision_feature_select_strategy", config.vision_feature_select_strategy,
-                          f"{expected}, since tiles need one feature per patch")  # fmt: skip
+        known = 0 <= token < text.vocab_size
+        require(known, f"config.json: {name} token {token} is outside the vocabulary of {text.vocab_size}.")
+    depth, layer = vision.num_hidden_layers, config.vision_feature_layer
+    require_value(-depth - 1 <= layer <= depth, "vision_feature_layer", layer, f"one of the tower's {depth} layers")
+    require(config.num_image_tokens > 0, "config.json: the only patch is dropped; expected a smaller patch_size.")
+    strategy = config.vision_feature_select_strategy
+    all_patches = not config.image_grid_pinpoints or config.num_image_tokens == vision.num_patches
+    expected = f"{'default' if vision.has_cls else 'full'}, since tiles need one feature per patch"
+    require_value(all_patches, "vision_feature_select_strategy", strategy, expected)
     return config
 
 
 def read_config(folder: Path) -> LlavaConfig:
     """The configuration of the checkpoint in `folder`."""
-    if not (folder / "config.json").is_file():
-        raise LlavaError(f"{folder} has no config.json; expected the folder of a LLaVA checkpoint.")
-    raw = read_json(folder / "config.json")
-    if "mm_vision_tower" in raw:
-        raw = from_original(raw, read_json(clip_folder(folder, raw) / "config.json"))
-    return parse_config(raw, read_json(folder / "generation_config.json"))
+    require((folder / "config.json").is_file(), f"{folder} has no config.json; expected a LLaVA checkpoint's folder.")
+    return parse_config(hub_config(folder), read_json(folder / "generation_config.json"))
 
 
 # ---------------------------------------------------------------- files of weights
@@ -282,34 +249,16 @@ def shards(folder: Path) -> list[Path]:
         if single.is_file():
             return [single]
     else:
-        raise LlavaError(
-            f"{folder} has neither model.safetensors nor model.safetensors.index.json, nor pytorch_model.bin; "
-            "expected one."
-        )
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise LlavaError(f"{index} has no weight_map from tensors to files; copy or download it again.")
-    files = []
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or not name.endswith(f".{kind}"):
-            raise LlavaError(f"{index} points to {name!r}; expected {kind} files in its own folder.")
-        if not os.path.isfile(folder / name):
-            raise LlavaError(f"{index} names {name}, which is not in the folder; copy or download the missing shard.")
-        files.append(folder / name)
-    return files
-
-
-def read_tensors(paths: Sequence[Path]) -> list[tuple[str, Tensor]]:
-    """Every tensor of the files with its name there. They are mapped: what nobody uses is not read."""
-    tensors: list[tuple[str, Tensor]] = []
-    for path in paths:
-        try:
-            tensors += (read_pickle(path) if path.suffix == ".bin" else load_file(path)).items()
-        except SafetensorError as error:
-            raise LlavaError(
-                f"{path} is damaged ({error}); expected a safetensors file. Copy or download it again."
-            ) from None
-    return tensors
+        raise LlavaError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index; expected one.")
+    weight_map: Any = read_json(index).get("weight_map")
+    usable = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+    require(usable, f"{index} has no weight_map from tensors to files; copy or download it again.")
+    names = sorted({*weight_map.values()})
+    for name in names:
+        inside, here = Path(name).name == name and name.endswith(f".{kind}"), os.path.isfile(folder / name)
+        require(inside, f"{index} points to {name!r}; expected {kind} files in its own folder.")
+        require(here, f"{index} names {name}, which is not in the folder; copy or download the missing shard.")
+    return [folder / name for name in names]
 
 
 @dataclass(frozen=True)
@@ -333,13 +282,13 @@ class Match:
 
 def match(model: Llava, folder: Path) -> Match:
     """Compares names, shapes and dtypes; no number is read."""
-    paths, raw = shards(folder), read_json(folder / "config.json")
+    paths, clip, config = shards(folder), clip_folder(folder), model.config
     tensors = read_tensors(paths)
-    if "mm_vision_tower" in raw and not any(our_name(name).startswith("vision_tower.") for name, _ in tensors):
-        tower = shards(clip_folder(folder, raw))
+    if clip is not None and not any(our_name(name).startswith("vision_tower.") for name, _ in tensors):
+        tower = shards(clip)
         paths, tensors = paths + tower, tensors + read_tensors(tower)
-    wanted, problems = model.state_dict(), []
-    state: dict[str, Tensor] = {}
+    wanted, problems, state = model.state_dict(), list[str](), dict[str, Tensor]()
+    without_image = [config.image_token_id, config.text.hidden_size]  # an original's vocabulary ends before <image>
     for name, tensor in tensors:
         ours, shape = our_name(name), list(tensor.shape)
         if ours not in wanted:
@@ -348,7 +297,8 @@ def match(model: Llava, folder: Path) -> Match:
             continue
         if ours in state:
             problems.append(f"{name} and another tensor are the same parameter, {hub_name(ours)}")
-        if shape != list(wanted[ours].shape) and not grows(ours, shape, model.config):
+        fills_up = shape == without_image and ours in ("language_model.embed_tokens.weight", "lm_head.weight")
+        if shape != list(wanted[ours].shape) and not fills_up:
             problems.append(f"{name} has shape {shape}, expected {list(wanted[ours].shape)}")
         rounded = wanted[ours].dtype == torch.int8 or ours.endswith(".scale")  # these need their dtype, others any
         fits = tensor.dtype == wanted[ours].dtype if rounded else tensor.is_floating_point()
@@ -359,7 +309,7 @@ def match(model: Llava, folder: Path) -> Match:
         state[ours] = tensor
     missing = wanted.keys() - state.keys()
     # Where a file brings an output layer of its own, the two are not shared, whatever its config says.
-    tied = model.config.text.tie_word_embeddings and "lm_head.weight" in missing
+    tied = config.text.tie_word_embeddings and "lm_head.weight" in missing
     if tied:
         missing.remove("lm_head.weight")
     problems = [f"missing {hub_name(name)}" for name in sorted(missing)] + problems
@@ -392,9 +342,8 @@ def empty_model(config: LlavaConfig) -> Llava:
 
 def open_checkpoint(folder: Path) -> tuple[Llava, Match]:
     """The model of a checkpoint without weights, in 8 bits if the checkpoint is, and how the checkpoint fits it."""
-    model = empty_model(read_config(folder)).eval()
-    how = read_json(folder / "config.json").get("quantization_config")
-    if isinstance(how, dict) and how.get("quant_method") == INT8:
+    model, raw = empty_model(read_config(folder)).eval(), read_json(folder / "config.json")
+    if read_object(raw, "quantization_config").get("quant_method") == INT8:
         to_int8(model)
     return model, match(model, folder)
 
@@ -403,12 +352,11 @@ def choose_dtype(dtype: Dtype, own: torch.dtype) -> torch.dtype:
     """The dtype to load in, of a checkpoint of the dtype `own`; raises LlavaError if that cannot be."""
     if dtype == "default":
         dtype = torch.int8 if own == torch.int8 else torch.float32
-    chosen = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype or own
-    if chosen not in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8):
-        raise LlavaError(f"The dtype is {chosen}, in which nothing can be computed; load in another, as float32.")
-    if own == torch.int8 != chosen:
-        raise LlavaError(f"The checkpoint has weights in 8 bits, and {chosen} was asked for. Load it without a dtype, "
-                         "or load the checkpoint that it was made from.")  # fmt: skip
+    chosen: Any = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype or own
+    usable = chosen in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
+    require(usable, f"The dtype is {chosen}, in which nothing can be computed; load in another, as float32.")
+    asked = f"The checkpoint has weights in 8 bits, and {chosen} was asked for"
+    require(chosen == own or own != torch.int8, f"{asked}. Load it without a dtype, or load the one it was made from.")
     return chosen
 
 
@@ -434,9 +382,9 @@ def load_model(
     if fit.tied and dtype == torch.int8:  # the output layer is rounded, and the embedding is not
         state["lm_head.weight"] = state["language_model.embed_tokens.weight"]
     done, size = 0, sum(tensor.nbytes for tensor in state.values())
-    copy = fast and size < 2e9  # where a file begins its weights they are not aligned, and read up to 8 % slower
-    # Rounded to 8 bits, all are copied: one tensor that is mapped would hold on to the whole of its file.
-    copy = copy or (dtype == torch.int8 and fit.dtype != dtype)
+    # Where a file begins its weights they are not aligned, and read up to 8 % slower. While others are rounded, a
+    # tensor that is mapped would hold on to the whole of its file.
+    copy = (fast and size < 2e9) or dtype == torch.int8 != fit.dtype
     fit.tensors.clear()  # a file is let go of when its last tensor is replaced
     for name in list(state):
         tensor = state[name]
@@ -459,13 +407,11 @@ def load_model(
 
 def check_scales(state: dict[str, Tensor]) -> None:
     """Raises LlavaError unless every scale is finite and above 0; it may be 0 where a row holds nothing but zeros."""
-    for name, scale in state.items():
-        if not name.endswith(".scale"):
-            continue
+    for name, scale in ((name, state[name]) for name in state if name.endswith(".scale")):
         zeros = state[name.replace(".scale", ".weight")][scale == 0]
-        if not scale.isfinite().all() or (scale < 0).any() or zeros.any():
-            raise LlavaError(f"{hub_name(name)} is not finite and above 0 for every row; the weights hold NaN or "
-                             "infinity, or the file is damaged. Copy or convert the checkpoint again.")  # fmt: skip
+        sound = scale.isfinite().all() and (scale >= 0).all() and not zeros.any()
+        cause = "the weights hold NaN or infinity, or the file is damaged. Copy or convert the checkpoint again."
+        require(sound, f"{hub_name(name)} is not finite and above 0 for every row; {cause}")
 
 
 def load(
@@ -523,12 +469,11 @@ def memory_needed(folder: Path, dtype: Dtype) -> tuple[int, torch.dtype]:
 
 def load_processor(folder: Path) -> Processor:
     """The processor of a checkpoint's folder. An original LLaVA's images are prepared as its CLIP says."""
-    config, raw = read_config(folder), read_json(folder / "config.json")
-    processor = Processor.from_folder(folder, config)
-    if "mm_vision_tower" in raw:
-        made = read_json(clip_folder(folder, raw) / "preprocessor_config.json")
-        made["do_pad"] = raw.get("image_aspect_ratio") == "pad"
-        processor.image_processor = ImageProcessor.from_dict(made)
+    processor, clip = Processor.from_folder(folder, read_config(folder)), clip_folder(folder)
+    if clip is not None:
+        do_pad = read_json(folder / "config.json").get("image_aspect_ratio") == "pad"
+        raw = {**read_json(clip / "preprocessor_config.json"), "do_pad": do_pad}
+        processor.image_processor = ImageProcessor.from_dict(raw)
     return processor
 
 
@@ -554,12 +499,12 @@ def read_plan(path: str | Path) -> Plan:
     try:
         with open(path, "rb") as file:
             raw = json.loads(file.read(10**6))  # a plan is far shorter; a device may never end
-        ratios = [1 - ratio for ratio in raw] if isinstance(raw, list) else raw["ratios"]
-        if not ratios or not all(0 <= float(ratio) <= 1 for ratio in ratios):
-            raise ValueError("ratios between 0 and 1, one per layer, are missing")
-        known = {} if isinstance(raw, list) else raw
-        budget = float(known.get("budget", sum(ratios) / len(ratios)))
-        return Plan(budget, [float(r) for r in ratios], str(known.get("model", "")), int(known.get("samples", 0)))
+        plan: dict[str, Any] = {"ratios": [1 - ratio for ratio in raw]} if isinstance(raw, list) else raw
+        ratios = [float(ratio) for ratio in plan["ratios"]]
+        usable = ratios and all(0 <= ratio <= 1 for ratio in ratios)
+        require(usable, "ratios between 0 and 1, one per layer, are missing")
+        budget = float(plan.get("budget", sum(ratios) / len(ratios)))
+        return Plan(budget, ratios, str(plan.get("model", "")), int(plan.get("samples", 0)))
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise LlavaError(f"{path} holds no plan ({error}); expected what python -m bench.plan writes.") from None
 
@@ -570,12 +515,15 @@ def read_plan(path: str | Path) -> Plan:
 def inspect(folder: Path) -> int:
     """Prints a table of a checkpoint's tensors with their names here, and what does not fit; returns the exit code."""
     model, fit = open_checkpoint(folder)
-    size = sum(tensor.numel() * tensor.element_size() for _, tensor in fit.tensors)
-    parameters = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(".scale"))
-    print(describe(fit.tensors, fit.state), end="\n\n")
-    print(
-        f"{len(fit.tensors)} tensors in {fit.num_files} files, {size:,} bytes; the model has {parameters:,} parameters."
-    )
+    total, parameters = 0, sum(p.numel() for name, p in model.named_parameters() if not name.endswith(".scale"))
+    for name, tensor in fit.tensors:
+        ours, shape = our_name(name), "x".join(map(str, tensor.shape)) or "scalar"
+        dtype, size = str(tensor.dtype).removeprefix("torch."), tensor.numel() * tensor.element_size()
+        shown = ours if ours in fit.state else "(not used)"
+        print(printable(f"{name:75} {shape:>14} {dtype:>8} {size:>12,}  {shown}"))
+        total += size
+    files = f"{len(fit.tensors)} tensors in {fit.num_files} files, {total:,} bytes"
+    print(f"\n{files}; the model has {parameters:,} parameters.")
     if fit.tied:
         print("The output layer is the embedding (tie_word_embeddings).")
     if fit.dtype == torch.int8:
@@ -599,8 +547,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> int:
         if args.command == "inspect":
             return inspect(find(args.checkpoint))
-        if args.out.exists():
-            raise LlavaError(f"{args.out} exists already; choose a new folder.")
+        require(not args.out.exists(), f"{args.out} exists already; choose a new folder.")
         folder = find(args.checkpoint)
         convert(load_model(folder, dtype=args.dtype), load_processor(folder), folder, args.out)
         return 0

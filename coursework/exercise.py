@@ -31,14 +31,13 @@ import json
 import os
 import secrets
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
 import textwrap
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,6 @@ STUDENTS = "coursework/COURSEWORK.md"
 # Not in a handout. The tests of this file show wrong bodies, and so what is wrong with them.
 INSTRUCTORS = ("coursework/README.md", "coursework/RUBRIC.md", STUDENTS, "tests/test_exercise.py")
 SCENES = (7, 8, 9)  # of the explorer's pages in a handout
-
 
 HANDED_IN = list(dict.fromkeys(exercise.file for exercise in EXERCISES.values()))
 Files = Mapping[str, bytes]  # a repository: names and contents
@@ -95,12 +93,12 @@ def complete(root: Path) -> dict[str, bytes]:
     return reference(root)
 
 
-def pack(files: Files, prefix: str = "") -> bytes:
+def pack(files: Files) -> bytes:
     """Files as a zip."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
-            entry = zipfile.ZipInfo(prefix + name)
+            entry = zipfile.ZipInfo(name)
             entry.external_attr = (0o755 if content.startswith(b"#!") else 0o644) << 16
             archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
     return out.getvalue()
@@ -173,27 +171,25 @@ class Grade:
 
 def handed_in(submission: Path, file: str) -> str:
     """The text of a file in a folder or a zip, under its name or, at the top, the last part of it."""
+    folder: Path | zipfile.Path = submission if submission.is_dir() else zipfile.Path(submission)
     for name in (file, file.rsplit("/", 1)[-1]):
-        if submission.is_dir():
-            path = submission / name
-            link = any(part.is_symlink() for part in (path, *path.parents) if submission in part.parents)
-            if not link and not path.is_file():
-                continue
-            size = path.lstat().st_size
-            content = b"" if link or size > LARGEST else path.read_bytes()
-        else:
-            with zipfile.ZipFile(submission) as archive:
-                if name not in archive.namelist():
-                    continue
-                entry = archive.getinfo(name)
-                link, size = stat.S_ISLNK(entry.external_attr >> 16), entry.file_size
-                content = b"" if link or size > LARGEST else archive.read(entry)
-        if link or size > LARGEST:
-            raise ValueError(
-                f"{name} is a link" if link else f"{name} has {size:,} bytes; expected {LARGEST:,} at most"
-            )
-        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        path = folder / name
+        parts = (path, *path.parents) if isinstance(path, Path) else ()
+        if any(part.is_symlink() for part in parts if submission in part.parents):
+            raise ValueError(f"{name} is a link")
+        if path.is_file():
+            with path.open("rb") as opened:
+                content = opened.read(LARGEST + 1)  # of a zip, however much it would unpack to
+            if len(content) > LARGEST:
+                raise ValueError(f"{name} has {len(content):,} bytes or more; expected {LARGEST:,} at most")
+            return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     raise LookupError("the file is missing")
+
+
+def with_body(name: str, submission: Path, files: Files) -> str:
+    """An exercise's file as in the complete repository, but with the body that was handed in."""
+    file, function = EXERCISES[name].file, EXERCISES[name].function
+    return put(files[file].decode(), function, take(handed_in(submission, file), function))
 
 
 def hashes(tree: Path) -> dict[str, str]:
@@ -204,7 +200,7 @@ def hashes(tree: Path) -> dict[str, str]:
 def run(exercise: Exercise, files: Files) -> dict[str, Any]:
     """Runs an exercise's tests in a copy of the files; what `graded.run` returns, or what went wrong as `said`."""
     tests, definition = exercise.task()
-    failed: dict[str, Any] = {"passed": [], "first": ""}
+    said = ""
     with tempfile.TemporaryDirectory() as scratch:
         tree, result = Path(scratch, "tree"), Path(scratch, secrets.token_hex(16))
         write(files, tree)
@@ -222,27 +218,26 @@ def run(exercise: Exercise, files: Files) -> dict[str, Any]:
                 task = {"tests": tests, "definition": definition, "result": str(result)}
                 process.communicate(json.dumps(task), timeout=PATIENCE)
             except subprocess.TimeoutExpired:
-                return failed | {"said": f"the tests did not end in {PATIENCE:g} s"}
+                said = f"the tests did not end in {PATIENCE:g} s"
             finally:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
                 process.wait()
             errors.seek(0)
             last = "\n".join(errors.read().splitlines()[-3:])
-        if hashes(tree) != before:
-            return failed | {"said": "the tests, or the code that they run, were changed"}
-        if not result.exists():
-            sentence = f"the tests ended without a result (exit code {process.returncode})"
-            return failed | {"said": f"{sentence}\n{last}".rstrip()}
-        return dict(json.loads(result.read_text(encoding="utf-8")))
+        if not said and hashes(tree) != before:
+            said = "the tests, or the code that they run, were changed"
+        if not said and not result.exists():
+            said = f"the tests ended without a result (exit code {process.returncode})\n{last}".rstrip()
+        failed: dict[str, Any] = {"passed": [], "first": "", "said": said}
+        return failed if said else dict(json.loads(result.read_text(encoding="utf-8")))
 
 
 def grade_one(name: str, submission: Path, files: Files) -> Grade:
     """Points for a body that was handed in."""
-    exercise = EXERCISES[name]
-    original, function = files[exercise.file].decode(), exercise.function
+    exercise, function = EXERCISES[name], EXERCISES[name].function
     try:
-        changed = put(original, function, take(handed_in(submission, exercise.file), function))
+        changed = with_body(name, submission, files)
         body, refused = outline(changed, function)[1], refusal(changed, function)
         if is_away(changed, name):
             return Grade(0.0, "not attempted")
@@ -261,26 +256,19 @@ def grade_one(name: str, submission: Path, files: Files) -> Grade:
     return Grade(round(POINTS * number / many, 2), f"{number} of {many} tests; {said}".rstrip("; "), body)
 
 
-def show(name: str, grade: Grade) -> None:
-    """Prints the points, and what went wrong."""
-    print(f"{name:12} {grade.points:5.2f} of {POINTS:g}  {grade.said}", flush=True)
+def total(grades: Mapping[str, Grade]) -> float:
+    """The points of several exercises."""
+    return round(sum(grade.points for grade in grades.values()), 2)
 
 
-def check(names: Sequence[str], root: Path = ROOT) -> None:
-    """Points for the bodies that stand here."""
-    files, total = reference(root), 0.0
+def grade_all(names: Sequence[str], submission: Path, files: Files) -> dict[str, Grade]:
+    """Prints the points for bodies that were handed in, one by one, and what went wrong; returns them."""
+    grades: dict[str, Grade] = {}
     for name in names:
-        result = grade_one(name, root, files)
-        total += result.points
-        show(name, result)
-    print(f"{'all':12} {total:5.2f} of {POINTS * len(names):g}")
-
-
-def gradescope(grades: Mapping[str, Grade]) -> str:
-    """The results file that Gradescope's autograder reads, in JSON."""
-    tests = [{"name": name, "score": grade.points, "max_score": POINTS, "output": grade.said}
-             for name, grade in grades.items()]  # fmt: skip
-    return json.dumps({"score": round(sum(grade.points for grade in grades.values()), 2), "tests": tests}, indent=1)
+        grades[name] = grade_one(name, submission, files)
+        print(f"{name:12} {grades[name].points:5.2f} of {POINTS:g}  {grades[name].said}", flush=True)
+    print(f"{'all':12} {total(grades):5.2f} of {POINTS * len(names):g}", flush=True)
+    return grades
 
 
 def grade(submissions: Sequence[Path], names: Sequence[str], out: Path | None, root: Path = ROOT) -> None:
@@ -288,38 +276,29 @@ def grade(submissions: Sequence[Path], names: Sequence[str], out: Path | None, r
     for path in submissions:
         if not path.is_dir() and not zipfile.is_zipfile(path):
             raise ValueError(f"{path} is neither a folder nor a zip; expected what a student handed in.")
-    short = [path.resolve().stem if path.is_file() else path.resolve().name for path in submissions]
-    students = (
-        short if len({*short}) == len(short) else [str(path).strip("/").replace("/", "_") for path in submissions]
-    )
-    files = complete(root)
-    table: dict[str, dict[str, Grade]] = {}
+    students = [path.resolve().stem if path.is_file() else path.resolve().name for path in submissions]
+    if len({*students}) < len(students):
+        students = [str(path).strip("/").replace("/", "_") for path in submissions]
+    files, table = complete(root), dict[str, dict[str, Grade]]()
     if out is not None:
         out.mkdir()
     for student, path in zip(students, submissions):
         print(f"# {student}")
-        grades = table.setdefault(student, {})
-        for name in names:
-            grades[name] = grade_one(name, path, files)
-            show(name, grades[name])
-        print(f"{'all':12} {sum(g.points for g in grades.values()):5.2f} of {POINTS * len(names):g}", flush=True)
+        grades = table[student] = grade_all(names, path, files)
         if out is not None:
             (out / student).mkdir()
-            (out / student / "results.json").write_text(gradescope(grades), encoding="utf-8")
+            tests = [dict(name=n, score=one.points, max_score=POINTS, output=one.said) for n, one in grades.items()]
+            results = {"score": total(grades), "tests": tests}  # as Gradescope's autograder reads it
+            (out / student / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     for name in names:
-        by_body: dict[str, list[str]] = {}
-        for student, grades in table.items():
-            by_body.setdefault(grades[name].body, []).append(student)
-        for body, same in by_body.items():
+        for body in dict.fromkeys(grades[name].body for grades in table.values()):
+            same = [student for student, grades in table.items() if grades[name].body == body]
             if body and len(same) > 1:
                 print(f"the same {name}: {', '.join(same)}")
     if out is not None:
+        rows = [[student, *(one.points for one in grades.values()), total(grades)] for student, grades in table.items()]
         with (out / "points.csv").open("w", newline="", encoding="utf-8") as file:
-            lines = csv.writer(file)
-            lines.writerow(["student", *names, "all"])
-            for student, grades in table.items():
-                points = [grade.points for grade in grades.values()]
-                lines.writerow([student, *points, round(sum(points), 2)])
+            csv.writer(file).writerows([["student", *names, "all"], *rows])
 
 
 # ---------------------------------------------------------------- what is handed out and handed in
@@ -353,8 +332,7 @@ def submit(out: Path, root: Path = ROOT) -> None:
     files = reference(root)
     for name, exercise in EXERCISES.items():
         try:
-            changed = put(files[exercise.file].decode(), exercise.function,
-                          take(handed_in(root, exercise.file), exercise.function))  # fmt: skip
+            changed = with_body(name, root, files)
             state = "not attempted" if is_away(changed, name) else refusal(changed, exercise.function) or "in it"
         except UNUSABLE as error:
             state = f"cannot be used: {error}"
@@ -370,8 +348,7 @@ def solutions(out: Path, root: Path = ROOT) -> None:
     out.mkdir()
     for name, exercise in EXERCISES.items():
         source = files[exercise.file].decode()
-        found = find(ast.parse(source), exercise.function)
-        text = "\n".join(source.split("\n")[found.lineno - 1 : found.end_lineno])
+        text = ast.get_source_segment(source, find(ast.parse(source), exercise.function), padded=True) or ""
         (out / f"{name}.py").write_text(textwrap.dedent(text) + "\n", encoding="utf-8")
 
 
@@ -421,28 +398,24 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         parser.error(f"there is no exercise {names[0]}; exercises: {', '.join(EXERCISES)}")
     if action in ("remove", "restore") and (root / REFERENCE).exists():
         raise ValueError("This is a handout: its bodies are away for you to write. `check` says how far you are.")
+    work: dict[str, Callable[[], object]] = {
+        "list": lambda: print(
+            "\n".join(f"{n:12} {e.minutes:3} min  {e.file}: {e.function}" for n, e in EXERCISES.items())
+        ),
+        "check": lambda: grade_all(names or list(EXERCISES), root, reference(root)),
+        "remove": lambda: remove(names[0], root),
+        "restore": lambda: restore(names[0], root),
+        "submit": lambda: submit(new(names[0]), root),
+        "handout": lambda: handout(new(names[0]), root),
+        "solutions": lambda: solutions(new(names[0]), root),
+        "autograder": lambda: autograder(new(names[0]), only, root),
+        "grade": lambda: grade([Path(name) for name in names], only, args.out and new(str(args.out)), root),
+    }
     try:
-        act(action, names, only, args.out, root)
+        work[action]()
     except (SyntaxError, LookupError) as error:
         raise ValueError(f"A file that an exercise is in cannot be read ({error}); mend that first.") from None
     return 0
-
-
-def act(action: str, names: Sequence[str], only: Sequence[str], out: Path | None, root: Path) -> None:
-    """Does what the command line says."""
-    if action == "list":
-        for name, exercise in EXERCISES.items():
-            print(f"{name:12} {exercise.minutes:3} min  {exercise.file}: {exercise.function}")
-    elif action == "check":
-        check(names or list(EXERCISES), root)
-    elif action in ("remove", "restore"):
-        (remove if action == "remove" else restore)(names[0], root)
-    elif action == "grade":
-        grade([Path(name) for name in names], only, out and new(str(out)), root)
-    elif action == "autograder":
-        autograder(new(names[0]), only, root)
-    else:
-        {"submit": submit, "handout": handout, "solutions": solutions}[action](new(names[0]), root)
 
 
 if __name__ == "__main__":

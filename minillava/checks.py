@@ -23,6 +23,12 @@ def require(condition: object, sentence: str) -> None:
         raise LlavaError(sentence)
 
 
+def require_value(condition: object, name: str, value: object, expected: str) -> None:
+    """Raises LlavaError for a value in config.json that cannot be used, if the condition is false."""
+    if not condition:
+        raise LlavaError(f"config.json has {name} = {value!r:.99}; expected {expected}.")
+
+
 def check_room(config: TextConfig, tokens: int, room: int) -> None:
     """Raises LlavaError unless a text of `tokens` tokens and `room` more ones fits into the model's positions."""
     if type(room) is not int or room < 0:
@@ -70,10 +76,8 @@ def check_read(
 ) -> Tensor:
     """Raises LlavaError for a block that this cache cannot take; returns which tokens are not padding, bool [B, N]."""
     present = check_prompt(config, input_ids, attention_mask)
-    require(
-        cache.config is config or cache.config == config,
-        "The cache was made for a model of other sizes; call this model's new_cache.",
-    )
+    same_sizes = cache.config is config or cache.config == config
+    require(same_sizes, "The cache was made for a model of other sizes; call this model's new_cache.")
     batch, count = input_ids.shape
     if not cache.key:
         require_left_padding(present)

@@ -1,4 +1,4 @@
-"""Layouts of checkpoints: names of weights, the original LLaVA's settings, pickles; the Hub layout is written here.
+"""Layouts of checkpoints: names of weights, the original LLaVA's settings, files; the Hub layout is written here.
 
 `weights.py` uses it to load, and for its commands `inspect` and `convert`.
 """
@@ -9,17 +9,17 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minillava.checks import LlavaError
-from minillava.command import printable
-from minillava.config import LlavaConfig, TextConfig, wrong_value
+from minillava.checks import LlavaError, require, require_value
+from minillava.config import LlavaConfig, TextConfig
 from minillava.files import HUB_ID, find, replacing, write_file, write_json
 from minillava.model import Llava
 from minillava.processor import IMAGE_TOKEN, Processor, read_json
@@ -80,11 +80,17 @@ def hub_name(name: str) -> str:
     return rename(name, TO_HUB)
 
 
-# ---------------------------------------------------------------- the original LLaVA, and pickles
+# ---------------------------------------------------------------- the original LLaVA, and files of weights
 
 
-def clip_folder(folder: Path, raw: dict[str, Any]) -> Path:
-    """The CLIP checkpoint that an original LLaVA names: a folder inside its own or beside it, or a Hub id."""
+def clip_folder(folder: Path) -> Path | None:
+    """The CLIP checkpoint that an original LLaVA names: a folder inside its own or beside it, or a Hub id.
+
+    None for a checkpoint in another layout, which has its vision tower itself.
+    """
+    raw = read_json(folder / "config.json")
+    if "mm_vision_tower" not in raw:
+        return None
     name = raw["mm_vision_tower"]
     last = Path(name).name if isinstance(name, str) else ""
     for candidate in (folder / last, folder.parent / last):
@@ -99,36 +105,35 @@ def clip_folder(folder: Path, raw: dict[str, Any]) -> Path:
     )
 
 
-def from_original(raw: dict[str, Any], clip: dict[str, Any]) -> dict[str, Any]:
-    """The config of an original LLaVA (keys `mm_...`, Llama's at the top) as the Hub layout's.
+def hub_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` in a folder; that of an original LLaVA (keys `mm_...`, Llama's at the top) as the Hub has it.
 
     The original marks images by an id outside its vocabulary; here, as on the Hub, `<image>` is the first id after
     it, and the vocabulary is filled up to a multiple of 64.
     """
+    raw, clip = read_json(folder / "config.json"), clip_folder(folder)
+    if clip is None:
+        return raw
     kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
     features = {"patch": "default", "cls_patch": "full"}
     defaults = {"mm_patch_merge_type": "flat", "mm_vision_select_feature": "patch", "image_aspect_ratio": "square",
                 "vocab_size": TextConfig.vocab_size, "model_type": None}  # fmt: skip
     given = {**defaults, **{name: value for name, value in raw.items() if value is not None}}
-    if given["mm_patch_merge_type"] != "flat":
-        raise LlavaError(
-            f"config.json has mm_patch_merge_type {given['mm_patch_merge_type']!r:.99}: LLaVA-1.6 is read in the "
-            "Hub's layout, such as that of llava-hf/llava-v1.6-vicuna-7b-hf."
-        )
+    merge, hub = given["mm_patch_merge_type"], "the Hub's layout, such as that of llava-hf/llava-v1.6-vicuna-7b-hf"
+    require_value(merge == "flat", "mm_patch_merge_type", merge, f"flat: LLaVA-1.6 is read in {hub}")
     for name, known in (("model_type", kinds), ("mm_vision_select_feature", features),
                         ("image_aspect_ratio", ("square", "pad"))):  # fmt: skip
-        if given[name] not in list(known):
-            raise wrong_value(name, given[name], f"{' or '.join(known)} in the original layout")
-    vocabulary = given["vocab_size"]
-    if type(vocabulary) is not int or not 0 < vocabulary < 2**24:
-        raise wrong_value("vocab_size", vocabulary, "a number of tokens")
-    if given.get("mm_use_im_start_end"):
-        raise LlavaError("config.json has mm_use_im_start_end: tokens around images are not implemented.")
-    tower = clip.get("vision_config", clip)
-    kind = tower.get("model_type") if isinstance(tower, dict) else None
-    if kind not in (None, "clip", "clip_vision_model"):
-        name = raw["mm_vision_tower"]
-        raise LlavaError(f"{name!r:.99} is of type {kind!r:.99}; in the original layout only CLIP is read.")
+        usable = given[name] in list(known)
+        require_value(usable, name, given[name], f"{' or '.join(known)} in the original layout")
+    vocabulary, tower = given["vocab_size"], read_json(clip / "config.json")
+    tower = tower.get("vision_config", tower)
+    usable = type(vocabulary) is int and 0 < vocabulary < 2**24
+    require_value(usable, "vocab_size", vocabulary, "a number of tokens")
+    marked = given.get("mm_use_im_start_end")
+    require(not marked, "config.json has mm_use_im_start_end: tokens around images are not implemented.")
+    name, kind = raw["mm_vision_tower"], tower.get("model_type") if isinstance(tower, dict) else None
+    is_clip = kind in (None, "clip", "clip_vision_model")
+    require(is_clip, f"{name!r:.99} is of type {kind!r:.99}; in the original layout only CLIP is read.")
     text = {name: value for name, value in raw.items() if not name.startswith("mm_")}
     size = math.ceil((vocabulary + 2) / 64) * 64
     return {
@@ -145,12 +150,6 @@ def from_original(raw: dict[str, Any], clip: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def grows(name: str, shape: Sequence[int], config: LlavaConfig) -> bool:
-    """Whether rows are to be added: an original LLaVA's vocabulary ends before `<image>`."""
-    ends_before = list(shape) == [config.image_token_id, config.text.hidden_size]
-    return ends_before and name in ("language_model.embed_tokens.weight", "lm_head.weight")
-
-
 def fill_up(tensor: Tensor, rows: int) -> Tensor:
     """The tensor with so many rows; new ones are the mean of the others, whose logit is never the largest."""
     if len(tensor) == rows:
@@ -159,16 +158,22 @@ def fill_up(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors in a `.bin`, mapped. PyTorch's restricted reader makes tensors only and executes nothing."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {name: t for name, t in state.items() if isinstance(name, str) and isinstance(t, Tensor)}
-    except Exception as error:  # pickle's, zip's and torch's own errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LlavaError(
-            f"{path} cannot be read as weights ({reason:.200}). Copy it again, or save it as safetensors."
-        ) from None
+def read_tensors(paths: Sequence[Path]) -> list[tuple[str, Tensor]]:
+    """Every tensor of the files with its name there. They are mapped: what nobody uses is not read.
+
+    Of a pickle, `.bin`, PyTorch's restricted reader makes tensors only and executes nothing.
+    """
+    tensors: list[tuple[str, Tensor]] = []
+    for path in paths:
+        try:
+            pickled = path.suffix == ".bin"
+            state = torch.load(path, "cpu", weights_only=True, mmap=True) if pickled else load_file(path)
+            tensors += [(name, t) for name, t in state.items() if isinstance(name, str) and isinstance(t, Tensor)]
+        except Exception as error:  # those of pickle, zip, torch and safetensors
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            damaged = f"{path} is damaged, or cannot be read as weights ({reason:.200})"
+            raise LlavaError(f"{damaged}. Copy or download it again, or save it as safetensors.") from None
+    return tensors
 
 
 # ---------------------------------------------------------------- writing the Hub layout
@@ -201,8 +206,6 @@ def config_dict(config: LlavaConfig, dtype: str) -> dict[str, object]:
 
 def save_weights(model: Llava, path: Path, dtype: torch.dtype | None = None) -> None:
     """Writes the model's weights in the Hub layout, whole or not at all, in this dtype, or each in its own."""
-    from safetensors.torch import save_file
-
     state = {hub_name(name): p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
     with replacing(path) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
@@ -246,16 +249,3 @@ def convert(model: Llava, processor: Processor, folder: Path, out: Path) -> None
                 shutil.copyfile(folder / name, temporary / name)
         if processor.template is not None:
             write_file(temporary / "chat_template.jinja", processor.template.encode())
-
-
-# ---------------------------------------------------------------- looking into a checkpoint
-
-
-def describe(tensors: Sequence[tuple[str, Tensor]], used: Collection[str]) -> str:
-    """A table of a checkpoint's tensors: name, shape, dtype, bytes, and our name, if it is among those `used`."""
-    rows = []
-    for name, tensor in tensors:
-        ours, shape = our_name(name), "x".join(map(str, tensor.shape)) or "scalar"
-        dtype, size = str(tensor.dtype).removeprefix("torch."), tensor.numel() * tensor.element_size()
-        rows.append(f"{name:75} {shape:>14} {dtype:>8} {size:>12,}  {ours if ours in used else '(not used)'}")
-    return "\n".join(map(printable, rows))

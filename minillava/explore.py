@@ -30,8 +30,10 @@ from torch import Tensor
 from minillava import terminal
 from minillava.checks import LlavaError
 from minillava.compressors import METHODS, Recorder, SnapKV
+from minillava.files import write_file
 from minillava.model import Llava
 from minillava.processor import IMAGE_TOKEN, Processor
+from minillava.terminal import encode
 from prefixkv import PrefixKV, attention_weights, priority, search
 
 SHARES = tuple(step / 20 for step in range(1, 21))  # stops of the budget's slider
@@ -92,9 +94,7 @@ def drawn(inputs: dict[str, Tensor], processor: Processor) -> tuple[Image.Image,
     side, patch = vision.image_size // vision.patch_size, vision.patch_size
     if "image_sizes" not in inputs:
         surplus = config.num_image_tokens - side**2  # 1 with CLS before the patches, -1 where a patch was dropped
-        cells: list[int | None] = (
-            [None, *range(side**2 - 1)] if surplus < 0 else list(range(surplus, surplus + side**2))
-        )
+        cells = [cell if cell >= 0 else None for cell in range(surplus, surplus + side**2)]
         return seen_image(inputs["pixel_values"][0], processor, patch), side, cells
     tiling = config.tiling(inputs["image_sizes"][0].tolist())
     overview, *tiles = [seen_image(pixels, processor, patch) for pixels in inputs["pixel_values"][: tiling.tiles]]
@@ -194,12 +194,6 @@ def answers(model: Llava, processor: Processor, prompt: str, images: Sequence[Im
     return {"full": full, "runs": runs}
 
 
-def encode(model: Llava, processor: Processor, prompt: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-    """The model's inputs, on its device."""
-    device = model.lm_head.weight.device
-    return {name: tensor.to(device) for name, tensor in processor(prompt, images).items()}
-
-
 def piece(processor: Processor, id: int) -> str:
     """A token as it is shown: a leading space as such, a line break as ⏎."""
     text = processor.tokenizer.piece(id) or IMAGE_TOKEN
@@ -245,8 +239,6 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
 
     def work() -> None:
-        from weights import write_file  # it stands on minillava, not the other way round
-
         start = time.perf_counter()
         budgets, methods = args.budget or ANSWERED, args.method or [*reversed(METHODS)]
         _, images = terminal.pictures(args.image, args.scene)

@@ -13,7 +13,8 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillava import TINY
-from minillava.checks import LlavaError, require
+from minillava.checks import require
 from minillava.files import free_memory, write_file
 from minillava.model import KVCache, Llava
 from minillava.processor import Processor, open_image
@@ -92,16 +93,6 @@ def add_model_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16", "int8"],
                         help="of the weights; auto: as the checkpoint has them, and on a CPU 16 or 8 bits if memory is "
                         "short (default: float32, and for a checkpoint in 8 bits int8)")  # fmt: skip
-
-
-def add_sampling_options(parser: argparse._ActionsContainer) -> None:
-    """--max-new-tokens, --temperature, --top-p, --top-k and --seed."""
-    parser.add_argument("--max-new-tokens", type=whole_number(1), default=128, metavar="N",
-                        help="longest answer, in tokens (default: 128)")  # fmt: skip
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to this")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from so many of the likeliest (0: all)")
-    parser.add_argument("--seed", type=whole_number(0), help="make a sampled answer repeatable")
 
 
 def pictures(paths: list[str] | None, scene: int | None) -> tuple[list[str], list[Image.Image]]:
@@ -179,11 +170,10 @@ def load_shown(args: argparse.Namespace) -> tuple[Llava, Processor]:
     elif free is not None:
         needed, own = memory_needed(folder, dtype)
         chosen = choose_dtype(dtype, own)
-        if needed > free and chosen != own:  # weights in the checkpoint's own dtype need not fit: see `load`
-            raise LlavaError(
-                f"{args.model} in {dtype_name(chosen)} needs {human(needed)}, {human(free)} are free; try --dtype "
-                "auto, which takes 16 bits or 8 if they fit, and else reads weights from the file as they are used."
-            )
+        fits = needed <= free or chosen == own  # weights in the checkpoint's own dtype need not fit: see `load`
+        sizes = f"{args.model} in {dtype_name(chosen)} needs {human(needed)}, {human(free)} are free"
+        auto = "16 bits or 8 if they fit, and else weights that are read from the file as they are used"
+        require(fits, f"{sizes}; try --dtype auto, which takes {auto}.")
     with progress_bar("loading", "B") as bar:
 
         def progress(done: int, size: int) -> None:
@@ -207,25 +197,71 @@ def compile_shown(model: Llava) -> None:
     compile_steps(model)
 
 
+def encode(model: Llava, processor: Processor, prompt: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+    """The model's inputs, on its device."""
+    device = model.lm_head.weight.device
+    return {name: tensor.to(device) for name, tensor in processor(prompt, images).items()}
+
+
 def read(model: Llava, block: dict[str, Tensor], cache: KVCache, stop: Callable[[], bool] = lambda: False) -> Tensor:
     """`Llava.read` with a bar. Raises KeyboardInterrupt, between two layers, if `stop` says so."""
     layers = model.language_model.layers
-    with progress_bar("reading the prompt", "layer", len(layers)) as bar:
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress_bar("reading the prompt", "layer", len(layers)))
 
         def done(*_: object) -> None:
             bar.update()
             if stop():
                 raise KeyboardInterrupt
 
-        hooks = [layer.register_forward_hook(done) for layer in layers]
-        try:
-            logits = model.read(**block, cache=cache)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for layer in layers:
+            stack.enter_context(layer.register_forward_hook(done))
+        logits = model.read(**block, cache=cache)
     if logits.is_cuda:
         torch.cuda.synchronize()
     return logits
+
+
+@dataclass
+class Conversation:
+    """Questions about some pictures, one after the other on one cache: a turn reads only what is new."""
+
+    model: Llava
+    processor: Processor
+    images: Sequence[Image.Image]
+    new_cache: Callable[[int], KVCache]  # makes one with so much room
+    max_new_tokens: int
+    turns: list[tuple[str, str | None]] = field(default_factory=list)
+    cache: KVCache | None = None
+    known: list[int] = field(default_factory=list)  # the token ids that the cache has read
+    num_read: int = 0  # tokens that the last turn has read
+
+    def read(self, question: str, stop: Callable[[], bool] = lambda: False) -> tuple[Tensor, KVCache] | None:
+        """Logits [1, V] and a cache for `Llava.decode`; then tell `answered`. None if the model has no positions left.
+
+        Raises LlavaError for a question that cannot be used, and KeyboardInterrupt as `read` above: it is dropped then.
+        """
+        turns = [*self.turns, (question, None)]
+        inputs = encode(self.model, self.processor, self.processor.chat(turns, len(self.images)), self.images)
+        ids, known = inputs["input_ids"][0].tolist(), len(self.known)
+        left = self.model.config.text.max_position_embeddings - len(ids)
+        if left < 1 and self.turns:
+            return None
+        room, cache = max(0, min(self.max_new_tokens, left)), self.cache
+        if cache is not None and ids[:known] == self.known:
+            inputs = {"input_ids": inputs["input_ids"][:, known:]}
+            cache.reserve(max(0, len(ids) - known + room - cache.room))
+        else:  # the first turn, or one after which the prompt has other tokens than those that were read
+            cache = self.new_cache(room)
+        self.cache = None  # one that has read half of a block is of no use
+        logits = read(self.model, inputs, cache, stop)
+        self.turns, self.cache, self.known, self.num_read = turns, cache, ids, inputs["input_ids"].shape[1]
+        return logits, cache
+
+    def answered(self, ids: list[int]) -> None:
+        """Notes the answer to the question that was read last."""
+        self.known = self.known + ids[:-1]  # the last one is not read yet
+        self.turns[-1] = (self.turns[-1][0], self.processor.decode(ids).strip())
 
 
 # ---------------------------------------------------------------- text

@@ -18,6 +18,8 @@ The stages and their shapes are those of `stages`.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import sys
 import tempfile
@@ -35,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from minillava import TINY
-from minillava.checks import LlavaError
+from minillava.checks import LlavaError, require
 from minillava.config import LlavaConfig
 from minillava.model import Attention, Llava
 from minillava.processor import open_image
@@ -68,6 +70,7 @@ CAUSES = {  # by how a stage's name ends
     "three turns": "the mask of a block that continues a cache (causal within it, all that was held before), positions",
     "positions after eviction": "new tokens counted from the shortened cache, not from the text",
 }
+Inputs = dict[str, Tensor]  # of a model, by their names
 Pick = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Tensor]  # module, arguments, keyword arguments, output
 
 
@@ -110,10 +113,10 @@ class Stage:
     """How far one stage is from the reference."""
 
     name: str
-    absolute: float  # the largest difference
-    relative: float  # as a share of the reference's largest number
-    cosine: float
-    ok: bool
+    absolute: float = 0.0  # the largest difference
+    relative: float = 0.0  # as a share of the reference's largest number
+    cosine: float = 1.0
+    ok: bool = True
     note: str = ""  # what cannot be put in numbers
 
     def __str__(self) -> str:
@@ -151,45 +154,21 @@ def stages(model: nn.Module, config: LlavaConfig) -> dict[str, Tap]:
 
 @torch.no_grad()
 def record(
-    model: nn.Module, taps: dict[str, Tap], run: Callable[[], object], keep: Callable[[str, Tensor], None]
+    model: nn.Module, taps: dict[str, Tap], run: Callable[[], object], keep: Callable[[str, Tensor], object]
 ) -> None:
-    """Calls `keep` with every stage's tensor, the first time that it is computed, while `run` runs."""
-    seen: set[str] = set()
-    hooks = []
-    for stage, tap in taps.items():
+    """Calls `keep` with a stage's name and tensor whenever one is computed, while `run` runs."""
+    modules = dict(model.named_modules(remove_duplicate=False))
 
-        def hook(
-            module: nn.Module, arguments: Any, keywords: Any, made: Any, stage: str = stage, tap: Tap = tap
-        ) -> None:
-            if stage not in seen:
-                seen.add(stage)
-                keep(stage, tap.pick(module, arguments, keywords, made).detach())
+    def hook(stage: str, module: nn.Module, arguments: Any, keywords: Any, made: Any) -> None:
+        keep(stage, taps[stage].pick(module, arguments, keywords, made).detach())
 
-        try:
-            module = model.get_submodule(tap.module)
-        except AttributeError:
-            raise LlavaError(
-                f"The stage {stage!r} is tapped at {tap.module!r}; the model has no such module."
-            ) from None
-        hooks.append(module.register_forward_hook(hook, with_kwargs=True))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for stage, tap in taps.items():
+            there = tap.module in modules
+            require(there, f"The stage {stage!r} is tapped at {tap.module!r}; the model has no such module.")
+            handle = modules[tap.module].register_forward_hook(functools.partial(hook, stage), with_kwargs=True)
+            hooks.enter_context(handle)
         run()
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-
-class QueryRecorder(PrefixKV):
-    """PrefixKV that remembers layer 0's query of every new token: it depends only on token and position."""
-
-    def __init__(self, budget: float):
-        super().__init__(budget)
-        self.queries: list[Tensor] = []
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
-        if layer == 0:
-            self.queries.append(query)
-        return None
 
 
 class Reference:
@@ -208,7 +187,7 @@ class Reference:
         new_tokens: int = 32,
     ):
         try:
-            from transformers import AutoModelForImageTextToText, logging
+            from transformers import AutoModelForImageTextToText, DynamicCache, logging
         except ImportError:
             raise LlavaError("transformers is not installed; verify needs it: pip install transformers.") from None
         from weights import load_processor, read_config  # it stands on minillava, not the other way round
@@ -219,102 +198,96 @@ class Reference:
         self.tiled = len(self.config.image_grid_pinpoints) > 0  # LLaVA-NeXT
         picture = open_image(image)
         prompt = prompt or self.processor.chat([(QUESTION, None)], 1)
-        self.inputs = {name: t.to(device) for name, t in self.processor([prompt], [picture]).items()}
+        self.inputs = inputs = {name: t.to(device) for name, t in self.processor([prompt], [picture]).items()}
+        self.preprocessed = self.preprocessing(folder, prompt, picture)
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         self.scratch = tempfile.TemporaryDirectory(prefix="verify-")
-        self.others = self.preprocessing(folder, prompt, picture)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         model = model.to(device).eval()  # goes when this function ends, before ours is loaded
-        pixels = self.inputs["pixel_values"].to(dtype)
-        inputs = {**self.inputs, "pixel_values": pixels}
-        record(model, stages(model, self.config), lambda: model(**inputs), self.keep)
+        taps = stages(model, self.config)
+        record(model, taps, lambda: model(**inputs), self.keep)
         with torch.no_grad():
             if self.tiled:
-                made = model.model.get_image_features(pixels, self.inputs["image_sizes"], output_hidden_states=True)
-                packed = torch.cat(list(made.pooler_output))
-                self.keep("packed features", packed)
-                self.keep("newline", packed[self.newlines()])
-            made = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
-            self.tokens = made[:, inputs["input_ids"].shape[1] :].cpu()
+                pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
+                made = model.model.get_image_features(pixels, sizes, output_hidden_states=True)
+                self.keep("packed features", torch.cat(list(made.pooler_output)))
+            text = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
+            self.keep("greedy tokens", text[:, inputs["input_ids"].shape[1] :])
             # Layer 0 on the whole text: where the new tokens' queries must point, whatever a cache has dropped.
-            text = {**inputs, "input_ids": made, "attention_mask": torch.ones_like(made)}
-            tap = {"positions after eviction": stages(model, self.config)["layer 0 query"]}
-            record(model, tap, lambda: model(**text), lambda name, t: self.keep(name, t[:, :, -new_tokens:-1]))
-            past = None
+            tap = {"positions after eviction": taps["layer 0 query"]}
+            whole = {**inputs, "input_ids": text, "attention_mask": torch.ones_like(text)}
+            record(model, tap, lambda: model(**whole), lambda name, t: self.keep(name, t[:, :, -new_tokens:-1]))
+            past = {"past_key_values": DynamicCache(), "use_cache": True, "logits_to_keep": 1}
+            self.keep("three turns", converse(lambda block: model(**block, **past).logits[:, -1], self.turns()))
 
-            def read(ids: Tensor) -> Tensor:
-                nonlocal past
-                block = inputs if past is None else {"input_ids": ids, "past_key_values": past}
-                made = model(**block, use_cache=True, logits_to_keep=1)
-                past = made.past_key_values
-                return made.logits[:, -1]
-
-            self.keep("three turns", converse(read, self.turns()))
-
-    def turns(self) -> list[Tensor]:
-        """The prompt and two further questions: ids [1, N] each."""
-        encode, prompt = self.processor.tokenizer.encode, self.inputs["input_ids"]
+    def turns(self) -> list[Inputs]:
+        """The prompt with its picture, and two further questions of ids [1, N]."""
+        encode, device = self.processor.tokenizer.encode, self.inputs["input_ids"].device
         start = len(encode(""))  # a BOS, if the tokenizer adds one
-        return [prompt, *(torch.tensor([encode(text)[start:]], device=prompt.device) for text in FURTHER)]
+        return [self.inputs, *({"input_ids": torch.tensor([encode(t)[start:]], device=device)} for t in FURTHER)]
 
-    def preprocessing(self, folder: Path, prompt: str, picture: Any) -> dict[str, Tensor | str]:
-        """Pixels and ids of transformers' own processor, or the sentence that it raised."""
+    def preprocessing(self, folder: Path, prompt: str, picture: Any) -> list[Stage]:
+        """Pixels and ids beside those of transformers' own processor, or why they cannot be compared."""
         from transformers import AutoImageProcessor, AutoTokenizer
 
-        def attempt(make: Callable[[], Tensor]) -> Tensor | str:
+        def beside(name: str, ours: Tensor, make: Callable[[], Tensor]) -> Stage:
             try:
-                return make()
+                return difference(name, ours, make(), 1e-5)
             except Exception as error:  # whatever transformers raises for a folder it cannot use
-                return f"not compared ({type(error).__name__})"
+                return Stage(name, note=f"not compared ({type(error).__name__})")
 
         def pixels() -> Tensor:
             made = AutoImageProcessor.from_pretrained(folder, backend="pil")(picture, return_tensors="pt")
             return torch.as_tensor(made["pixel_values"]).flatten(0, -4)  # LLaVA-NeXT: [1, tiles, 3, R, R]
 
-        def ids() -> Tensor:
-            images = int((self.inputs["input_ids"] == self.config.image_token_id).sum())
+        def token_ids() -> Tensor:
+            images = int((ids == self.config.image_token_id).sum())
             text = prompt.replace("<image>", "<image>" * images)
             return torch.tensor([AutoTokenizer.from_pretrained(folder)(text)["input_ids"]])
 
+        ids = self.inputs["input_ids"]
+        shown = beside("tiles" if self.tiled else "pixels", self.inputs["pixel_values"], pixels)
         # Without tokenizer.json transformers would convert tokenizer.model, and its version 5 treats runs of spaces
         # in another way.
-        usable = (folder / "tokenizer.json").exists()
-        return {"pixels": attempt(pixels), "token ids": attempt(ids) if usable else "not compared: no tokenizer.json"}
-
-    def newlines(self) -> list[int]:
-        """LLaVA-NeXT: where among the picture's tokens a row ends."""
-        return self.config.tiling(self.inputs["image_sizes"][0].tolist()).newlines
+        if not (folder / "tokenizer.json").exists():
+            return [shown, Stage("token ids", note="not compared: no tokenizer.json")]
+        return [shown, beside("token ids", ids, token_ids)]
 
     def keep(self, stage: str, tensor: Tensor) -> None:
         """Puts a stage on disk."""
         torch.save(tensor.cpu(), Path(self.scratch.name) / f"{stage}.pt")
 
-    def get(self, stage: str) -> Tensor | None:
-        """A stage from disk, None if transformers has none of that name."""
+    def get(self, stage: str) -> Tensor:
+        """A stage from disk; raises LlavaError if there is none of that name."""
         path = Path(self.scratch.name) / f"{stage}.pt"
-        return torch.load(path, weights_only=True) if path.exists() else None
+        require(path.exists(), f"The reference has no stage {stage!r}; the names are those of `stages`.")
+        return torch.load(path, weights_only=True)
 
 
-def converse(read: Callable[[Tensor], Tensor], turns: Sequence[Tensor], length: int = 8) -> Tensor:
-    """Reads turns [1, N], each followed by a greedy answer of `length` tokens: logits [T, V] of all answers.
+def converse(read: Callable[[Inputs], Tensor], turns: Sequence[Inputs], length: int = 8) -> Tensor:
+    """Reads turns, each followed by a greedy answer of `length` tokens: logits [T, V] of all answers.
 
-    read: ids [1, N] -> logits [1, V] for the token after them, going on with what it has read before.
+    read: a block's inputs -> logits [1, V] for the token after it, going on with what it has read before.
     """
     found = []
     for turn in turns:
         logits = read(turn)
         for _ in range(length):
             found.append(logits)
-            logits = read(logits.argmax(-1, keepdim=True))
+            logits = read({"input_ids": logits.argmax(-1, keepdim=True)})
     return torch.cat(found)
 
 
 def difference(name: str, found: Tensor, expected: Tensor, tolerance: float) -> Stage:
-    """Two tensors in numbers; another shape, NaN and infinity are differences."""
+    """Two tensors in numbers, or how many of the first token ids are equal; another shape and NaN are differences."""
     if found.shape != expected.shape:
         note = f"{list(found.shape)}, expected {list(expected.shape)}"
         return Stage(name, float("inf"), float("inf"), 0.0, False, note)
+    if not found.is_floating_point():
+        equal, count = int((found.cpu() == expected).flatten().long().cumprod(0).sum()), expected.numel()
+        return Stage(name, ok=equal == count, note=f"{equal} of {count} equal")
     one, other = found.detach().cpu().double().flatten(), expected.double().flatten()
     absolute = float((one - other).abs().max())
     relative = absolute / max(float(other.abs().max()), 1e-30)
@@ -336,10 +309,8 @@ def compare(
     found: dict[str, Stage] = {}
 
     def keep(name: str, tensor: Tensor) -> None:
-        expected = reference.get(name)
-        if expected is None:
-            raise LlavaError(f"The reference has no stage {name!r}; the names are those of `stages`.")
-        found[name] = difference(name, tensor, expected, tolerance)
+        if name not in found:  # the first time that it is computed
+            found[name] = difference(name, tensor, reference.get(name), tolerance)
 
     record(module, taps, run or (lambda: module(**reference.inputs)), keep)
     return [found[name] for name in taps if name in found]
@@ -348,45 +319,33 @@ def compare(
 @torch.no_grad()
 def verify(model: Llava, reference: Reference, tolerance: float = TOLERANCE["float32"]) -> list[Stage]:
     """All that there is to compare: preprocessing, every stage, greedy tokens, positions after eviction."""
-    ids, pixels = reference.inputs["input_ids"], reference.inputs["pixel_values"]
-    found = []
-    for name, ours, allowed in (("pixels", pixels, 1e-5), ("token ids", ids, 0.0)):
-        theirs = reference.others[name]
-        shown = "tiles" if name == "pixels" and reference.tiled else name
-        if isinstance(theirs, str):
-            found.append(Stage(shown, 0.0, 0.0, 1.0, True, theirs))
-        else:
-            found.append(difference(shown, ours, theirs, allowed))
-    found += compare(model, stages(model, reference.config), reference, tolerance)
+    inputs, taps, get = reference.inputs, stages(model, reference.config), reference.get
+    found = reference.preprocessed + compare(model, taps, reference, tolerance)
     if reference.tiled:
-        packed = model.image_features(pixels.to(model.lm_head.weight.dtype), reference.inputs["image_sizes"])
-        at = next(i for i, stage in enumerate(found) if stage.name == "merged embeddings")
-        for name, ours in (("packed features", packed), ("newline", packed[reference.newlines()])):
-            expected = reference.get(name)
-            assert expected is not None  # kept for every tiled picture
-            found.insert(at, difference(name, ours, expected, tolerance))
-    new = reference.tokens.shape[1]
-    made = model.generate(**reference.inputs, max_new_tokens=new, eos_token_id=()).token_ids.cpu()
-    equal = int((made == reference.tokens).long().cumprod(1).sum())
-    found.append(Stage("greedy tokens", 0.0, 0.0, 1.0, equal == new, f"{equal} of {new} equal"))
-    turns, said = reference.turns(), reference.get("three turns")
-    if said is not None:  # a reference of your own may have none
-        cache = model.new_cache(sum(turn.shape[1] for turn in turns[1:]) + len(said))
-        logits = converse(
-            lambda ids: model.read(**({"input_ids": ids} if cache.key else reference.inputs), cache=cache), turns
-        )
-        equal = int((logits.argmax(-1).cpu() == said.argmax(-1)).long().cumprod(0).sum())
-        found.append(difference("three turns", logits, said, tolerance))
-        found.append(Stage("three turns, tokens", 0.0, 0.0, 1.0, equal == len(said), f"{equal} of {len(said)} equal"))
-    recorder = QueryRecorder(0.2)
-    cache = model.new_cache(new, recorder)
-    model.read(**reference.inputs, cache=cache)
-    for token in reference.tokens.to(ids.device).unbind(1)[:-1]:
-        model.read(token[:, None], cache)
-    expected = reference.get("positions after eviction")
-    if recorder.queries and expected is not None:
-        queries = torch.cat(recorder.queries, dim=2)
-        found.append(difference("positions after eviction", queries, expected, tolerance))
+        packed, expected = model.image_features(inputs["pixel_values"], inputs["image_sizes"]), get("packed features")
+        ends = reference.config.tiling(inputs["image_sizes"][0].tolist()).newlines  # of rows, among the tokens
+        at = [stage.name for stage in found].index("merged embeddings")
+        found.insert(at, difference("newline", packed[ends], expected[ends], tolerance))
+        found.insert(at + 1, difference("packed features", packed, expected, tolerance))
+    tokens, said, turns = get("greedy tokens"), get("three turns"), reference.turns()
+    new = tokens.shape[1]
+    made = model.generate(**inputs, max_new_tokens=new, eos_token_id=()).token_ids
+    cache = model.new_cache(sum(turn["input_ids"].shape[1] for turn in turns[1:]) + len(said))
+    logits = converse(lambda block: model.read(**block, cache=cache), turns)
+    found.append(difference("greedy tokens", made, tokens, 0))
+    found.append(difference("three turns", logits, said, tolerance))
+    found.append(difference("three turns, tokens", logits.argmax(-1), said.argmax(-1), 0))
+    evicting, queries = model.new_cache(new, PrefixKV(0.2)), list[Tensor]()
+    model.read(**inputs, cache=evicting)
+
+    def decode() -> None:
+        for token in tokens.to(logits.device).unbind(1)[:-1]:
+            model.read(token[:, None], evicting)
+
+    # Layer 0's query depends only on the token and its position.
+    record(model, {"query": taps["layer 0 query"]}, decode, lambda _, query: queries.append(query))
+    expected = get("positions after eviction")
+    found.append(difference("positions after eviction", torch.cat(queries, dim=2), expected, tolerance))
     return found
 
 
