@@ -335,32 +335,36 @@ def test_attention_matching_solves_both_least_squares(seed, length, budget):
     assert (compact.flatten(1, 2).mT @ missing).abs().max() < 1e-3  # nothing that values could add is left
 
 
+@pytest.mark.parametrize("missing", [None, "words", "attention", "spacing", "squares"])
 @given(seeds, st.lists(st.integers(12, 90), min_size=1, max_size=3), st.floats(0.1, 0.9), st.booleans())
 def test_cover_keeps_words_what_they_attend_to_and_spaced_tokens_that_stand_for_all_others(
-    seed, lengths, budget, pictured
+    missing, seed, lengths, budget, pictured
 ):
-    """Without a picture, all tokens are words, of which the last 32 ask, and there is nothing to space."""
+    """Each variant lacks a part. Without a picture, all are words, of which the last 32 ask, and nothing is spaced."""
     query, key, present = attention(seed, 2, lengths)
-    images, compressor = image_of(present) & pictured, Cover(budget)
+    images = image_of(present) & pictured
+    compressor = VARIANTS[f"cover without {missing}"](budget) if missing else Cover(budget)
     _, kept = choose(compressor, query, key, present, images)
     assert pictured or compressor.accumulated.total.max() < 1e5  # no word is spared for ever
+    part = {"attention": 0.0, "spacing": 1.0}.get(missing, 0.2) if pictured else 1.0
     for layer, (row, length) in itertools.product(range(2), enumerate(lengths)):
         position = torch.arange(-1, length + 3).expand(len(lengths), -1)  # a free slot, the prompt, three new ones
         weight = compressor.bias(layer, position)[row, 1:].exp()
         held, image = (mask[-length:] for mask in (kept[layer, row], images[row]))
         assert (weight[length:] == 1).all() and (weight[:length][~held] == 1).all()
-        words = (~image).nonzero()[:, 0].tolist()[-max(1, int(held.sum()) // 2) :]
+        words = (~image).nonzero()[:, 0].tolist()[-max(1, int(held.sum()) // 2) :] if missing != "words" else []
         asking = length - 1 - int(image.nonzero()[-1]) if pictured else 32
-        looks = weights_of(*(tensor[layer, row : row + 1, :, -length:] for tensor in (query, key)))
-        looks = looks[:, -asking:].square().mean(0).sum(0).tolist()
+        looks = weights_of(*(tensor[layer, row : row + 1, :, -length:] for tensor in (query, key)))[:, -asking:]
+        looks = (looks if missing == "squares" else looks.square()).mean(0).sum(0).tolist()
         others = sorted({*range(length)} - {0, length - 1, *words}, key=lambda j: -looks[j])
         room = int(held.sum()) - (length - len(others))
-        best = others[: round(Cover.LOOKED_AT * room) if pictured else room]
+        best = others[: round(part * room)]
         assert held[words + best].all() and (weight[words + best] == 1).all()
-        if len(best) < room:  # there are spaced tokens
-            # float32's logarithm of up to 90, and up to 90 such weights in the sum
+        spaced = room - len(best)
+        if spaced:  # all weigh the same: float32's logarithm of up to 90, and up to 90 such weights in the sum
             assert float(weight[:length][held].sum()) == pytest.approx(length, rel=1e-5)
-            assert len(weight[:length][held].unique()) <= 2  # all spaced tokens weigh the same
+            assert len(weight[:length][held].unique()) <= 2
+            assert int((weight != 1).sum()) == (spaced if spaced < len(others) - len(best) else 0)
 
 
 def test_covers_spacing_is_spread_in_both_directions_of_the_picture():
@@ -375,28 +379,15 @@ def test_covers_spacing_is_spread_in_both_directions_of_the_picture():
     assert patches.any(0).all()
 
 
-def test_each_variant_of_cover_lacks_its_part():
-    query, key, present = attention(0, 3, [90])
-    image, position, budget = image_of(present), torch.arange(90)[None], 0.2
-
-    def made(part, query=query, key=key):
-        compressor = VARIANTS[part](budget)
-        return compressor, *choose(compressor, query, key, present)
-
-    plain = Cover(budget)
-    _, whole = choose(plain, query, key, present)
-    assert whole[0, 0, ~image[0]].sum() > made("cover without words")[2][0, 0, ~image[0]].sum()
-    assert torch.equal(made("cover without attention")[2], made("cover without attention", -query)[2])
-    assert not torch.equal(whole, choose(Cover(budget), -query, key, present)[1])
-    assert made("cover without spacing")[0].log_weights.eq(0).all() and not plain.log_weights.eq(0).all()
-    _, sizes, still = made("cover without shift", query[:1].expand_as(query), key[:1].expand_as(key))
-    assert sizes[0] == sizes[1] and torch.equal(still[0], still[1]) and not torch.equal(whole[0], whole[1])
-    assert made("cover without weights")[0].bias(0, position) is None and plain.bias(0, position) is not None
-    weights = torch.rand(1, 4, 5, 9)
-    assert torch.equal(made("cover without squares")[0].sum_of(weights), weights.mean(1).sum(1))
-    slots, kept = torch.randperm(40).expand(3, 1, 40), torch.full((3, 1), 30)
-    queue = made("cover without looking")[0].victim(slots, kept)
-    assert torch.equal(queue, PrefixKV(budget).victim(slots, kept))
+def test_variants_of_cover_space_all_layers_alike_count_no_token_twice_or_have_a_queue():
+    query, key, present = attention(0, 1, [90])
+    alike = query.expand(3, -1, -1, -1, -1), key.expand(3, -1, -1, -1, -1), present  # in three layers
+    still, single, queue = (VARIANTS[f"cover without {part}"](0.2) for part in ("shift", "weights", "looking"))
+    (_, moved), (sizes, kept) = choose(Cover(0.2), *alike), choose(still, *alike)
+    assert sizes[0] == sizes[1] and torch.equal(kept[0], kept[1]) and not torch.equal(moved[0], moved[1])
+    assert single.bias(0, torch.arange(90)[None]) is None
+    slots = torch.randperm(40).expand(3, 1, 40), torch.full((3, 1), 30)
+    assert torch.equal(queue.victim(*slots), PrefixKV(0.2).victim(*slots))
 
 
 @pytest.mark.parametrize("wrong", [{"kernel": 0}, {"kernel": 4}, {"window": 0}])
@@ -413,19 +404,13 @@ def test_each_prompt_of_a_batch_may_draw_with_a_seed_of_its_own():
     assert not torch.equal(apart[:, 0], apart[:, 1])
 
 
-@pytest.fixture
-def default_dtype():
-    """Sets torch's default dtype; afterwards it is float32 again."""
-    yield torch.set_default_dtype
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_does_not_depend_on_the_default_dtype(small, method, default_dtype):
+def test_a_method_does_not_depend_on_the_default_dtype(small, method, request):
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     _, _, model, processor = small
     inputs, made = processor([ASKED, "two red"], [picture(28, 28)]), []
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        default_dtype(dtype)
+        torch.set_default_dtype(dtype)
         made.append(model.generate(**inputs, max_new_tokens=4, eos_token_id=(), compressor=METHODS[method](0.33)))
     for other in made[1:]:
         assert torch.equal(other.kept, made[0].kept) and torch.equal(other.token_ids, made[0].token_ids)
@@ -466,18 +451,6 @@ def test_a_sample_gets_the_same_answers_and_cache_alone_and_in_a_batch(small, me
             assert torch.equal(one[one >= 0].sort().values, other[other >= 0].sort().values)
 
 
-@pytest.mark.parametrize("method", [H2O, Cover])
-def test_a_fork_and_its_original_each_go_on_as_a_cache_of_their_own(method):
-    def goes_on(cache, seed):
-        for index in range(8):
-            read(cache, *attention(seed + index, 3, [3, 3])[:2])
-        return cache.position
-
-    first, fresh, fresh_too = (cached(method(0.4), 30, *attention(0, 3, [40, 20])) for _ in range(3))
-    assert torch.equal(goes_on(first.fork(), 1), goes_on(fresh, 1))
-    assert torch.equal(goes_on(first, 50), goes_on(fresh_too, 50))
-
-
 @pytest.mark.parametrize("method", ["prefixkv", "plan", "keep", "local", "h2o", "cover"])
 @settings(max_examples=15)
 @given(seeds, st.lists(st.integers(1, 60), min_size=1, max_size=3), budgets, st.integers(0, 50),
@@ -514,7 +487,7 @@ class Least(WithoutWeights, WithoutSquares):
 @settings(max_examples=15)
 @given(seeds, st.integers(6, 40), st.lists(st.sampled_from([1, 1, 1, 2, 4, 7]), max_size=25))
 def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(method, seed, length, blocks):
-    """The cache in place against lists: a token's attention is its own wherever it stands."""
+    """The cache in place against lists: a token's attention is its own wherever it stands, and a fork's is its own."""
     query, key, present = attention(seed, 1, [length])
     compressor = method(0.5)
     cache = cached(compressor, sum(blocks), query, key, present)
@@ -535,7 +508,10 @@ def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(meth
             rows = [*rows, row]
         return rows
 
+    original, cache = cache, cache.fork()
+    compressor = cache.compressor
     for index, block in enumerate(blocks):
+        read(original, *attention(seed + index + 100, 1, [block])[:2])
         query, key, _ = attention(seed + index + 1, 1, [block])
         read(cache, query, key)
         new = [(length + i, key[0, 0, :, i], torch.tensor(1.0), 0.0) for i in range(block)]
