@@ -52,16 +52,22 @@ def commented(path: Path) -> dict[int, tuple[ast.stmt, str]]:
     return found
 
 
-def check(shape: tuple[int, ...], comment: str, bound: dict[str, int], own: dict[str, int]) -> None:
-    """Compares; names are those of KNOWN, the function's `own` integers, or take the size they meet first in a call."""
+def difference(shape: tuple[int, ...], comment: str, bound: dict[str, int], own: dict[str, int]) -> str:
+    """What a comment says that is not so; "" if it is true.
+
+    Names are those of KNOWN, the function's `own` integers, or take the size they meet first in a call.
+    """
     parts = [part.strip() for part in comment.split(",")]
-    assert len(parts) == len(shape), f"# [{comment}] against {tuple(shape)}"
+    if len(parts) != len(shape):
+        return f"# [{comment}] against {tuple(shape)}"
     for part, size in zip(parts, shape):
         known = {**own, **KNOWN, **bound}
         for name in {*re.findall(r"[A-Za-z]\w*", part)} - {*known}:  # one, as N in F + N
             bound[name] = next((n for n in range(size + 1) if eval(part, {**known, name: n}) == size), -1)
         found = eval(part, {**known, **bound})
-        assert found == size, f"# [{comment}] against {tuple(shape)}: {part} is {found}"
+        if found != size:
+            return f"# [{comment}] against {tuple(shape)}: {part} is {found}"
+    return ""
 
 
 class Tracer:
@@ -102,15 +108,10 @@ class Tracer:
         self.seen.add((frame.f_code.co_filename, node.lineno))
         own = {name: number for name, number in frame.f_locals.items() if type(number) is int}
         shape = getattr(value, "shape", ())  # no comment is true of None
-        if comment in LIES:
-            try:
-                check(shape, LIES[comment], dict(bound), own)
-            except AssertionError:
-                self.caught.add(comment)
-        try:
-            check(shape, comment, bound, own)
-        except AssertionError as error:
-            self.wrong.append(f"{Path(frame.f_code.co_filename).name}:{node.lineno}: {error}")
+        if comment in LIES and difference(shape, LIES[comment], dict(bound), own):
+            self.caught.add(comment)
+        if wrong := difference(shape, comment, bound, own):
+            self.wrong.append(f"{Path(frame.f_code.co_filename).name}:{node.lineno}: {wrong}")
 
 
 def exercise() -> None:

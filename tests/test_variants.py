@@ -2,73 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_compressors import attention, choose, seeds
 
 from bench import quality
-from bench.variants import PublishedElastic, PublishedH2O, ShortPositions, entries_as_ranks, make, twice
+from bench.variants import PublishedElastic, PublishedH2O, ShortPositions, make, twice
 from minillava.checks import LlavaError
-from prefixkv import PrefixKV, attention_weights, hide, retain
-
-seeds = st.integers(0, 2**32 - 1)
-
+from prefixkv import PrefixKV, attention_weights, hide, importance
 
 # ---------------------------------------------------------------- selection
 
 
-@given(seeds, st.lists(st.integers(2, 60), min_size=1, max_size=3), st.floats(0.01, 1), st.integers(0, 1))
-def test_the_selection_as_published_takes_entries_of_an_argsort_for_ranks(seed, lengths, share, start):
-    longest = max(lengths)
-    scores = torch.rand(len(lengths), longest, generator=torch.Generator().manual_seed(seed))
-    present = torch.arange(longest) >= torch.tensor([[longest - length] for length in lengths])  # padded on the left
-    counts = torch.tensor([max(2, math.ceil(share * length)) for length in lengths])
-    kept = entries_as_ranks(scores, counts, present, start)
-    assert torch.equal(kept.sum(-1), counts)
-    for row, length, count in zip(range(len(lengths)), lengths, counts.tolist()):
-        own, found = scores[row, -length:].tolist(), kept[row, -length:].tolist()
-        between = own[start : length - 1]
+@pytest.mark.parametrize("method", [PublishedElastic, PublishedH2O])
+@given(seeds, st.lists(st.integers(2, 60), min_size=1, max_size=3), st.floats(0.01, 1))
+def test_the_selection_as_published_takes_entries_of_an_argsort_for_ranks(method, seed, lengths, budget):
+    """H2O takes the mean over layers for a score, and does not keep the first token."""
+    query, key, present = attention(seed, 2, lengths)
+    counts, kept = choose(method(budget), query, key, present)
+    scores = torch.stack([importance(q, k, present) for q, k in zip(query, key)])
+    start, scores = (1, scores) if method is PublishedElastic else (0, scores.mean(0).expand_as(scores))
+    for layer, (row, length) in itertools.product(range(2), enumerate(lengths)):
+        between = scores[layer, row, -length:].tolist()[start:-1]
         order = sorted(range(len(between)), key=lambda place: between[place])
-        forget = len(between) - (count - start - 1) - 1  # entries above this number are kept
-        assert found == [True] * start + [entry > forget for entry in order] + [True]
-        assert not kept[row, :-length].any()
-
-
-def test_elastic_as_published_on_six_tokens():
-    """Between the first and the last, argsort is 0, 2, 3, 1: places 1 and 2 hold entries of 2 or more."""
-    scores = torch.tensor([[0.9, 0.1, 0.4, 0.2, 0.3, 0.9]])
-    present, counts = torch.ones(1, 6, dtype=torch.bool), torch.tensor([4])
-    compressor = PublishedElastic(0.5)
-    compressor.begin(present, present, 1)
-    assert compressor.choose(0, scores, counts)[0].nonzero()[:, 0].tolist() == [0, 2, 3, 5]
-    assert retain(scores, counts, present)[0].nonzero()[:, 0].tolist() == [0, 2, 4, 5]
-
-
-def test_elastic_as_published_merges_the_left_neighbours_of_what_it_drops():
-    """Of eight tokens 0, 3, 5 and 7 stay: 3 and 5 are anchors. 1, 2, 4 and 6 go, so 0, 1, 3 and 5 are merged."""
-    compressor = PublishedElastic(0.5)
-    compressor.begin(torch.ones(1, 8, dtype=torch.bool), torch.zeros(1, 8, dtype=torch.bool), 1)
-    keep = torch.tensor([[True, False, False, True, False, True, False, True]])
-    numbers = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]).view(1, 1, 8, 1)
-    key, value = compressor.merge(numbers, -numbers, keep)
-    expected = [1.0, 2.0, 4.0, (8 + 1 + 2 + 8) / 4, 16.0, (32 + 32) / 2, 64.0, 128.0]
-    assert key.flatten().tolist() == expected and torch.equal(value, -key)
-
-
-def test_h2o_as_published_on_five_tokens_of_two_layers():
-    """The mean over layers is .8, .1, .4, .2 and the last token; argsort is 1, 3, 2, 0: place 1 has the entry 3."""
-    scores = torch.tensor([[[0.9, 0.1, 0.6, 0.0, 5.0]], [[0.7, 0.1, 0.2, 0.4, 5.0]]])
-    present = torch.ones(1, 5, dtype=torch.bool)
-    compressor = PublishedH2O(0.4)
-    compressor.begin(present, present, 2)
-    counts = compressor.allocate(scores)
-    assert counts.tolist() == [[2], [2]]
-    for layer in range(2):
-        kept = compressor.choose(layer, scores[layer], counts[layer])
-        assert kept[0].nonzero()[:, 0].tolist() == [1, 4]  # without the first token, which has the largest score
+        forget = len(between) - (int(counts[layer, row]) - start - 1) - 1  # entries above this number are kept
+        own = [True] * start + [entry > forget for entry in order] + [True]
+        assert kept[layer, row].tolist() == [False] * (max(lengths) - length) + own
 
 
 # ---------------------------------------------------------------- positions
@@ -87,27 +51,20 @@ def read_on(model, ids, steps, compressor):
 
 
 @settings(max_examples=15)
-@given(seeds, st.integers(10, 60), st.floats(0.1, 1))
-def test_positions_as_published_follow_the_first_layer_of_each_sample(small, seed, length, budget):
-    ids = torch.randint(3, 300, (2, length), generator=torch.Generator().manual_seed(seed))
-    found, _, cache = read_on(small[2], ids, 6, PrefixKV(budget))
+@given(seeds, st.integers(10, 60), st.floats(0.1, 1) | st.just(1.0))
+def test_positions_as_published_follow_the_first_layer_and_are_true_ones_where_all_is_kept(small, seed, length, budget):
+    model, ids = small[2], torch.randint(3, 300, (2, length), generator=torch.Generator().manual_seed(seed))
+    found, logits, cache = read_on(model, ids, 6, PrefixKV(budget))
     for step, positions in enumerate(found):
         for position, kept in zip(positions, cache.kept[0].tolist()):
             # 1: the published rounding
             assert position - math.ceil((length + step) * kept / length - 1e-9) in (0, 1)
             assert position == kept or step > 0
     assert int(cache.position.max()) == length + 5  # the cache keeps true ones
-
-
-@settings(max_examples=10)
-@given(seeds, st.integers(2, 40))
-def test_with_a_full_cache_both_rules_of_positions_are_the_same(small, seed, length):
-    model = small[2]
-    ids = torch.randint(3, 300, (2, length), generator=torch.Generator().manual_seed(seed))
-    _, logits, _ = read_on(model, ids, 2, None)
-    cache = model.new_cache(2)
-    model.read(ids, cache)
-    assert all(torch.equal(one, model.read(ids[:, [step]], cache)) for step, one in enumerate(logits))
+    if budget == 1:
+        cache = model.new_cache(6)
+        model.read(ids, cache)
+        assert all(torch.equal(one, model.read(ids[:, [step]], cache)) for step, one in enumerate(logits))
 
 
 # ---------------------------------------------------------------- methods that are combined
@@ -133,31 +90,35 @@ def test_a_combined_method_keeps_its_budget_and_the_words(small, seed, lengths, 
     assert torch.equal(caches[0].held, caches[1].held)
     if rule == "/least" and base == "cover":  # whose rule it is
         assert torch.equal(caches[0].position, caches[1].position)
+    if rule == "/queue":
+        method, slots = caches[0].compressor, (caches[0].position, caches[0].kept)
+        assert torch.equal(method.victim(*slots), PrefixKV.victim(method, *slots))
 
 
-def test_words_come_first_and_the_queue_is_prefixkvs(tiny):
+@pytest.fixture
+def asked(tiny):
+    """The embedded model and a question about a scene."""
     model, processor = tiny
     (sample,) = quality.scenes(1, 0)
-    inputs = processor([sample.prompt(processor)], [sample.image()])
+    return model, processor([sample.prompt(processor)], [sample.image()])
+
+
+@pytest.mark.parametrize("name", ["random+words", "prefixkv+words", "snapkv+words/queue"])
+def test_words_come_first(asked, name):
+    model, inputs = asked
     words = (inputs["input_ids"][0] != model.config.image_token_id).nonzero()[:, 0]
-    for name in ("random+words", "prefixkv+words", "snapkv+words/queue"):
-        cache = model.new_cache(1, make(name, 0.2))
-        model.read(**inputs, cache=cache)
-        assert all(set(words.tolist()) <= set(row.tolist()) for row in cache.position[:, 0])
-    position, kept = torch.arange(60).expand(2, 1, 60), torch.tensor([[40], [50]])
-    assert torch.equal(make("cover/queue", 0.2).victim(position, kept), PrefixKV(0.2).victim(position, kept))
+    cache = model.new_cache(1, make(name, 0.2))
+    model.read(**inputs, cache=cache)
+    assert all(set(words.tolist()) <= set(row.tolist()) for row in cache.position[:, 0])
 
 
-def test_without_eviction_as_many_tokens_are_held_at_the_end(tiny):
-    model, processor = tiny
-    (sample,) = quality.scenes(1, 0)
-    inputs = processor([sample.prompt(processor)], [sample.image()])
+def test_without_eviction_as_many_tokens_are_held_at_the_end(asked):
+    model, inputs = asked
     length, held = inputs["input_ids"].shape[1], []
     for name in ("random", "random/keep"):
         cache = model.new_cache(50, make(name, 0.2, further=50, prompt=length))
-        logits = model.read(**inputs, cache=cache)
-        for _ in range(50):
-            logits = model.read(logits.argmax(-1)[:, None], cache)
+        for block in (inputs, *[{"input_ids": torch.tensor([[5]])}] * 50):
+            model.read(**block, cache=cache)
         held.append(int(cache.held.sum()))
     assert abs(held[0] - held[1]) <= 8  # a token a layer, for rounding
 
@@ -178,21 +139,17 @@ def test_a_budget_that_the_answer_alone_exceeds_leaves_nothing_to_keep():
 @settings(max_examples=20)
 @given(seeds, st.integers(20, 60), st.floats(0.1, 0.9), st.sampled_from(["random", "snapkv", "cover"]))
 def test_sizes_are_equal_or_those_that_the_search_finds(seed, length, budget, base):
-    generator = torch.Generator().manual_seed(seed)
-    query, key = (torch.randn(3, 1, heads, length, 8, generator=generator) for heads in (4, 2))
-    present = torch.ones(1, length, dtype=torch.bool)
+    query, key, present = attention(seed, 3, [length])
     found = {}
     for sizes in ("", "~equal", "~prefix"):
         method = make(base + sizes, budget)
-        method.begin(present, torch.zeros_like(present), 3)
-        scores = torch.stack([method.score(layer, *pair, pair[1]) for layer, pair in enumerate(zip(query, key))])
-        counts = method.allocate(scores)
-        kept = torch.stack([method.choose(layer, scores[layer], counts[layer]) for layer in range(3)])
+        counts, kept = choose(method, query, key, present)
         assert torch.equal(kept.sum(-1), counts)
         found[sizes] = counts[:, 0].tolist()
     assert found["~equal"] == found[""] and max(found[""]) - min(found[""]) <= 1
     plain = PrefixKV(budget)
     plain.begin(present, present, 3)
+    scores = torch.stack([method.score(layer, q, k, k) for layer, (q, k) in enumerate(zip(query, key))])
     assert found["~prefix"] == plain.allocate(scores)[:, 0].tolist()
 
 
