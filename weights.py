@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minillava.checks import LlavaError, require, require_value
+from minillava.checks import LlavaError, require, require_value, wrong_value
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.convert import INT8, UNUSED, clip_folder, convert, fill_up, hub_config, hub_name, our_name, read_tensors
 from minillava.fast import optimize
@@ -103,12 +103,12 @@ def read_fields(cls: type[C], raw: dict[str, Any], where: str = "") -> C:
         kind = str(field.type).split(" ")[0].split("[")[0]  # "int | None" is an int, where it is there
         if value is None or kind not in TYPES:
             continue
-        typed = isinstance(value, TYPES[kind]) and isinstance(value, bool) == (kind == "bool")
-        require_value(typed, where + name, value, f"a value of type {kind}")
+        if not isinstance(value, TYPES[kind]) or isinstance(value, bool) != (kind == "bool"):
+            raise wrong_value(where + name, value, f"a value of type {kind}")
         choices, largest = CHOICES.get(name, ()), LARGEST.get(name, 2**24)
         require_value(not choices or value in choices, where + name, value, f"one of {', '.join(choices)}")
-        in_range = not where or kind not in ("int", "float") or 0 < value <= largest
-        require_value(in_range, where + name, value, f"a number above 0, up to {largest:g}")
+        if where and kind in ("int", "float") and not 0 < value <= largest:
+            raise wrong_value(where + name, value, f"a number above 0, up to {largest:g}")
         values[name] = value
     return cls(**values)
 
@@ -126,15 +126,15 @@ def parse_text(raw: dict[str, Any]) -> TextConfig:
     part["rope_theta"], part["rope_scaling"] = read_rope(part)
     text = read_fields(TextConfig, part, "text_config.")
     width, heads, shared = text.hidden_size, text.num_attention_heads, text.kv_heads
-    whole = text.head_dim is not None or width % heads == 0
-    require_value(whole, "text_config.hidden_size", width, f"a multiple of its {heads} heads")
+    if text.head_dim is None and width % heads:
+        raise wrong_value("text_config.hidden_size", width, f"a multiple of its {heads} heads")
     require(heads % shared == 0, f"config.json: {heads} query heads cannot share {shared} key-value heads evenly.")
     require(text.head_size % 2 == 0, f"config.json: head size {text.head_size} is odd; RoPE turns pairs.")
     # A window is how far attention reaches back. Within it nothing differs from Llama; a longer text is refused.
     windowed = kind == "mistral" or (kind == "qwen2" and part.get("use_sliding_window"))
     window, longest = part.get("sliding_window", 4096) if windowed else None, text.max_position_embeddings
-    usable = window is None or (type(window) is int and window > 0)
-    require_value(usable, "sliding_window", window, "a number of tokens, or null")
+    if window is not None and (type(window) is not int or window < 1):
+        raise wrong_value("sliding_window", window, "a number of tokens, or null")
     return replace(text, max_position_embeddings=min(window or longest, longest))
 
 
@@ -148,11 +148,11 @@ def read_rope(part: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
     require_value(kind in list(ROPE_SETTINGS), "rope_type", kind, f"one of default, {', '.join(ROPE_SETTINGS)}")
     for name in ROPE_SETTINGS[kind]:
         value = rope.get(name)
-        usable = isinstance(value, (int, float)) and 0 < value < 1e12
-        require_value(usable, f"{name} for RoPE", value, "a number above 0")
+        if not isinstance(value, (int, float)) or not 0 < value < 1e12:
+            raise wrong_value(f"{name} for RoPE", value, "a number above 0")
     low, high = rope.get("low_freq_factor", 0), rope.get("high_freq_factor", 0)
-    ordered = kind != "llama3" or low < high
-    require(ordered, f"config.json: RoPE scaling has factors {low} and {high}; expected the lower one first.")
+    if kind == "llama3" and low >= high:
+        raise LlavaError(f"config.json: RoPE scaling has factors {low} and {high}; expected the lower one first.")
     return theta, rope
 
 
@@ -169,15 +169,14 @@ def parse_vision(raw: dict[str, Any]) -> VisionConfig:
 def read_pinpoints(raw: dict[str, Any], side: int) -> tuple[tuple[int, int], ...]:
     """LLaVA-NeXT's sizes of grids of tiles of `side` pixels: pairs of (height, width)."""
     pinpoints = first(raw.get("image_grid_pinpoints"), PINPOINTS)
-    pairs = isinstance(pinpoints, list) and all(
+    if not isinstance(pinpoints, list) or not 0 < len(pinpoints) <= 1000 or not all(
         isinstance(pair, list) and [type(length) for length in pair] == [int, int] for pair in pinpoints
-    )
-    require_value(pairs and 0 < len(pinpoints) <= 1000, "image_grid_pinpoints", pinpoints, "pairs [height, width]")
+    ):  # fmt: skip
+        raise wrong_value("image_grid_pinpoints", pinpoints, "pairs [height, width]")
     expected = f"multiples of image_size {side}, at most 100 tiles and 100 million pixels"
     for height, width in pinpoints:
-        tiles = min(height, width) >= side and height % side == width % side == 0
-        fits = tiles and height * width <= min(100 * side**2, 10**8)
-        require_value(fits, "a pair of image_grid_pinpoints", [height, width], expected)
+        if min(height, width) < side or height % side or width % side or height * width > min(100 * side**2, 10**8):
+            raise wrong_value("a pair of image_grid_pinpoints", [height, width], expected)
     return tuple((height, width) for height, width in pinpoints)
 
 
@@ -193,8 +192,8 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
     part, default = read_object(raw, "text_config"), [2] if text.model_type == "llama" else []
     eos = first(*(place.get("eos_token_id") for place in (generation, part, raw)), default)
     ends = eos if isinstance(eos, list) else [eos]
-    usable = all(type(end) is int and 0 <= end < 2**31 for end in ends)
-    require(usable, f"eos_token_id is {eos!s:.99}; expected one id or a list of ids.")
+    if not all(type(end) is int and 0 <= end < 2**31 for end in ends):
+        raise LlavaError(f"eos_token_id is {eos!s:.99}; expected one id or a list of ids.")
     # As in transformers, a generation_config.json that is there decides. -1 stands for none: then a sample that has
     # ended is filled up with its end.
     pad = first(*(place.get("pad_token_id") for place in ((generation,) if generation else (raw, part))))
@@ -208,15 +207,14 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> LlavaConfig
         image_grid_pinpoints=read_pinpoints(raw, vision.image_size) if kind == "llava_next" else (),
     )
     for name, token in (("image", config.image_token_id), ("pad", config.pad_token_id)):
-        known = 0 <= token < text.vocab_size
-        require(known, f"config.json: {name} token {token} is outside the vocabulary of {text.vocab_size}.")
+        if not 0 <= token < text.vocab_size:
+            raise LlavaError(f"config.json: {name} token {token} is outside the vocabulary of {text.vocab_size}.")
     depth, layer = vision.num_hidden_layers, config.vision_feature_layer
     require_value(-depth - 1 <= layer <= depth, "vision_feature_layer", layer, f"one of the tower's {depth} layers")
     require(config.num_image_tokens > 0, "config.json: the only patch is dropped; expected a smaller patch_size.")
-    strategy = config.vision_feature_select_strategy
-    all_patches = not config.image_grid_pinpoints or config.num_image_tokens == vision.num_patches
-    expected = f"{'default' if vision.has_cls else 'full'}, since tiles need one feature per patch"
-    require_value(all_patches, "vision_feature_select_strategy", strategy, expected)
+    if config.image_grid_pinpoints and config.num_image_tokens != vision.num_patches:
+        expected = f"{'default' if vision.has_cls else 'full'}, since tiles need one feature per patch"
+        raise wrong_value("vision_feature_select_strategy", config.vision_feature_select_strategy, expected)
     return config
 
 
@@ -251,13 +249,14 @@ def shards(folder: Path) -> list[Path]:
     else:
         raise LlavaError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index; expected one.")
     weight_map: Any = read_json(index).get("weight_map")
-    usable = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
-    require(usable, f"{index} has no weight_map from tensors to files; copy or download it again.")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise LlavaError(f"{index} has no weight_map from tensors to files; copy or download it again.")
     names = sorted({*weight_map.values()})
     for name in names:
-        inside, here = Path(name).name == name and name.endswith(f".{kind}"), os.path.isfile(folder / name)
-        require(inside, f"{index} points to {name!r}; expected {kind} files in its own folder.")
-        require(here, f"{index} names {name}, which is not in the folder; copy or download the missing shard.")
+        if Path(name).name != name or not name.endswith(f".{kind}"):
+            raise LlavaError(f"{index} points to {name!r}; expected {kind} files in its own folder.")
+        if not os.path.isfile(folder / name):
+            raise LlavaError(f"{index} names {name}, which is not in the folder; copy or download the missing shard.")
     return [folder / name for name in names]
 
 
@@ -353,8 +352,8 @@ def choose_dtype(dtype: Dtype, own: torch.dtype) -> torch.dtype:
     if dtype == "default":
         dtype = torch.int8 if own == torch.int8 else torch.float32
     chosen: Any = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype or own
-    usable = chosen in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
-    require(usable, f"The dtype is {chosen}, in which nothing can be computed; load in another, as float32.")
+    if chosen not in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        raise LlavaError(f"The dtype is {chosen}, in which nothing can be computed; load in another, as float32.")
     asked = f"The checkpoint has weights in 8 bits, and {chosen} was asked for"
     require(chosen == own or own != torch.int8, f"{asked}. Load it without a dtype, or load the one it was made from.")
     return chosen
@@ -501,8 +500,8 @@ def read_plan(path: str | Path) -> Plan:
             raw = json.loads(file.read(10**6))  # a plan is far shorter; a device may never end
         plan: dict[str, Any] = {"ratios": [1 - ratio for ratio in raw]} if isinstance(raw, list) else raw
         ratios = [float(ratio) for ratio in plan["ratios"]]
-        usable = ratios and all(0 <= ratio <= 1 for ratio in ratios)
-        require(usable, "ratios between 0 and 1, one per layer, are missing")
+        if not ratios or not all(0 <= ratio <= 1 for ratio in ratios):
+            raise ValueError("ratios between 0 and 1, one per layer, are missing")
         budget = float(plan.get("budget", sum(ratios) / len(ratios)))
         return Plan(budget, ratios, str(plan.get("model", "")), int(plan.get("samples", 0)))
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:

@@ -31,8 +31,7 @@ from bench import common
 from minillava import terminal
 from minillava.checks import require
 from minillava.compressors import METHODS
-from minillava.explore import encode
-from minillava.model import Llava
+from minillava.model import KVCache, Llava
 from minillava.processor import Processor, open_image, read_json
 from weights import choose_dtype, find, find_device, load_processor, memory_needed, write_file
 
@@ -85,31 +84,25 @@ def compared(folder: Path, picture: Path, dtype: str, device: str) -> str:
 
 def talk(model: Llava, processor: Processor, image: Image.Image, method: str, questions: Sequence[str]) -> Rows:
     """Questions that follow one another on one cache: what is answered, the times that it took, and what is held."""
-    turns: list[tuple[str, str | None]] = []
-    known: list[int] = []  # what the cache has read
-    cache, rows = model.new_cache(0), Rows()
+
+    def new_cache(room: int) -> KVCache:
+        return model.new_cache(room, METHODS[method](0.2) if method in METHODS else None)
+
+    conversation, rows = terminal.Conversation(model, processor, [image], new_cache, ANSWER), Rows()
     for question in questions:
-        turns.append((question, None))
         times = [time.perf_counter()]
-        block = encode(model, processor, processor.chat(turns, 1), [image])
-        ids = block["input_ids"][0].tolist()
-        room = min(ANSWER, model.config.text.max_position_embeddings - len(ids))
-        if room < 1 and rows:  # the model's positions are full
+        found = conversation.read(question)
+        if found is None:  # the model's positions are full
             break
-        if known and ids[: len(known)] == known:
-            block = {"input_ids": block["input_ids"][:, len(known) :]}
-            cache.reserve(max(0, len(ids) - len(known) + room - cache.room))
-        else:  # the first turn, or one after an answer whose text has other tokens than those that were made
-            cache = model.new_cache(room, METHODS[method](0.2) if method in METHODS else None)
+        logits, cache = found
         answer = []
-        for token in model.decode(model.read(**block, cache=cache), cache):
+        for token in model.decode(logits, cache):
             answer.append(int(token))
             times.append(time.perf_counter())
-        known = ids + answer[:-1]  # the last one is not read yet
-        turns[-1] = (question, processor.decode(answer).strip())
+        conversation.answered(answer)
         first, *steps = [after - before for before, after in itertools.pairwise(times)]
         step = f"{1000 * statistics.median(steps):.3g} ms" if steps else ""
-        rows.append([method, *turns[-1], block["input_ids"].shape[1], f"{first:.3g} s", step,
+        rows.append([method, *conversation.turns[-1], conversation.num_read, f"{first:.3g} s", step,
                      f"{int(cache.held.sum()) / cache.held.numel():.0f} of {int(cache.lengths[0])} tokens",
                      terminal.human(cache.held_bytes)])  # fmt: skip
     return rows

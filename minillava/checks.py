@@ -23,10 +23,15 @@ def require(condition: object, sentence: str) -> None:
         raise LlavaError(sentence)
 
 
+def wrong_value(name: str, value: object, expected: str) -> LlavaError:
+    """The error for a value in config.json that cannot be used."""
+    return LlavaError(f"config.json has {name} = {value!r:.99}; expected {expected}.")
+
+
 def require_value(condition: object, name: str, value: object, expected: str) -> None:
-    """Raises LlavaError for a value in config.json that cannot be used, if the condition is false."""
+    """Raises `wrong_value` if the condition is false."""
     if not condition:
-        raise LlavaError(f"config.json has {name} = {value!r:.99}; expected {expected}.")
+        raise wrong_value(name, value, expected)
 
 
 def check_room(config: TextConfig, tokens: int, room: int) -> None:

@@ -7,12 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from minillava.anyres import Tiling, fit
-from minillava.checks import LlavaError
-
-
-def wrong_value(name: str, value: object, expected: str) -> LlavaError:
-    """The error for a value in config.json that cannot be used."""
-    return LlavaError(f"config.json has {name} = {value!r:.99}; expected {expected}.")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minillava.checks import LlavaError, require, require_value
+from minillava.checks import LlavaError, require, require_value, wrong_value
 from minillava.config import LlavaConfig, TextConfig
 from minillava.files import HUB_ID, find, replacing, write_file, write_json
 from minillava.model import Llava
@@ -123,12 +123,12 @@ def hub_config(folder: Path) -> dict[str, Any]:
     require_value(merge == "flat", "mm_patch_merge_type", merge, f"flat: LLaVA-1.6 is read in {hub}")
     for name, known in (("model_type", kinds), ("mm_vision_select_feature", features),
                         ("image_aspect_ratio", ("square", "pad"))):  # fmt: skip
-        usable = given[name] in list(known)
-        require_value(usable, name, given[name], f"{' or '.join(known)} in the original layout")
+        if given[name] not in list(known):
+            raise wrong_value(name, given[name], f"{' or '.join(known)} in the original layout")
     vocabulary, tower = given["vocab_size"], read_json(clip / "config.json")
     tower = tower.get("vision_config", tower)
-    usable = type(vocabulary) is int and 0 < vocabulary < 2**24
-    require_value(usable, "vocab_size", vocabulary, "a number of tokens")
+    if type(vocabulary) is not int or not 0 < vocabulary < 2**24:
+        raise wrong_value("vocab_size", vocabulary, "a number of tokens")
     marked = given.get("mm_use_im_start_end")
     require(not marked, "config.json has mm_use_im_start_end: tokens around images are not implemented.")
     name, kind = raw["mm_vision_tower"], tower.get("model_type") if isinstance(tower, dict) else None
