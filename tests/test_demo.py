@@ -72,8 +72,9 @@ def test_every_way_is_answered_under_its_title_and_has_its_row_in_80_columns(run
     code, out, err = run(*arguments, *(SHORT[2:] if arguments else ()))
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    table = lines[-len(rows) :]
-    assert [line for line in lines if line and line[0] != " "] == [*titles, *table]
+    shown = [line for line in lines if line and line[0] != " "]
+    table = shown[len(titles) :][: len(rows)]
+    assert shown[: len(titles)] == titles
     assert [re.split(" {2,}", line)[0] for line in table] == rows and table[0].endswith("100%")
     assert max(map(len, lines)) <= 80 and "\x1b" not in out  # no colour, no cursor movement
 
@@ -225,7 +226,9 @@ def test_json_is_one_object_with_every_field_of_every_method_and_budget(told, sm
             "kv_bytes_allocated", "kv_bytes_full", "prefill_seconds", "decode_seconds", "tokens_per_second",
         }  # fmt: skip
         assert sum(r["kept_per_layer"]) == round(r["budget"] * text.num_hidden_layers * r["prompt_tokens"])
-        assert len(r["token_ids"]) <= 3 and r["kv_bytes"] <= r["kv_bytes_allocated"]
+        assert len(r["token_ids"]) <= 3
+        if r["method"] in ("full", "prefixkv"):  # others note something of each token
+            assert r["kv_bytes"] <= r["kv_bytes_allocated"]
     full, token = runs[0], 4 * 2 * text.kv_heads * text.head_size * text.num_hidden_layers
     assert full["kv_bytes"] == full["kv_bytes_full"] == (full["prompt_tokens"] + len(full["token_ids"]) - 1) * token
 

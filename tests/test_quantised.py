@@ -103,6 +103,7 @@ def test_with_every_method_eight_bits_write_what_the_full_numbers_write(tiny, sw
 
 @given(seeds, st.lists(st.integers(2, 70), min_size=1, max_size=3), bits_, st.sampled_from([None, 0.3]),
        st.lists(st.integers(1, 40), max_size=4), st.integers(0, 90))  # fmt: skip
+@torch.inference_mode()
 def test_bytes_are_those_of_the_formula_and_what_is_held_is_what_was_written(seed, lengths, bits, budget, turns, room):
     """Also where there is more room only later. A fork stays as it is."""
     config = TextConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, num_key_value_heads=1)
