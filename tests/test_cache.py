@@ -246,3 +246,25 @@ def test_keys_and_values_lie_as_the_step_reads_them(dtype):
         assert cache.key[0].is_contiguous()
         assert (cache.value[0].mT if dtype == torch.float32 else cache.value[0]).is_contiguous()
         cache.reserve(3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_bias_is_in_the_mask_for_the_keys_it_is_meant_for(kind, dtype):
+    present = torch.tensor([[False, False, True, True, True, True], [True] * 6])
+    cache = kind(TextConfig(num_hidden_layers=2), 11, Shifted(0.5))
+
+    def read(positions):
+        """Every number of a key is its position + 1; a free slot holds 0."""
+        key = (positions + 1)[:, None, :, None].expand(-1, HEADS, -1, SIZE).to(dtype)
+        return [cache.update(layer, key.repeat(1, 2, 1, 1), key, key) for layer in range(2)]
+
+    read(cache.begin(present, present))
+    for count in (1, 4, 1, 1, 4):
+        asking = cache.advance(count)
+        for layer, (key, _, mask) in enumerate(read(asking)):
+            assert mask.dtype == dtype and mask.shape == (2, 1, count, key.shape[2])
+            at = key[:, :1, :, 0].double() - 1  # [2, 1, S]
+            seen = (at >= 0) & (at <= asking[..., None])
+            expected = ((at + 2) * (layer + 1) / 8).where(seen, -math.inf)
+            assert torch.equal(mask[:, 0].double(), expected)  # few eighths: no dtype rounds them

@@ -21,7 +21,7 @@ from minillava import fast
 from minillava.checks import LlavaError
 from minillava.compressors import H2O, METHODS
 from minillava.config import LlavaConfig
-from minillava.fast import FastLinear, compile_steps, optimize
+from minillava.fast import FastLinear, compile_steps, matvec, optimize
 from minillava.model import DecoderLayer, Llava
 from prefixkv import PrefixKV
 from weights import load, load_model
@@ -63,6 +63,27 @@ def test_tokens_are_those_of_the_plain_classes_in_every_dtype(tmp_path, dtype, k
         found = generate(quick, processor, prompts, new_tokens, compressor=compressor)
         assert torch.equal(found.token_ids, expected.token_ids) and torch.equal(found.kept, expected.kept)
         assert (found.cache_bytes, found.allocated_bytes) == (expected.cache_bytes, expected.allocated_bytes)
+
+
+@pytest.mark.parametrize("method", ["h2o", "cover"])
+def test_attention_hands_a_method_the_weights_that_the_plain_model_computes_for_it(small, monkeypatch, method):
+    folder, _, model, processor = small
+    inputs, further = (
+        processor(PROMPTS[1]),
+        torch.randint(3, 300, (9, 2, 1), generator=torch.Generator().manual_seed(0)),
+    )
+    noted = []
+    for each in (model, load_model(folder, fast=True)):
+        cache = each.new_cache(9, METHODS[method](0.4))
+        each.read(**inputs, cache=cache)
+        if noted:
+            monkeypatch.setattr("minillava.compressors.attention_weights", None)  # is not called
+        for ids in further:
+            each.read(ids, cache)
+        noted.append((cache.position.sort(-1).values, cache.compressor.received))
+    assert torch.equal(noted[0][0], noted[1][0])
+    # sums of a dozen weights of up to 1, from keys that differ by rounding
+    torch.testing.assert_close(noted[0][1], noted[1][1], atol=1e-5, rtol=0)
 
 
 def test_every_method_keeps_the_same_of_a_cache_that_is_wider_than_the_weights(small, monkeypatch):
@@ -288,3 +309,15 @@ def test_a_class_of_your_own_is_not_compiled_but_refused():
         model = Mine(LlavaConfig())
     with pytest.raises(LlavaError, match="The model is a Mine; compile_steps expects a Llava"):
         compile_steps(model)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 90), st.sampled_from([0, 1, 64, 65, 200]), st.booleans())
+def test_a_matrix_times_vectors_is_that_however_its_rows_lie(batch, count, columns, gap, compiled):
+    torch.manual_seed(0)
+    matrix = torch.randn(batch, 2, 5, columns + gap)[..., :columns]
+    vectors = torch.randn(batch, 2, count, columns)
+    with mock.patch("torch.compiler.is_compiling", lambda: compiled):
+        found = matvec(matrix, vectors)
+    expected = torch.einsum("bhrc,bhgc->bhgr", matrix.double(), vectors.double()).float()
+    # up to 90 products of numbers up to 4, added in float32: some last places of sums of about 30
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

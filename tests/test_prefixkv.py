@@ -196,9 +196,14 @@ def test_everything_happens_on_the_device_of_the_input_whatever_the_default_devi
     assert torch.equal(made[0].token_ids, made[1].token_ids) and torch.equal(made[0].kept, made[1].kept)
 
 
-def test_without_arguments_a_fifth_is_kept_and_the_first_token_protected():
+def test_one_first_token_is_protected_unless_told_otherwise():
     compressor = PrefixKV()
     assert (compressor.budget, compressor.num_sinks, compressor.decode, compressor.plan) == (0.2, 1, "ratio", None)
+    row, present, counts = torch.arange(8.0)[None], torch.ones(1, 8, dtype=torch.bool), torch.tensor([3])
+    for options, kept in (({}, [0, 6, 7]), ({"num_sinks": 0}, [5, 6, 7]), ({"num_sinks": 2}, [0, 1, 7])):
+        chosen = retain(row, counts, present, **options)
+        assert chosen[0].nonzero()[:, 0].tolist() == kept
+        assert torch.equal(begun(PrefixKV(0.5, **options), 8).choose(0, row, counts), chosen)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
