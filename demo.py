@@ -149,7 +149,7 @@ def ask(talk: terminal.Conversation, question: str, args: argparse.Namespace) ->
             return False
         (logits, cache), first = found, time.perf_counter() - start
         if before not in (None, cache):
-            print(terminal.dim("  The template has changed what was read before; the conversation was read again."))
+            print(terminal.dim("  The prompt has other tokens than those read before; all of it was read again."))
         ids, _ = terminal.write(talk.processor, talk.model.decode(logits, cache, **args.sampling), stop=stop)
     talk.answered(ids)
     held, text = int(cache.held.sum()), cache.held.numel() * int(cache.lengths[0])
@@ -184,9 +184,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="demo.py", description="Describes images with a LLaVA checkpoint, full cache beside compressed ones.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    ask = parser.add_argument_group("picture and question")
-    terminal.add_picture_options(ask, several=True)
-    ask.add_argument("--chat", action="store_true", help="several turns in the terminal, with the full cache, or "
+    asked = parser.add_argument_group("picture and question")
+    terminal.add_picture_options(asked, several=True)
+    asked.add_argument("--chat", action="store_true", help="several turns in the terminal, with the full cache, or "
                      "with one --method and --budget")  # fmt: skip
     terminal.add_model_options(parser.add_argument_group("model"))
     cache = parser.add_argument_group("cache")
@@ -201,7 +201,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                        help="store keys and values in N bits: 2, 3, 4 or 8; by itself or with a method")  # fmt: skip
     cache.add_argument("--plan", metavar="FILE", help="keep what a plan says instead of a budget")
     cache.add_argument("--compile", action="store_true", help="compile what reads a token: it takes minutes, which are "
-                       "told before, and then each token comes sooner")  # fmt: skip
+                       "announced first; then each token takes less time")  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     sampling = parser.add_argument_group("sampling")

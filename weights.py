@@ -353,9 +353,10 @@ def choose_dtype(dtype: Dtype, own: torch.dtype) -> torch.dtype:
         dtype = torch.int8 if own == torch.int8 else torch.float32
     chosen: Any = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype or own
     if chosen not in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8):
-        raise LlavaError(f"The dtype is {chosen}, in which nothing can be computed; load in another, as float32.")
-    asked = f"The checkpoint has weights in 8 bits, and {chosen} was asked for"
-    require(chosen == own or own != torch.int8, f"{asked}. Load it without a dtype, or load the one it was made from.")
+        raise LlavaError(f"The dtype is {chosen}, in which nothing can be computed; load in another, such as float32.")
+    if chosen != own and own == torch.int8:
+        asked = f"The checkpoint has weights in 8 bits, and {chosen} was asked for"
+        raise LlavaError(f"{asked}. Load it without a dtype, or load the checkpoint that it was made from.")
     return chosen
 
 
@@ -381,9 +382,9 @@ def load_model(
     if fit.tied and dtype == torch.int8:  # the output layer is rounded, and the embedding is not
         state["lm_head.weight"] = state["language_model.embed_tokens.weight"]
     done, size = 0, sum(tensor.nbytes for tensor in state.values())
-    # Where a file begins its weights they are not aligned, and read up to 8 % slower. While others are rounded, a
-    # tensor that is mapped would hold on to the whole of its file.
-    copy = (fast and size < 2e9) or dtype == torch.int8 != fit.dtype
+    # Mapped weights may begin at an odd address, and are then read up to 8 % slower. And where weights are rounded to
+    # 8 bits, a tensor that stays mapped would keep its whole file in memory.
+    copy = (fast and size < 2e9) or (dtype == torch.int8 and fit.dtype != torch.int8)
     fit.tensors.clear()  # a file is let go of when its last tensor is replaced
     for name in list(state):
         tensor = state[name]
@@ -426,8 +427,8 @@ def load(
     dtype: torch's, or its name. None takes the checkpoint's own, that of its embedding, which for most has 16 bits.
     "int8" rounds the decoder's and the output layer's matrices to 8 bits; all else has 16. "default" is float32, and
     int8 for a checkpoint that is in 8 bits.
-    fast: the same tokens, sooner: `fast.optimize` changes the classes of modules. Without it a debugger stops in
-    model.py.
+    fast: `fast.optimize` changes the classes of modules. In float32 the tokens stay the same. Without it a debugger
+    stops in model.py.
     progress: called with the bytes loaded so far and the bytes of all weights.
     Raises LlavaError for anything that cannot be loaded.
 
@@ -440,7 +441,7 @@ def load(
     model = load_model(folder, device, dtype, fast, progress)
     if not fast and model.lm_head.weight.is_cpu and model.lm_head.weight.itemsize < 4:
         warnings.warn(f"Weights in {8 * model.lm_head.weight.itemsize} bits on a CPU: load(..., fast=True) is several "
-                      "times sooner.", stacklevel=2)  # fmt: skip
+                      "times faster.", stacklevel=2)  # fmt: skip
     if ignored := ignored_settings(read_json(folder / "generation_config.json")):
         warnings.warn(f"generation_config.json has {ignored}, which changes transformers' tokens and is not done here.",
                       stacklevel=2)  # fmt: skip

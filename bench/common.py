@@ -19,16 +19,18 @@ T = TypeVar("T")
 
 
 def in_a_process(work: Callable[..., T], *arguments: object) -> T:
-    """What `work` returns in a new process, or raises there. Raises LlavaError if the process dies."""
+    """What `work` returns in a new process. Raises LlavaError if it fails there, or dies."""
     with ProcessPoolExecutor(1, get_context("spawn"), end_quietly) as pool:
         try:
             return pool.submit(work, *arguments).result()
         except BrokenProcessPool:
-            raise LlavaError(f"The process for {arguments} died; is there enough memory?") from None
+            raise LlavaError(f"The process for {arguments[0]} died; is there enough memory?") from None
+        except (ImportError, RuntimeError) as error:
+            raise LlavaError(f"{arguments[0]} cannot be measured here: {error}") from None
 
 
 def status(field: str) -> int:
-    """Bytes in a line of Linux' /proc/self/status, such as VmHWM, the most that was resident; 0 without that line."""
+    """Bytes in a line of Linux' /proc/self/status, such as VmHWM, the most that was resident; 0 if it lacks that."""
     lines = Path("/proc/self/status").read_text(errors="replace").splitlines()
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field)), 0)
 

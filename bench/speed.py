@@ -288,7 +288,8 @@ def measure(contender: str, folder: str, preset: Preset) -> Result:
     text = config.text
     per_layer = 2 * text.num_attention_heads * text.head_size * text.hidden_size  # query and output
     per_layer += 2 * text.kv_heads * text.head_size * text.hidden_size + 3 * text.hidden_size * text.intermediate_size
-    weights = (text.num_hidden_layers * per_layer + text.vocab_size * text.hidden_size) * dtype.itemsize
+    read = preset.stored if begin is theirs else dtype
+    weights = (text.num_hidden_layers * per_layer + text.vocab_size * text.hidden_size) * read.itemsize
     return Result(
         contender=contender,
         prefill_seconds=prefilled - start,

@@ -327,7 +327,7 @@ class Queue(PrefixKV):
 class Least(LeastAttended):
     """Cover's eviction: its sums of squared attention from the question and all later tokens, words last."""
 
-    sum_of, recent = LeastAttended.sum_of, LeastAttended.recent  # rather than H2O's
+    sum_of, num_recent = LeastAttended.sum_of, LeastAttended.num_recent  # rather than H2O's
 
     def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
         super().begin(present, image, layers)
@@ -383,6 +383,8 @@ def parsed(name: str) -> dict[str, str]:
     require(not bits or int(bits) in BITS, f"{name!r} asks for {bits} bits; known are {', '.join(map(str, BITS))}.")
     require(base not in ("full", "plan", "pooled") or not (words or found["sizes"] or found["rule"]),
             f"{name!r}: {base} leaves nothing to choose; it can be combined with bits only.")  # fmt: skip
+    require(found["rule"] != "least" or not base.startswith("cover "),
+            f"{name!r}: this method has an eviction of its own; leave out /least.")  # fmt: skip
     require(not words or not (base.startswith("cover") or base == "h2o as published"),
             f"{name!r}: this method does not ask for scores when it chooses; leave out +words.")  # fmt: skip
     return found.groupdict()

@@ -181,24 +181,35 @@ class Random(PrefixKV):
 
 
 class LeastAttended(PrefixKV):
-    """Drops, of a full layer, the token that has received least attention. Subclasses call `watch` in `allocate`."""
+    """When a layer is full, drops the token that has received least attention. The defaults are those of `Cover`.
 
-    def watch(self, scores: Tensor, last: Tensor) -> None:
-        """Begins with what the prompt's tokens have received: scores [L, B, N]. Those in last [B, N] go last."""
+    Subclasses call `watch` in `allocate`, which sees the scores of all layers. With a plan it is not called.
+    """
+
+    def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
+        if self.plan is not None:
+            raise ValueError("This method takes no plan, since it begins with the scores of all layers.")
+        super().begin(present, image, layers)
+
+    def watch(self, scores: Tensor, drop_last: Tensor) -> None:
+        """Begins with what the prompt's tokens have received, scores [L, B, N], by position: T of them in all.
+
+        Those in drop_last [B, N] go when there are no others.
+        """
         at = (self.present.cumsum(-1) - 1).clamp(min=0)  # [B, N]: positions
         self.received = torch.zeros_like(scores).scatter_add(2, at.expand_as(scores), scores)  # [L, B, T]
-        self.last = torch.zeros_like(last).scatter_add(1, at, last)  # [B, T]
+        self.drop_last = torch.zeros_like(drop_last).scatter_add(1, at, drop_last)  # [B, T]
 
     @property
     def notes_bytes(self) -> int:
         """Bytes of what is noted of each token of the text, those that were dropped included."""
-        return self.received.nbytes + self.last.nbytes + int(getattr(super(), "notes_bytes", 0))
+        return self.received.nbytes + self.drop_last.nbytes + int(getattr(super(), "notes_bytes", 0))
 
     def sum_of(self, weights: Tensor) -> Tensor:
         """What the keys receive in all from queries with these weights: [B, H, N, S] -> [B, S]."""
         return weights.square().sum((1, 2))
 
-    def recent(self, kept: Tensor) -> Tensor:
+    def num_recent(self, kept: Tensor) -> Tensor:
         """How many of the newest tokens are spared: kept [L, B] of the prompt -> [L, B]."""
         return (kept // 4).clamp(max=8)
 
@@ -214,18 +225,19 @@ class LeastAttended(PrefixKV):
         """Adds what a layer's keys at position [B, S] received: weights [B, H, N, S], 0 in free slots."""
         more = int(position.max()) + 1 - self.received.shape[2]
         if more > 0:
-            self.received, self.last = F.pad(self.received, (0, more + 64)), F.pad(self.last, (0, more + 64))
+            self.received = F.pad(self.received, (0, more + 64))
+            self.drop_last = F.pad(self.drop_last, (0, more + 64))
         self.received[layer].scatter_add_(1, position.clamp(min=0), self.sum_of(weights))
 
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:
         """The slot [L, B] of the token that has received least. Neither the first tokens nor the newest are dropped."""
         at = position.clamp(0, self.received.shape[2] - 1)  # [L, B, S]
         newest = position.sort(-1, descending=True).values  # [L, B, S]
-        count = self.recent(kept).minimum((kept - self.num_sinks - 1).clamp(min=0))  # [L, B]: one can always go
-        recent = position >= newest.gather(2, (count - 1).clamp(min=0)[..., None])  # [L, B, S]
-        spared = (position < self.num_sinks) | (recent & (count > 0)[..., None])  # [L, B, S]
-        with_last = spared | self.last.expand(len(at), -1, -1).gather(2, at)  # [L, B, S]
-        spared = torch.where(with_last.all(-1, keepdim=True), spared, with_last)  # [L, B, S]
+        count = self.num_recent(kept).minimum((kept - self.num_sinks - 1).clamp(min=0))  # [L, B]: one can always go
+        is_recent = position >= newest.gather(2, (count - 1).clamp(min=0)[..., None])  # [L, B, S]
+        spared = (position < self.num_sinks) | (is_recent & (count > 0)[..., None])  # [L, B, S]
+        or_last = spared | self.drop_last.expand(len(at), -1, -1).gather(2, at)  # [L, B, S]
+        spared = torch.where(or_last.all(-1, keepdim=True), spared, or_last)  # [L, B, S]
         return self.received.gather(2, at).masked_fill(spared, torch.inf).argmin(-1)
 
 
@@ -246,7 +258,7 @@ class H2O(LeastAttended):
     def sum_of(self, weights: Tensor) -> Tensor:
         return weights.mean(1).sum(1)
 
-    def recent(self, kept: Tensor) -> Tensor:
+    def num_recent(self, kept: Tensor) -> Tensor:
         """Half of those kept, less the one that is about to enter."""
         return (kept // 2 - 1).clamp(min=0)
 
@@ -531,7 +543,7 @@ class Cover(LeastAttended, Weighted):
         return self.sum_of(question_weights(query, key, *self.queries))
 
     def allocate(self, scores: Tensor) -> Tensor:
-        self.watch(scores, last=self.words & self.has_image[:, None])
+        self.watch(scores, drop_last=self.words & self.has_image[:, None])
         counts = equally(self, scores)
         self.chosen = self.cover(scores, counts)  # of all layers at once, which is faster
         return counts

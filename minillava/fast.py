@@ -1,4 +1,4 @@
-"""Everything in this project that is there for speed only. It changes how tokens are computed, not which.
+"""Everything in this project that is there for speed only. In float32 it changes how tokens are computed, not which.
 
 With weights in 16 bits, a CPU computes in float32 and rounds where the dtype says. Logits are then about as far from
 those in float32 as the plain ones are (`python -m bench.half`), but not the same: where two tokens are nearly equally
@@ -192,9 +192,9 @@ class FastAttention(Attention):
             grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3)  # [B, Hkv, G, Dh]
             context = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)  # [B, Hkv, G, Dh]
             return context.flatten(1, 2)[:, :, None]
-        return self.attend_once(query, key, value, mask)[0]
+        return self.attend_one_token(query, key, value, mask)[0]
 
-    def attend_once(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attend_one_token(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of one new token, the context [B, H, 1, Dh] and the weights [B, H, 1, S]."""
         grouped = query.unflatten(1, (self.kv_heads, -1)).squeeze(3)  # [B, Hkv, G, Dh]
         scores = matvec(key, grouped.to(key.dtype) * query.shape[3] ** -0.5)  # [B, Hkv, G, S]
@@ -205,17 +205,17 @@ class FastAttention(Attention):
         return context.flatten(1, 2)[:, :, None], weights.flatten(1, 2)[:, :, None]
 
     def forward(self, x: Tensor, rope: CosSin, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """As `Attention.forward`. A method that notes attention is handed these weights, and computes none itself."""
+        """As `Attention.forward`. A method that adds up attention is given the weights, and computes none itself."""
         if not isinstance(cache, FastKVCache):
             return super().forward(x, rope, mask, cache)
         query, key, value = self.project(x, rope)
         key, value, mask = cache.update(self.layer, query, key, value)
-        if cache.noted is None:
+        if cache.handed is None:
             context = self.attend(query, key, value, mask)  # [B, H, N, Dh]
         else:
-            context, weights = self.attend_once(query, key, value, mask)
+            context, weights = self.attend_one_token(query, key, value, mask)
             assert isinstance(cache.compressor, LeastAttended)
-            cache.compressor.note(self.layer, weights, cache.noted)
+            cache.compressor.note(self.layer, weights, cache.handed)
         return self.o_proj(merge_heads(context))
 
 
@@ -255,9 +255,9 @@ class FastKVCache(KVCache):
     """Stores values in the order in which `matvec` reads them, and does less for a single token.
 
     compiled: the step is compiled. Each layer then reads all its slots under a mask, so that shapes stay the same from
-    step to step. fast_attention: all layers have FastAttention. A CPU then holds keys and values of 16 bits in float32,
-    where there is memory for it, since products in 16 bits would take more than twice as long. `held_bytes` counts what
-    is held.
+    step to step. fast_attention: all layers have FastAttention. Then a method that adds up attention is given its
+    weights. And on a CPU, keys and values of 16 bits are held in float32, where there is memory for it, since products
+    in 16 bits would take more than twice as long. `held_bytes` counts what is held.
     """
 
     def __init__(self, config: TextConfig, room: int, compressor: Compressor | None = None, compiled: bool = False,
@@ -265,10 +265,10 @@ class FastKVCache(KVCache):
         super().__init__(config, room, compressor)
         attend = type(self.compressor).attend
         self.attends = attend not in (Compressor.attend, PrefixKV.attend)
-        self.takes_notes = fast_attention and attend is LeastAttended.attend  # the attention can hand it its weights
+        self.hands_over = fast_attention and attend is LeastAttended.attend
         self.compiled = compiled and not self.attends  # torch.compile may not handle what a method does there
         self.widen = fast_attention and not compiled
-        self.noted: Tensor | None = None  # positions [B, S] of the keys whose weights are to be handed to it next
+        self.handed: Tensor | None = None  # positions [B, S] of the keys whose weights the method is to be given
 
     def new_slots(self, key: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """As `KVCache.new_slots`."""
@@ -305,7 +305,7 @@ class FastKVCache(KVCache):
         if layer < len(self.key):  # a turn or a token; those of the prompt change the dtype as they are stored
             held = self.key[layer].dtype
             query, key, value = query.to(held), key.to(held), value.to(self.value[layer].dtype)
-        self.noted = None
+        self.handed = None
         if self.slot is None or layer >= len(self.key):
             return super().update(layer, query, key, value)
         keys, values, row, slot = self.key[layer], self.value[layer], self.row, self.slot[layer]
@@ -315,8 +315,8 @@ class FastKVCache(KVCache):
         even = not self.compiled and filled == self.fewest[layer]
         seen = None if even else (position >= 0)[:, None, None]
         bias = None
-        if self.takes_notes and held == torch.float32:
-            self.noted = position
+        if self.hands_over and held == torch.float32:
+            self.handed = position
             bias = self.compressor.bias(layer, position) if isinstance(self.compressor, Weighted) else None
         elif self.attends:
             bias = self.compressor.attend(layer, query, key, seen, position)

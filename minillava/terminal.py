@@ -245,7 +245,7 @@ class Conversation:
         inputs = encode(self.model, self.processor, self.processor.chat(turns, len(self.images)), self.images)
         ids, known = inputs["input_ids"][0].tolist(), len(self.known)
         left = self.model.config.text.max_position_embeddings - len(ids)
-        if left < 1 and self.turns:
+        if left == 0 or (left < 0 and self.turns):  # a first prompt that is too long is refused when it is read
             return None
         room, cache = max(0, min(self.max_new_tokens, left)), self.cache
         if cache is not None and ids[:known] == self.known:

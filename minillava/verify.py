@@ -48,7 +48,7 @@ QUESTION = "Describe the image in detail."
 FURTHER = ("And what else?", "How many are there, and where?")  # the turns that continue its cache
 # Relative to a stage's largest number: what a different order of summation makes of some 30 layers.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
-CAUSES = {  # by how a stage's name ends
+CAUSES = {  # by what a stage's name contains; the first that fits
     "pixels": "the resize filter, crop or pad, rescaling, mean and std, the order of colours",
     "tiles": "the grid (height before width), the overview's place, the resize filter, padding that is not black",
     "token ids": "BOS, spaces beside an added token, the number of image tokens",
@@ -318,7 +318,7 @@ def compare(
 
 @torch.no_grad()
 def verify(model: Llava, reference: Reference, tolerance: float = TOLERANCE["float32"]) -> list[Stage]:
-    """All that there is to compare: preprocessing, every stage, greedy tokens, positions after eviction."""
+    """All that there is to compare: preprocessing, stages, greedy tokens, three turns, positions after eviction."""
     inputs, taps, get = reference.inputs, stages(model, reference.config), reference.get
     found = reference.preprocessed + compare(model, taps, reference, tolerance)
     if reference.tiled:
@@ -364,7 +364,9 @@ def lines(found: Sequence[Stage]) -> Iterator[str]:
     first = first_difference(found)
     yield ""
     if first is None:
-        yield f"All {len(found)} stages agree with transformers."
+        skipped = sum(bool(stage.note) for stage in found)
+        left_out = f"; {skipped} could not be compared" if skipped else ""
+        yield f"All {len(found) - skipped} stages agree with transformers{left_out}."
     else:
         yield f"The first stage that differs is {first[0].name}. Look at {first[1]}."
 

@@ -88,7 +88,7 @@ def tiny_reference():
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """A random checkpoint with grouped-query attention: (folder, transformers' model, ours, fast, processor)."""
+    """A random checkpoint with grouped-query attention: (folder, transformers' model, our fast one, processor)."""
     from checkpoints import reference, write
 
     import weights

@@ -345,7 +345,7 @@ def test_cover_keeps_words_what_they_attend_to_and_spaced_tokens_that_stand_for_
     images = image_of(present) & pictured
     compressor = VARIANTS[f"cover without {missing}"](budget) if missing else Cover(budget)
     _, kept = choose(compressor, query, key, present, images)
-    assert pictured or not compressor.last.any()  # without a picture no word is spared for ever
+    assert pictured or not compressor.drop_last.any()  # without a picture no word is spared for ever
     part = {"attention": 0.0, "spacing": 1.0}.get(missing, 0.2) if pictured else 1.0
     for layer, (row, length) in itertools.product(range(2), enumerate(lengths)):
         position = torch.arange(-1, length + 3).expand(len(lengths), -1)  # a free slot, the prompt, three new ones

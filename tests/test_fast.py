@@ -67,13 +67,11 @@ def test_tokens_are_those_of_the_plain_classes_in_every_dtype(tmp_path, dtype, k
 
 @pytest.mark.parametrize("method", ["h2o", "cover"])
 def test_attention_hands_a_method_the_weights_that_the_plain_model_computes_for_it(small, monkeypatch, method):
-    folder, _, model, processor = small
-    inputs, further = (
-        processor(PROMPTS[1]),
-        torch.randint(3, 300, (9, 2, 1), generator=torch.Generator().manual_seed(0)),
-    )
+    folder, _, _, processor = small
+    inputs = processor(PROMPTS[1])
+    further = torch.randint(3, 300, (9, 2, 1), generator=torch.Generator().manual_seed(0))
     noted = []
-    for each in (model, load_model(folder, fast=True)):
+    for each in (load_model(folder), load_model(folder, fast=True)):
         cache = each.new_cache(9, METHODS[method](0.4))
         each.read(**inputs, cache=cache)
         if noted:

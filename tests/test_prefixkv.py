@@ -204,6 +204,7 @@ def test_one_first_token_is_protected_unless_told_otherwise():
         chosen = retain(row, counts, present, **options)
         assert chosen[0].nonzero()[:, 0].tolist() == kept
         assert torch.equal(begun(PrefixKV(0.5, **options), 8).choose(0, row, counts), chosen)
+    assert not retain(-row, counts, present.triu(2))[0, :2].any()  # padding is not kept, whatever its scores
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,6 +10,7 @@ import torch
 from checkpoints import same_weights
 from conftest import ROOT, TINY
 
+from minillava.checks import LlavaError
 from minillava.model import Llava
 from minillava.scenes import draw, make_scene, short_question
 from train import train_tiny
@@ -110,10 +111,13 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(talk, tmp_path, mo
     for name, seed, limit in (("whole", 0, None), ("stopped", 0, 1), ("stopped", 1, None)):
         (tmp_path / name).mkdir(exist_ok=True)
         found.append(beginning(talk, seed))
-        args = argparse.Namespace(work=tmp_path / name, device="cpu", seed=0, limit=limit, compile=False)
+        args = argparse.Namespace(work=tmp_path / name, device="cpu", seed=0, limit=limit, compile=False, start=None)
         train_tiny.run_stage(stage, *found[-1], talk, args)
     whole, half, again = (torch.nn.ModuleList(pair) for pair in found)
     assert same_weights(whole, again) and not same_weights(half, again)
+    args.seed = 1
+    with pytest.raises(LlavaError, match="is of seed 0, begun from nothing, and this is seed 1"):
+        train_tiny.run_stage(stage, *found[-1], talk, args)
 
 
 def test_the_rate_rises_and_falls_to_nothing():

@@ -422,9 +422,11 @@ def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversati
     }
     parameters = [p for module in trained[stage.kind] for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=stage.rate, betas=(0.9, 0.95), weight_decay=0.02)
-    start, before = 0, 0.0
+    start, before, origin = 0, 0.0, f"seed {args.seed}, begun from {args.start or 'nothing'}"
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
+        if state.get("origin") != origin:
+            raise LlavaError(f"{path} is of {state.get('origin')}, and this is {origin}; choose another --work.")
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"], strict=False)
         start, before = state["step"], state.get("seconds", 0.0)
@@ -476,7 +478,7 @@ def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversati
         if time.time() - saved > 120 or last:
             saved = time.time()
             state = {"model": model.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
-                     "step": step + 1, "seconds": before + time.process_time() - began}  # fmt: skip
+                     "step": step + 1, "seconds": before + time.process_time() - began, "origin": origin}  # fmt: skip
             with replacing(path) as temporary:
                 torch.save(state, temporary)
     return before + time.process_time() - began
