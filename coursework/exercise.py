@@ -204,7 +204,7 @@ def hashes(tree: Path) -> dict[str, str]:
 
 
 def run(exercise: Exercise, files: Files) -> dict[str, Any]:
-    """Runs an exercise's tests in a copy of the files; what `graded.run` returns, or what went wrong as `said`."""
+    """Runs an exercise's tests in a copy of the files; what `run_tests.run` returns, or what went wrong as `said`."""
     tests, definition = exercise.task()
     said = ""
     with tempfile.TemporaryDirectory() as scratch:
@@ -217,7 +217,7 @@ def run(exercise: Exercise, files: Files) -> dict[str, Any]:
                               "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(scratch, "examples"))}  # fmt: skip
         with Path(scratch, "errors").open("w+") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-c", "from coursework.graded import main; main()"], cwd=tree, env=environment,
+                [sys.executable, "-c", "from coursework.run_tests import main; main()"], cwd=tree, env=environment,
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, text=True, start_new_session=True,
             )  # fmt: skip
             try:

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import settings
 
-from coursework import exercise, graded
+from coursework import exercise, run_tests
 from coursework.bodies import outline, put, refusal, take
 from coursework.exercise import grade_one, main, pack, reference, remove, restore
 from coursework.table import EXERCISES, FAULTY
@@ -86,7 +86,7 @@ def in_this_process(one, files):
     try:
         with mock.patch.dict(sys.modules):
             sys.modules.pop("test_cache", None)  # a state machine keeps the profile under which it was imported
-            return graded.run(*one.task())
+            return run_tests.run(*one.task())
     finally:
         live.__code__ = before
         settings.register_profile("project", profile)

@@ -9,8 +9,8 @@ Three kinds of stages, as LLaVA builds on a CLIP that exists already:
 3. joint: everything together, while the learning rate falls to nothing; patches and pointing are still asked.
 
 The table STAGES says what is done in which order. Most is learnt from small pictures, which cost little; then the
-pictures grow, the tower's position embeddings with them, and shorter stages make the weights fit. The last stage has
-smaller objects, too, down to 2 x 2 patches.
+pictures grow, the tower's position embeddings with them, and shorter stages make the weights fit. The last two stages
+have smaller objects, too, down to 2 x 2 patches; minillava/tiny was trained without them.
 
 Many questions are asked of one picture at once. Short conversations of one to three turns lie side by side after
 the image tokens; each sees the image and itself, at the positions it would have by itself. So one reading of the image
