@@ -279,14 +279,18 @@ QUESTIONS = ["How many objects are there?", "Is there a red square?", "Where is 
 
 @pytest.fixture
 def talk(run, monkeypatch):
-    """A chat of these questions: its output without prompts, its stderr, and the length of every block it read."""
+    """A chat of these questions: its output without prompts, its stderr, and the length of every block it read.
+
+    `chat.ids` are all tokens that it read, in their order.
+    """
     read = Llava.read
 
     def chat(questions, *options):
-        blocks = []
+        blocks, chat.ids = [], []
 
         def noted(self, input_ids, *others, **named):
             blocks.append(input_ids.shape[1])
+            chat.ids += input_ids[0].tolist()
             return read(self, input_ids, *others, **named)
 
         monkeypatch.setattr(Llava, "read", noted)
@@ -305,6 +309,9 @@ def test_a_turn_reads_only_what_is_new_and_goes_on_with_the_same_cache(talk, tin
     lines, err, blocks = talk(QUESTIONS, *options)
     assert err == "" and blocks[0] > 500 and max(blocks[1:]) < 20 and len(blocks) == len(QUESTIONS)
     assert lines[0:4:2] == answers(*tiny, Image.open(PICTURE), QUESTIONS[:2], method)
+    turns = [*zip(QUESTIONS[:2], lines[::2]), (QUESTIONS[2], None)]
+    prompt = tiny[1](tiny[1].chat(turns, 1), [Image.open(PICTURE)])["input_ids"][0].tolist()
+    assert talk.ids[: len(prompt)] == prompt
     for line in lines[1::2]:
         held, total = re.match(r"([\d,]+) of ([\d,]+) tokens held; first word after ", line).groups()
         assert int(held.replace(",", "")) / int(total.replace(",", "")) == pytest.approx(0.5 if method else 1, abs=0.01)
@@ -351,9 +358,10 @@ def test_a_question_that_is_interrupted_or_cannot_be_used_is_dropped_and_the_cha
     first, _, second, _ = talk(QUESTIONS[:2])[0]
     lines, err, blocks = talk([QUESTIONS[0], "What is <image>?", QUESTIONS[1]])
     assert "2 <image> and 1 images were given" in err and len(blocks) == 2 and lines[0:3:2] == [first, second]
-    press_ctrl_c(monkeypatch, terminal.tqdm, "update", lambda bar, *_: bar.total == 8)  # layers
-    lines, err, _ = talk([QUESTIONS[1], QUESTIONS[0]])
-    assert err == "The question is dropped.\n" and lines[0] == first and len(lines) == 2
+    reading = itertools.count()
+    press_ctrl_c(monkeypatch, terminal.tqdm, "update", lambda bar, *_: bar.total == 8 and next(reading) == 11)  # layers
+    lines, err, _ = talk([QUESTIONS[0], QUESTIONS[2], QUESTIONS[1]])
+    assert err == "The question is dropped.\n" and lines[0:3:2] == [first, second] and len(lines) == 4
 
 
 REFUSED = {
