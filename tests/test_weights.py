@@ -88,7 +88,7 @@ SETTINGS = [  # what is read as what, of the top of config.json, its text part, 
     (IDS, (7, ()), {"pad_token_id": 7}, {"pad_token_id": 8}, {}),
     (IDS, (4, (4,)), {"pad_token_id": 7}, {}, {"eos_token_id": 4}), (IDS, (9, ()), {}, {}, {"pad_token_id": 9}),
     (IDS, (3, (3,)), {"pad_token_id": -1}, {"eos_token_id": 3}, {}),
-    (IDS, (5, (5, 6)), {}, {}, {"eos_token_id": [5, 6]}),
+    (IDS, (0, (0, 6)), {}, {}, {"eos_token_id": [0, 6]}),
     *((["text.kv_heads"], heads, {}, {"model_type": kind, **given}, {}) for kind, heads, given in (
         ("qwen2", 32, {}), ("mistral", 8, {}), ("llama", 64, {}), ("qwen2", 64, {"num_key_value_heads": None}))),
     *((["text.tie_word_embeddings"], tied, {"tie_word_embeddings": top}, {"tie_word_embeddings": text}, {})
