@@ -139,6 +139,7 @@ TENSORS = [
                     "multi_modal_projector.linear_1.bias": torch.zeros(3)})),
      rf"missing {NORM}; (?=.*linear_1.bias has shape \[3\], expected \[64\]).*unexpected {UNEXPECTED}"),  # all at once
     (lambda state: state.update({"lm_head.weight": state["language_model.lm_head.weight"].clone()}), "same parameter"),
+    (lambda state: state.update({EMBEDDING: state[EMBEDDING][:-2].clone()}), f"{EMBEDDING} has shape"),
 ]  # fmt: skip
 SCALE = "language_model.model.layers.1.mlp.up_proj.scale"
 MATRIX = SCALE.replace(".scale", ".weight")
