@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minillava.checks import LlavaError, require, require_value, wrong_value
+from minillava.checks import LlavaError, require_value, wrong_value
 from minillava.config import LlavaConfig, TextConfig
 from minillava.files import HUB_ID, find, replacing, write_file, write_json
 from minillava.model import Llava
@@ -129,11 +129,11 @@ def hub_config(folder: Path) -> dict[str, Any]:
     tower = tower.get("vision_config", tower)
     if type(vocabulary) is not int or not 0 < vocabulary < 2**24:
         raise wrong_value("vocab_size", vocabulary, "a number of tokens")
-    marked = given.get("mm_use_im_start_end")
-    require(not marked, "config.json has mm_use_im_start_end: tokens around images are not implemented.")
+    if given.get("mm_use_im_start_end"):
+        raise LlavaError("config.json has mm_use_im_start_end: tokens around images are not implemented.")
     name, kind = raw["mm_vision_tower"], tower.get("model_type") if isinstance(tower, dict) else None
-    is_clip = kind in (None, "clip", "clip_vision_model")
-    require(is_clip, f"{name!r:.99} is of type {kind!r:.99}; in the original layout only CLIP is read.")
+    if kind not in (None, "clip", "clip_vision_model"):
+        raise LlavaError(f"{name!r:.99} is of type {kind!r:.99}; in the original layout only CLIP is read.")
     text = {name: value for name, value in raw.items() if not name.startswith("mm_")}
     size = math.ceil((vocabulary + 2) / 64) * 64
     return {

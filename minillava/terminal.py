@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillava import TINY
-from minillava.checks import require
+from minillava.checks import LlavaError, require
 from minillava.files import free_memory, write_file
 from minillava.model import KVCache, Llava
 from minillava.processor import Processor, open_image
@@ -170,10 +170,10 @@ def load_shown(args: argparse.Namespace) -> tuple[Llava, Processor]:
     elif free is not None:
         needed, own = memory_needed(folder, dtype)
         chosen = choose_dtype(dtype, own)
-        fits = needed <= free or chosen == own  # weights in the checkpoint's own dtype need not fit: see `load`
-        sizes = f"{args.model} in {dtype_name(chosen)} needs {human(needed)}, {human(free)} are free"
-        auto = "16 bits or 8 if they fit, and else weights that are read from the file as they are used"
-        require(fits, f"{sizes}; try --dtype auto, which takes {auto}.")
+        if needed > free and chosen != own:  # weights in the checkpoint's own dtype need not fit: see `load`
+            sizes = f"{args.model} in {dtype_name(chosen)} needs {human(needed)}, {human(free)} are free"
+            auto = "16 bits or 8 if they fit, and else weights that are read from the file as they are used"
+            raise LlavaError(f"{sizes}; try --dtype auto, which takes {auto}.")
     with progress_bar("loading", "B") as bar:
 
         def progress(done: int, size: int) -> None:
