@@ -26,7 +26,7 @@ from bench import quality
 from bench.quality import PROTOCOLS, curves, interval, likelihood, main, read_results
 from bench.variants import empty_cache, make
 from minillava.checks import LlavaError
-from minillava.compressors import Recorder, gini
+from minillava.compressors import METHODS, Recorder, gini
 from prefixkv import PrefixKV
 from weights import read_plan
 
@@ -206,6 +206,23 @@ def test_what_is_right_in_an_answer_and_what_a_blind_one_is_worth():
     assert 20 < quality.statistic("questions", commonest) < 60  # half of the kinds are answered yes or no
     for floor in quality.blind(described, "objects", 0).values():
         assert quality.statistic("objects", floor) < 5  # of 96 objects in 9 places
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_a_cache_filled_from_notes_is_that_of_a_prefill(small, method):
+    _, _, model, processor = small
+    inputs = processor(["USER: What is in the image? ASSISTANT: a cat.", "two red"])
+    prompt = quality.Collector()
+    logits = model.read(**inputs, cache=model.new_cache(0, prompt))
+    cache = model.new_cache(9, method and METHODS[method](0.4))
+    expected = model.read(**inputs, cache=cache)
+    assert torch.equal(logits, expected)
+    found = quality.fill(prompt, model.new_cache(9, method and METHODS[method](0.4)))
+    for _ in range(9):
+        assert torch.equal(found.position, cache.position)
+        token = expected.argmax(-1, keepdim=True)
+        expected, logits = model.read(token, cache), model.read(token, found)
+        assert torch.equal(logits, expected)
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 9)), min_size=1, max_size=9))
