@@ -398,6 +398,13 @@ def test_words_go_last_and_among_themselves_the_one_with_least_attention(words, 
     assert compressor.victim(position[None, None], torch.tensor([[6]])) == victim  # the first and the newest stay
 
 
+@pytest.mark.parametrize("method", [H2O, Cover])
+def test_a_method_that_begins_with_the_scores_of_all_layers_takes_no_plan(method):
+    present = torch.ones(1, 6, dtype=torch.bool)
+    with pytest.raises(ValueError, match="takes no plan"):
+        method(plan=Plan(0.5, [0.5])).begin(present, present, 1)
+
+
 @pytest.mark.parametrize("wrong", [{"kernel": 0}, {"kernel": 4}, {"window": 0}])
 def test_a_window_or_kernel_that_cannot_be_pooled_is_refused(wrong):
     with pytest.raises(ValueError, match="an odd number"):
