@@ -366,14 +366,14 @@ def device_name(device: str) -> str:
 GROWTH = {"prompt tokens": [(1, 512 * 2**step) for step in range(6)], "batch": [(2**step, 1024) for step in range(6)]}
 
 
-def growth(folder: str, rounds: int) -> str:
+def growth(folder: str, preset: Preset, rounds: int) -> str:
     """Markdown: time and memory of prompts without an image by length and by batch, with the exponents of growth."""
     tables = []
     for name, shapes in GROWTH.items():
         found: list[tuple[float, ...]] = []
         rows: list[list[object]] = []
         for batch, prompt in shapes:
-            preset = replace(PRESETS["cpu"], batch=batch, prompt=prompt, new=9, image=False)
+            preset = replace(preset, batch=batch, prompt=prompt, new=9, image=False, picture=(0, 0))
             plain, scored = (median([run(contender, folder, preset) for _ in range(rounds)])
                              for contender in ("full", "PrefixKV 20%"))  # fmt: skip
             found.append((batch * prompt, plain.prefill_seconds, scored.prefill_seconds, plain.step_milliseconds,
@@ -527,7 +527,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new", type=int, help="new tokens")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8"])
-    parser.add_argument("--growth", action="store_true", help="measure growth with length and batch instead")
+    parser.add_argument(
+        "--growth", action="store_true", help="measure growth with length and batch instead, 9 new tokens each"
+    )
     parser.add_argument("--scoring", nargs="+", choices=METHODS, metavar="NAME",
                         help="measure the prefill with these methods at 20%%, beside the full cache's, instead: "
                         + ", ".join(METHODS))  # fmt: skip
@@ -545,7 +547,9 @@ def measure_all(args: argparse.Namespace) -> None:
     preset = replace(PRESETS[args.preset], **changes)
     here = not preset.device.startswith("cuda") or torch.cuda.is_available()
     require(here, f"The preset {args.preset} needs a GPU; there is none here.")
-    require(min(args.rounds, preset.batch) > 0, "--rounds or --batch is 0 or less; expected 1 or more.")
+    require(min(args.rounds, preset.batch, preset.new - 1) > 0,
+            f"Expected --rounds and --batch of 1 or more, --new of 2 or more; found {args.rounds}, {preset.batch}, "
+            f"{preset.new}.")  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         folder, found = args.loading or (scratch if preset.model else str(TINY)), {}
         if preset.model is not None and not Path(folder, "config.json").exists():
@@ -557,7 +561,7 @@ def measure_all(args: argparse.Namespace) -> None:
         elif args.where:
             text = where(folder, preset, args.rounds)
         elif args.growth:
-            text = growth(folder, args.rounds)
+            text = growth(folder, preset, args.rounds)
         else:
             rounds: dict[str, list[Result]] = {name: [] for name in args.contenders}
             speeds = []

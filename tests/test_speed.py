@@ -54,7 +54,7 @@ def test_growth_has_the_exponents_of_what_was_measured(monkeypatch):
         return result(name, size**0.5, 0, prefill=size if name == "full" else size**2)
 
     monkeypatch.setattr(speed, "run", run)
-    rows = [row[1:4] for row in rows_of(speed.growth("folder", 1)) if row[0].startswith("exponent")]
+    rows = [row[1:4] for row in rows_of(speed.growth("folder", PRESETS["cpu"], 1)) if row[0].startswith("exponent")]
     assert rows == [["1.00", "2.00", "0.50"]] * 4
 
 
@@ -83,7 +83,7 @@ def test_medians_are_taken_figure_by_figure():
 
 @pytest.mark.parametrize(
     "options, sentence",
-    [(["--rounds", "0"], "expected 1 or more"), (["--batch", "0"], "expected 1 or more"),
+    [(["--rounds", "0"], "found 0, 1, 128"), (["--batch", "0"], "found 3, 0, 128"), (["--new", "1"], "found 3, 1, 1"),
      (["--device", "cuda"], "needs a GPU")],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_said(options, sentence, capsys, monkeypatch):

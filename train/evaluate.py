@@ -29,7 +29,7 @@ BATCH = 20
 
 def held_out(name: str, index: int) -> tuple[random.Random, Scene]:
     """A scene that training has not seen (its seeds begin with a number), and the generator to ask about it with."""
-    rng = random.Random(f"test {name} {index}")
+    rng = random.Random(f"exam {name} {index}")
     return rng, make_scene(rng)
 
 

@@ -9,8 +9,8 @@ Three kinds of stages, as LLaVA builds on a CLIP that exists already:
 3. joint: everything together, while the learning rate falls to nothing; patches and pointing are still asked.
 
 The table STAGES says what is done in which order. Most is learnt from small pictures, which cost little; then the
-pictures grow, the tower's position embeddings with them, and shorter stages make the weights fit. The last two stages
-have smaller objects, too, down to 2 x 2 patches; minillava/tiny was trained without them.
+pictures grow, the tower's position embeddings with them, and shorter stages make the weights fit. The last three stages
+have smaller objects, too, down to 2 x 2 patches.
 
 Many questions are asked of one picture at once. Short conversations of one to three turns lie side by side after
 the image tokens; each sees the image and itself, at the positions it would have by itself. So one reading of the image
@@ -84,6 +84,8 @@ STAGES = (
     Stage("vision-192", "vision", side=192, steps=200, batch=32, rate=1e-3),
     Stage("joint-192", "joint", side=192, steps=950, batch=12, rate=5e-4),
     Stage("joint-small", "joint", side=192, steps=300, batch=12, rate=3e-4, smallest=scenes.SMALLEST),
+    Stage("joint-small-2", "joint", side=192, steps=400, batch=12, rate=3e-4, smallest=scenes.SMALLEST),
+    Stage("joint-small-3", "joint", side=192, steps=300, batch=12, rate=3e-4, smallest=scenes.SMALLEST),
 )
 FALL_FROM = {"vision": 0.6, "language": 1.0, "joint": 0.0}  # after this share of a stage its learning rate falls
 PATCH = 8
