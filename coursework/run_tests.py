@@ -54,7 +54,9 @@ def run(tests: list[str], definition: str) -> dict[str, Any]:
     settings.register_profile("graded", deadline=None, derandomize=True, database=None, max_examples=25,
                               phases=[Phase.explicit, Phase.generate])  # fmt: skip
     outcomes = Outcomes(tests, definition)
-    options = ["-o", "addopts=", "-q", "--tb=short", "-p", "no:cacheprovider", "--hypothesis-profile", "graded"]
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # what else is installed here has no part in it
+    options = ["-o", "addopts=", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "_hypothesis_pytestplugin",
+               "--hypothesis-profile", "graded"]  # fmt: skip
     pytest.main([*options, *tests], plugins=[outcomes])
     return {"passed": outcomes.passed(), "first": outcomes.first, "said": outcomes.said}
 

@@ -46,7 +46,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Without --sweep, tests take fewer examples, tokens and pictures."""
-    examples = 100 if config.getoption("--sweep") else 25
+    examples = 100 if config.getoption("--sweep") else 15
     settings.register_profile("project", deadline=None, derandomize=True, max_examples=examples)
     settings.load_profile(config.getoption("--hypothesis-profile", None) or "project")
 

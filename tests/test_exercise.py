@@ -11,7 +11,6 @@ import sys
 import textwrap
 import zipfile
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 from conftest import ROOT
@@ -82,13 +81,15 @@ def in_this_process(one, files):
     for part in one.function.split("."):
         live, changed = getattr(live, part), getattr(changed, part)
     before, profile = live.__code__, settings.default
+    tests = {name: loaded for name, loaded in sys.modules.items() if name.startswith(("test_", "conftest"))}
     live.__code__ = changed.__code__
     try:
-        with mock.patch.dict(sys.modules):
-            sys.modules.pop("test_cache", None)  # a state machine keeps the profile under which it was imported
-            return run_tests.run(*one.task())
+        for name in tests:
+            del sys.modules[name]  # they keep the profile under which they were imported
+        return run_tests.run(*one.task())
     finally:
         live.__code__ = before
+        sys.modules.update(tests)
         settings.register_profile("project", profile)
         settings.load_profile("project")
 
@@ -102,13 +103,9 @@ BODIES = {
     "rope of neighbours": ("rope", ("x.chunk(2, dim=-1)", "x[..., ::2], x[..., 1::2]"), 0),
     "attention without its mask": ("attention", ("if mask is None:", "if True:"), 6),
     "patches with a class token always": ("patches", ("if self.class_embedding is not None:", "if True:"), 6.67),
-    "scoring, a constant": ("scoring", "return query.new_ones(*query.shape[:3], key.shape[2]).softmax(-1)\n", 0),
     "scoring without its mask": ("scoring", ("if mask is not None:", "if False:"), 0),
     "published as given": ("published", FAULTY.replace("ranks", "places"), 0),
-    "published, a constant": ("published", "return scores > 2\n", 0),
     "published, one fault mended": ("published", FAULTY.replace(".half()", ""), 5),
-    "eviction with rows mixed": (
-        "eviction", ("pinned = ", "kept = kept * 0 + int(kept.flatten()[0])\n        pinned = "), 6.67),
     "eviction transposed": ("eviction", ("argmin(-1)", "argmin(-1).mT"), 6.67),
     "importance of all weights at once": ("importance", ("total = torch", "block = length\n    total = torch"), 6.67),
     "cache that grows on": ("cache", ("torch.minimum(self.held + 1, capacity)", "self.held + 1"), 3.33),
@@ -125,6 +122,7 @@ BODIES = {
 @pytest.mark.parametrize("name, body, points", BODIES.values(), ids=BODIES)
 def test_a_wrong_body_loses_the_points_of_what_it_does_wrong(files, tmp_path, monkeypatch, name, body, points):
     monkeypatch.setattr(exercise, "run", in_this_process)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # gone again afterwards
     monkeypatch.chdir(ROOT)
     if isinstance(body, tuple):
         assert body[0] in original(files, name)

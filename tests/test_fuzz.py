@@ -12,8 +12,8 @@ from minillava.checks import LlavaError
 
 
 def test_damaged_files_end_well(sweep):
-    ends = fuzz.fuzz(range(120 if sweep else 60), seed=1)
-    assert not ends["failed"] and min(ends["ran"], ends["were refused"]) > 10
+    ends = fuzz.fuzz(range(120 if sweep else 30), seed=1)
+    assert not ends["failed"] and min(ends["ran"], ends["were refused"]) > 5
 
 
 def test_what_ends_badly_is_counted_and_named(monkeypatch, capfd):

@@ -80,10 +80,13 @@ def test_the_notebook_prints_what_it_shows_in_any_order_and_a_wrong_formula_make
         assert [run(cell, names) for cell in CODE[:1:-1]] == printed[:1:-1]
 
 
-@pytest.mark.parametrize("command", ["tour.py", "demo.py --max-new-tokens 1", "-m weights inspect minillava/tiny"])
+BOTH = "import demo, weights; assert not demo.main(['--max-new-tokens', '1']) + weights.main(['inspect', 'minillava/tiny'])"
+
+
+@pytest.mark.parametrize("command", [["tour.py"], ["-c", BOTH]])
 def test_without_numpy_a_command_runs_to_its_end_and_nothing_is_said_about_it(tmp_path, command):
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('No module named numpy')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=environment, cwd=ROOT,
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT,
                           preexec_fn=ends_with_this_process)  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
