@@ -80,7 +80,9 @@ def test_the_notebook_prints_what_it_shows_in_any_order_and_a_wrong_formula_make
         assert [run(cell, names) for cell in CODE[:1:-1]] == printed[:1:-1]
 
 
-BOTH = "import demo, weights; assert not demo.main(['--max-new-tokens', '1']) + weights.main(['inspect', 'minillava/tiny'])"
+BOTH = """import demo, weights
+assert demo.main(["--max-new-tokens", "1"]) == weights.main(["inspect", "minillava/tiny"]) == 0
+"""
 
 
 @pytest.mark.parametrize("command", [["tour.py"], ["-c", BOTH]])
