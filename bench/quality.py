@@ -6,7 +6,8 @@
 
 Three measures: short questions answered exactly; objects of a description named truly (size, colour, shape and place);
 perplexity of the true description, token after token through the compressed cache. With no arguments: the embedded
-checkpoint on scenes that training never saw. `--data` asks questions of your own, which have a perplexity only.
+checkpoint on scenes that training never saw. `--data FILE` asks questions of your own, which have a perplexity only;
+`--data prose` and `--data facts` take a pretrained decoder of text.
 Methods are combined as bench/variants.py says: `--methods full cover random+words/least full@2`.
 
 Results go to `--out`: `results*.jsonl` (a line for every answer, from which a second run goes on), `table.md`, and
@@ -72,7 +73,7 @@ from minillava.terminal import parse_budget
 from prefixkv import Plan, PrefixKV, priority
 from weights import estimate_plan, find, load, read_plan, write_file, write_plan
 
-# By default. Two are left out: fitting takes most of an hour, and MixKV is near to SnapKV.
+# By default. `matching` is left out, since fitting takes most of an hour, and `mixkv`, which scores much like `snapkv`.
 METHODS = ("full", *(name for name in COMPRESSORS if name not in ("mixkv", "matching")), "plan",
            "random+words/least", "full@2", "full@4", "cover@4")  # fmt: skip
 PROTOCOLS = ("known", "second", "first")
@@ -798,7 +799,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=100, metavar="N", help="descriptions (default: 100)")
     parser.add_argument("--questions", type=int, default=200, metavar="N", help="short questions (default: 200)")
     parser.add_argument("--batch-size", type=int, default=50, metavar="N")
-    parser.add_argument("--max-new-tokens", type=int, default=160, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=160, metavar="N", help="of a description (default: 160)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of the random method")

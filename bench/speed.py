@@ -367,7 +367,10 @@ GROWTH = {"prompt tokens": [(1, 512 * 2**step) for step in range(6)], "batch": [
 
 
 def growth(folder: str, preset: Preset, rounds: int) -> str:
-    """Markdown: time and memory of prompts without an image by length and by batch, with the exponents of growth."""
+    """Markdown: time and memory of prompts without an image by length and by batch.
+
+    The exponent of growth is 1 for linear, 2 for quadratic: from the first row to the last, and of the last doubling.
+    """
     tables = []
     for name, shapes in GROWTH.items():
         found: list[tuple[float, ...]] = []
@@ -527,14 +530,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new", type=int, help="new tokens")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8"])
-    parser.add_argument(
-        "--growth", action="store_true", help="measure growth with length and batch instead, 9 new tokens each"
-    )
-    parser.add_argument("--scoring", nargs="+", choices=METHODS, metavar="NAME",
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--growth", action="store_true",
+                       help="measure growth with length and batch instead, whatever --batch and --new")  # fmt: skip
+    other.add_argument("--scoring", nargs="+", choices=METHODS, metavar="NAME",
                         help="measure the prefill with these methods at 20%%, beside the full cache's, instead: "
                         + ", ".join(METHODS))  # fmt: skip
-    parser.add_argument("--where", action="store_true", help="measure where a prompt's seconds go, instead")
-    parser.add_argument("--loading", metavar="FOLDER", help="measure what it takes to load this checkpoint instead; if "
+    other.add_argument("--where", action="store_true", help="measure where a prompt's seconds go, instead")
+    other.add_argument("--loading", metavar="FOLDER", help="measure what it takes to load this checkpoint instead; if "
                         "there is none, one with the preset's shapes and random weights is written first")  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder for speed.md and speed.json")
     return parser.parse_args(arguments)
@@ -546,7 +549,7 @@ def measure_all(args: argparse.Namespace) -> None:
                if getattr(args, name) is not None}  # fmt: skip
     preset = replace(PRESETS[args.preset], **changes)
     here = not preset.device.startswith("cuda") or torch.cuda.is_available()
-    require(here, f"The preset {args.preset} needs a GPU; there is none here.")
+    require(here, f"{preset.device} needs a GPU; there is none here.")
     require(min(args.rounds, preset.batch, preset.new - 1) > 0,
             f"Expected --rounds and --batch of 1 or more, --new of 2 or more; found {args.rounds}, {preset.batch}, "
             f"{preset.new}.")  # fmt: skip

@@ -12,7 +12,8 @@ SHOWN = 30  # lines of a failed test
 
 
 class Outcomes:
-    """A plugin of pytest: which tests passed, and what the first that failed said. Stops when the definition fails."""
+    """A plugin of pytest: which tests passed, and what the first that failed said. Stops when the exercise's first
+    test fails, `definition`: then there are no points."""
 
     def __init__(self, tests: list[str], definition: str):
         self.found: dict[str, list[str]] = {test: [] for test in tests}
@@ -41,7 +42,7 @@ class Outcomes:
             self.first, self.said = test, "\n".join(line[:300] for line in lines)
 
     def passed(self) -> list[str]:
-        """The tests of which at least one case ran, and all that ran passed."""
+        """The tests of which every case passed; one that is skipped is not passed."""
         return [test for test, outcomes in self.found.items() if {*outcomes} == {"passed"}]
 
 
@@ -54,7 +55,7 @@ def run(tests: list[str], definition: str) -> dict[str, Any]:
     settings.register_profile("graded", deadline=None, derandomize=True, database=None, max_examples=25,
                               phases=[Phase.explicit, Phase.generate])  # fmt: skip
     outcomes = Outcomes(tests, definition)
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # what else is installed here has no part in it
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # other plugins that are installed take no part
     options = ["-o", "addopts=", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "_hypothesis_pytestplugin",
                "--hypothesis-profile", "graded"]  # fmt: skip
     pytest.main([*options, *tests], plugins=[outcomes])
@@ -62,9 +63,9 @@ def run(tests: list[str], definition: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Reads the task on stdin and writes the outcome to the file that it names. Nothing that was registered follows."""
+    """Reads the task on stdin and writes the outcome to the file that it names. No `atexit` handler runs afterwards."""
     task, here = json.load(sys.stdin), Path.cwd()
-    # No way to the clone that this copy was made from: an editable install puts it on the path.
+    # Remove the clone that this copy was made from: an editable install puts it on the path.
     clones = [folder for folder in sys.path if (Path(folder) / "prefixkv.py").exists()]
     sys.path[:] = [folder for folder in sys.path if folder not in clones or Path(folder).resolve() == here.resolve()]
     sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]

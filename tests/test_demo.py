@@ -335,13 +335,13 @@ def test_a_conversation_goes_on_until_the_model_has_no_positions_left(talk, smal
     assert sum(blocks) <= 256 or any("read again" in line for line in lines)
 
 
-def test_a_first_prompt_that_fills_every_position_leaves_none_for_an_answer(small, monkeypatch):
+def test_a_first_prompt_is_answered_if_a_position_is_left(small, monkeypatch):
     *_, model, processor = small
     length = processor(processor.chat([("a cat.", None)], 0))["input_ids"].shape[1]
     for left in (0, 1):
         text = replace(model.config.text, max_position_embeddings=length + left)
         monkeypatch.setattr(model, "config", replace(model.config, text=text))
-        talk = terminal.Conversation(model, processor, [], model.new_cache, 4)
+        talk = terminal.Conversation(model, processor, [], model.new_cache, max_new_tokens=4)
         assert (talk.read("a cat.") is None) == (left == 0)
 
 

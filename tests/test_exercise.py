@@ -73,7 +73,7 @@ def student(folder, files, **bodies):
 
 
 def in_this_process(one, files):
-    """Instead of a process for every body, which would load torch again: the same tests of the same body."""
+    """Runs the grader's tests here, with the code of one function replaced: a process would load torch again."""
     module = importlib.import_module(one.file.removesuffix(".py").replace("/", "."))
     scope = dict(vars(module))
     exec(compile(files[one.file], one.file, "exec"), scope)
@@ -85,7 +85,7 @@ def in_this_process(one, files):
     live.__code__ = changed.__code__
     try:
         for name in tests:
-            del sys.modules[name]  # they keep the profile under which they were imported
+            del sys.modules[name]  # tests remember the profile of hypothesis with which they were imported
         return run_tests.run(*one.task())
     finally:
         live.__code__ = before
@@ -98,7 +98,8 @@ LOOP = """threshold, high = 0.0, 1.0
     while high - threshold > 1e-9:
         p = (threshold + high) / 2
         threshold, high = (p, high) if sizes(p).sum() <= total else (threshold, p)"""
-# A body, or what is replaced in the right one; and its points.
+# An exercise; a whole body, or what is replaced in the right one; its points. Tests share ten points equally; if the
+# first fails, there are none. A bisection is right, too. FAULTY itself would count as not attempted.
 BODIES = {
     "rope of neighbours": ("rope", ("x.chunk(2, dim=-1)", "x[..., ::2], x[..., 1::2]"), 0),
     "attention without its mask": ("attention", ("if mask is None:", "if True:"), 6),
@@ -120,9 +121,9 @@ BODIES = {
 
 
 @pytest.mark.parametrize("name, body, points", BODIES.values(), ids=BODIES)
-def test_a_wrong_body_loses_the_points_of_what_it_does_wrong(files, tmp_path, monkeypatch, name, body, points):
+def test_a_body_gets_the_points_of_the_tests_that_it_passes(files, tmp_path, monkeypatch, name, body, points):
     monkeypatch.setattr(exercise, "run", in_this_process)
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # gone again afterwards
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # `run` sets it; here it is restored
     monkeypatch.chdir(ROOT)
     if isinstance(body, tuple):
         assert body[0] in original(files, name)

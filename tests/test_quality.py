@@ -85,7 +85,7 @@ def test_every_run_is_there_once_and_the_tables_show_each(quick):
         if record["method"] == "prefixkv":
             assert sum(record["kept"]) == round(record["budget"] * 2 * record["prompt"])
         share = {"full": 1.0, "full@2": 3 / 16}.get(record["method"], record["budget"])
-        # The texts are short: rounding counts, cover's notes, and up to 31 of the newest tokens in full.
+        # 2 bits, and 1 for scale and zero. In short texts rounding, cover's notes and 31 newest tokens in full matter.
         assert share - 0.05 < record["share"] < share + {"full@2": 0.6, "cover": 0.12}.get(record["method"], 0.08)
     text = (quick / "table.md").read_text()
     for row in ("| cover |", "| prefixkv |", "| plan |", "| full@2 |", "| 1 |", "*another scene's description*"):
@@ -102,7 +102,7 @@ def test_a_run_that_was_stopped_goes_on_in_two_processes_to_the_same_table(
     (tmp_path / "results-0.jsonl").write_text("".join(lines[:-40]) + lines[-40][:30])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # as torch.distributed.run
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # what torchrun would set
     arguments = [*QUICK, "--model", str(quick_model), "--out", str(tmp_path)]
     for name, value in (group | {"RANK": "1", "LOCAL_RANK": "1"}).items():
         monkeypatch.setenv(name, value)

@@ -1,4 +1,7 @@
-"""`tour.py` runs, its cells are short and assert something, a wrong formula makes it fail; `tour.ipynb` is the same."""
+"""`tour.py` runs, its cells are short and assert something, a wrong formula makes it fail; `tour.ipynb` is the same.
+
+numpy is no dependency: without it, torch must not warn.
+"""
 
 from __future__ import annotations
 

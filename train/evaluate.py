@@ -1,8 +1,8 @@
 """Scores a checkpoint on held-out scenes: `python -m train.evaluate --model minillava/tiny`.
 
 Descriptions: an object counts as right when it is named with its size, colour, shape and place. Questions: the
-answer must be the true one, word for word; beside it stands what always giving the commonest answer would score.
-Scenes come from seeds that training never uses, and nothing was chosen by these scores.
+answer must match word for word. `commonest` is what always giving the commonest answer would score; the model card has
+both. Training never uses these scenes, and no decision about it did.
 """
 
 from __future__ import annotations

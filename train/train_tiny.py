@@ -1,23 +1,24 @@
 """Trains the embedded checkpoint `minillava/tiny` from nothing: `python -m train.train_tiny`.
 
-Three kinds of stages, as LLaVA builds on a CLIP that exists already:
+Three kinds of stages. The first takes the place of the pretrained CLIP that LLaVA begins with:
 1. vision: the vision tower learns to say, patch by patch, what covers it (colour, shape, size, place, outline,
    background, the patch's own row and column, and whether an object's middle lies in it), through linear heads
    that are thrown away afterwards;
-2. language: projector and decoder learn conversations about scenes of which two thirds have few objects, the vision
-   tower frozen, and one attention head of the decoder is shown where to look (`pointing_loss`);
-3. joint: everything together, while the learning rate falls to nothing; patches and pointing are still asked.
+2. language: projector and decoder learn conversations about scenes of which two thirds have at most three objects, the
+   vision tower frozen, and one attention head of the decoder is shown where to look (`pointing_loss`);
+3. joint: everything together; patch labels and pointing are still trained. The learning rate falls to zero, as it does
+   at the end of vision stages.
 
 The table STAGES says what is done in which order. Most is learnt from small pictures, which cost little; then the
-pictures grow, the tower's position embeddings with them, and shorter stages make the weights fit. The last three stages
-have smaller objects, too, down to 2 x 2 patches.
+pictures grow, and the tower's position embeddings with them. The last three stages also draw objects down to 2 x 2
+patches: one stage three times over, which begins anew with a high rate.
 
 Many questions are asked of one picture at once. Short conversations of one to three turns lie side by side after
 the image tokens; each sees the image and itself, at the positions it would have by itself. So one reading of the image
 serves a dozen questions, and no answer can be copied from another conversation.
 
-The state of training is saved to `--work` every two minutes and taken up again by the same command. `--start FOLDER
---first STAGE` begins with a checkpoint that the stages before STAGE have made.
+The state of training is saved to `--work` every two minutes, and the same command resumes it. `--start FOLDER --first
+STAGE` goes on from an exported checkpoint; the heads are trained anew.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ from weights import load, load_model
 class Stage:
     """One row of STAGES."""
 
-    name: str  # of its state's file; its scenes follow from it as well
+    name: str  # names the file of its state, and seeds its scenes
     kind: str  # vision, language or joint
     side: int  # of the picture, in pixels
     steps: int
@@ -94,7 +95,7 @@ LABELS = {  # what a patch is asked, and how many answers there are: + 1 for "no
     "shape": len(scenes.SHAPES) + 1,
     "size": len(scenes.SIZES) + 1,
     "place": len(scenes.PLACES) + 1,
-    "outline": 2,
+    "outline": 2,  # is there more than one thing in the patch
     "background": len(scenes.BACKGROUNDS),
     "row": 0,  # as many as the grid has, see `make_heads`
     "column": 0,
@@ -509,23 +510,23 @@ Loads with `weights.load` and with `LlavaForConditionalGeneration.from_pretraine
     {command}
 
 Scenes and conversations are drawn on the fly (`minillava/scenes.py`); no data set is needed. In a vision stage the
-vision tower learns to label patches. In a language stage the decoder learns a dozen questions about every scene, with
-the tower frozen. In a joint stage all of it learns together while the learning rate falls. In the last two kinds, one
-attention head of the decoder is shown which patches the answer is about. Where the pictures grow from one stage to the
-next, the position embeddings of the tower are interpolated.
+vision tower learns to label patches. In a language stage the decoder learns a dozen short questions about every scene,
+and sometimes a description, with the tower frozen. In a joint stage all of it learns together. In the last two kinds,
+one attention head of the decoder is shown which patches the answer is about. Where the pictures grow from one stage to
+the next, the position embeddings of the tower are interpolated.
 
-| stage | kind | picture | steps | scenes a step | peak of the rate |
-|---|---|---|---|---|---|
+| stage | kind | picture | smallest object, patches wide | steps | scenes a step | peak of the rate |
+|---|---|---|---|---|---|---|
 {stages}
 
 {time}
 
 ## Scores
 
-`python -m train.evaluate` on 200 descriptions and 1,600 short questions about scenes of seeds that training never
-uses, and by which nothing was chosen; greedy decoding, full cache. An object of a description is right if its size,
-colour, shape and place are; an answer if it is the true one word for word. Beside it, what always giving the commonest
-answer would score.
+`python -m train.evaluate` on 200 descriptions and 1,600 short questions about scenes that neither training nor any
+decision about it used; greedy decoding, full cache. An object of a description is right if its size,
+colour, shape and place are; an answer must match word for word. Beside it, what always giving the commonest answer to
+these questions would score.
 
 | | share right | commonest answer |
 |---|---|---|
@@ -602,8 +603,8 @@ def write_card(
     """Writes the model card, with the scores as measured, and the processor's seconds that `stages` took."""
     processor, blind = f"{torch.get_num_threads()} threads of the {args.device}", commonest()
     which = "All stages" if stages[0] == STAGES[0] else f"The stages from {stages[0].name} on, in a run with `--start`,"
-    rows = [f"| {s.name} | {s.kind} | {s.side} x {s.side} | {s.steps:,} | {s.batch} | {s.rate:g} |"
-            for s in STAGES[: STAGES.index(stages[-1]) + 1]]  # fmt: skip
+    rows = [f"| {s.name} | {s.kind} | {s.side} x {s.side} | {2 * s.smallest * s.grid:.1f} | {s.steps:,} | {s.batch} "
+            f"| {s.rate:g} |" for s in STAGES[: STAGES.index(stages[-1]) + 1]]  # fmt: skip
     marks = [f"| {name} | {100 * share:.1f} % | " + (f"{100 * blind[name]:.1f} % |" if name in blind else "|")
              for name, share in scores.items()]  # fmt: skip
     card = CARD.format(
