@@ -74,8 +74,7 @@ from prefixkv import Plan, PrefixKV, priority
 from weights import estimate_plan, find, load, read_plan, write_file, write_plan
 
 # By default. `matching` is left out, since fitting takes most of an hour, and `mixkv`, which scores much like `snapkv`.
-METHODS = ("full", *(name for name in COMPRESSORS if name not in ("mixkv", "matching")), "plan",
-           "random+words/least", "full@2", "full@4", "cover@4")  # fmt: skip
+METHODS = ("full", *(name for name in COMPRESSORS if name not in ("mixkv", "matching")), "plan")
 PROTOCOLS = ("known", "second", "first")
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
 # Vicuna's instruction, which the published evaluation of LLaVA-1.5 puts before "USER:". For data files, not for scenes.
