@@ -100,10 +100,8 @@ def test_with_every_method_eight_bits_say_what_the_full_numbers_say(tiny, sweep,
     assert torch.equal(caches[0].kept, caches[1].kept)
     for _ in range(12):
         token = plain.argmax(-1, keepdim=True)
-        # Logits reach 22; 0.06 was measured, and that a broken text may end in a tie. In 7 bits it would be twice that.
-        assert torch.allclose(plain, eight, rtol=0, atol=0.1) and (
-            compressor or torch.equal(token[:, 0], eight.argmax(-1))
-        )
+        assert torch.allclose(plain, eight, rtol=0, atol=0.1)  # of 22; 0.06 was measured, in 4 bits more than 0.1
+        assert compressor or torch.equal(token[:, 0], eight.argmax(-1))  # a broken text may end in a tie
         plain, eight = (model.read(token, cache) for cache in caches)
 
 
