@@ -534,11 +534,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     other.add_argument("--growth", action="store_true",
                        help="measure growth with length and batch instead, whatever --batch and --new")  # fmt: skip
     other.add_argument("--scoring", nargs="+", choices=METHODS, metavar="NAME",
-                        help="measure the prefill with these methods at 20%%, beside the full cache's, instead: "
-                        + ", ".join(METHODS))  # fmt: skip
+                       help="measure the prefill with these methods at 20%%, beside the full cache's, instead: "
+                       + ", ".join(METHODS))  # fmt: skip
     other.add_argument("--where", action="store_true", help="measure where a prompt's seconds go, instead")
     other.add_argument("--loading", metavar="FOLDER", help="measure what it takes to load this checkpoint instead; if "
-                        "there is none, one with the preset's shapes and random weights is written first")  # fmt: skip
+                       "there is none, one with the preset's shapes and random weights is written first")  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder for speed.md and speed.json")
     return parser.parse_args(arguments)
 
