@@ -25,7 +25,6 @@ import argparse
 import ast
 import contextlib
 import csv
-import hashlib
 import io
 import json
 import os
@@ -43,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from coursework.bodies import UNUSABLE, find, outline, put, refusal, take
-from coursework.table import EXERCISES, Exercise, node
+from coursework.table import EXERCISES, Exercise
 from minillava.command import printable, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +50,7 @@ POINTS = 10.0  # of an exercise; its tests have equal parts
 PATIENCE = 120.0  # seconds that an exercise's tests may take
 LARGEST = 10**6  # bytes of a file that is handed in
 REFERENCE = "coursework/reference.bin"  # in a handout: the complete repository
+SAVED = ".exercises/reference.bin"  # the same in a clone, while a body is away
 BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # RuntimeError: it is encrypted
 STUDENTS = "coursework/COURSEWORK.md"
 # Not in a handout. The tests of this file show wrong bodies, and so what is wrong with them.
@@ -61,16 +61,21 @@ HANDED_IN = list(dict.fromkeys(exercise.file for exercise in EXERCISES.values())
 Files = Mapping[str, bytes]  # a repository: names and contents
 
 
+def emptied(source: str, name: str) -> str:
+    """A file as it is handed out, without an exercise's body."""
+    exercise = EXERCISES[name]
+    return put(source, exercise.function, exercise.given or f'raise NotImplementedError("exercise: {name}")\n')
+
+
 def is_away(source: str, name: str) -> bool:
     """Whether what stands in a file is what was handed out, comments and form aside."""
-    exercise = EXERCISES[name]
-    without = put(source, exercise.function, exercise.hole(name))
-    return outline(source, exercise.function) == outline(without, exercise.function)
+    function = EXERCISES[name].function
+    return outline(source, function) == outline(emptied(source, name), function)
 
 
 def reference(root: Path = ROOT) -> dict[str, bytes]:
     """The complete repository: from its zip where bodies are away, else a clone's tracked files."""
-    for path in (root / REFERENCE, root / ".exercises" / "reference.bin"):
+    for path in (root / REFERENCE, root / SAVED):
         if path.exists():
             with zipfile.ZipFile(path) as archive:
                 return {name: archive.read(name) for name in archive.namelist()}
@@ -84,13 +89,6 @@ def reference(root: Path = ROOT) -> dict[str, bytes]:
     if away:
         raise ValueError(f"The body of {away[0]} is away; get it back from git first.")
     return files
-
-
-def complete(root: Path) -> dict[str, bytes]:
-    """A clone's files, for an instructor; refuses one in which a body is away."""
-    if (root / ".exercises" / "reference.bin").exists():
-        raise ValueError("A body is away; restore it first: `restore NAME`.")
-    return reference(root)
 
 
 def pack(files: Files) -> bytes:
@@ -124,27 +122,26 @@ def new(path: str) -> Path:
 
 def remove(name: str, root: Path = ROOT) -> None:
     """Takes the body away; refuses if it is away already."""
-    exercise, saved = EXERCISES[name], root / ".exercises" / "reference.bin"
+    exercise, saved = EXERCISES[name], root / SAVED
     path = root / exercise.file
     source = path.read_text(encoding="utf-8")
     if is_away(source, name):
         raise ValueError(f"The body of {exercise.function} is away already.")
     if not saved.exists():
-        content = pack(reference(root))
-        saved.parent.mkdir(exist_ok=True)
-        saved.write_bytes(content)
-    path.write_text(put(source, exercise.function, exercise.hole(name)), encoding="utf-8")
+        write({SAVED: pack(reference(root))}, root)
+    saved.with_name(f"{name}.away").touch()
+    path.write_text(emptied(source, name), encoding="utf-8")
 
 
 def restore(name: str, root: Path = ROOT) -> None:
     """Puts the body back; what stood in its place goes to `.exercises/NAME.solution` if it was a solution."""
-    exercise, saved = EXERCISES[name], root / ".exercises" / "reference.bin"
+    exercise, saved = EXERCISES[name], root / SAVED
     if not saved.exists():
         raise ValueError("No body is away here.")
-    files, path = reference(root), root / exercise.file
-    original, source = files[exercise.file].decode(), path.read_text(encoding="utf-8")
+    path, body = root / exercise.file, take(reference(root)[exercise.file].decode(), exercise.function)
+    source = path.read_text(encoding="utf-8")
     try:
-        own, body = take(source, exercise.function), take(original, exercise.function)
+        own = take(source, exercise.function)
         if not is_away(source, name) and own != body:
             saved.with_name(f"{name}.solution").write_text(own, encoding="utf-8")
         path.write_text(put(source, exercise.function, body), encoding="utf-8")
@@ -153,14 +150,9 @@ def restore(name: str, root: Path = ROOT) -> None:
         raise ValueError(
             f"{exercise.function} cannot be found in {exercise.file} ({reason}). Mend that, then restore again."
         ) from None
-
-    def stands(one: Exercise) -> bool:
-        texts = (root / one.file).read_text(encoding="utf-8"), files[one.file].decode()
-        return take(texts[0], one.function) == take(texts[1], one.function)
-
-    with contextlib.suppress(*UNUSABLE):
-        if all(map(stands, EXERCISES.values())):  # else another body, or one's own in its place, needs it
-            saved.unlink()
+    saved.with_name(f"{name}.away").unlink(missing_ok=True)
+    if not any(saved.parent.glob("*.away")):
+        saved.unlink()
 
 
 # ---------------------------------------------------------------- points
@@ -192,48 +184,49 @@ def handed_in(submission: Path, file: str) -> str:
     raise LookupError("the file is missing")
 
 
-def with_body(name: str, submission: Path, files: Files) -> str:
-    """An exercise's file as in the complete repository, but with the body that was handed in."""
+def look(name: str, submission: Path, files: Files) -> tuple[str, str]:
+    """An exercise's file with the body that was handed in, "" if there is none, and why it brings no points, or ""."""
     file, function = EXERCISES[name].file, EXERCISES[name].function
-    return put(files[file].decode(), function, take(handed_in(submission, file), function))
-
-
-def hashes(tree: Path) -> dict[str, str]:
-    """The contents of all files in a folder."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in tree.rglob("*") if path.is_file()}
+    try:
+        changed = put(files[file].decode(), function, take(handed_in(submission, file), function))
+        if is_away(changed, name):
+            return "", "not attempted"
+        refused = refusal(changed, function)
+        return changed, refused and f"refused: {refused}"
+    except (*UNUSABLE, *BAD_ZIP) as error:
+        reason = f"{error}" or type(error).__name__
+        return "", f"{file}: {function} cannot be used: {reason}"
 
 
 def run(exercise: Exercise, files: Files) -> dict[str, Any]:
     """Runs an exercise's tests in a copy of the files; what `run_tests.run` returns, or what went wrong as `said`."""
-    tests, definition = exercise.task()
-    said = ""
     with tempfile.TemporaryDirectory() as scratch:
-        tree, result = Path(scratch, "tree"), Path(scratch, secrets.token_hex(16))
+        tree, result, errors = Path(scratch, "tree"), Path(scratch, secrets.token_hex(16)), Path(scratch, "errors")
         write(files, tree)
-        before = hashes(tree)
         kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
         environment = kept | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HOME": scratch,
                               "TMPDIR": scratch, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1",
                               "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(scratch, "examples"))}  # fmt: skip
-        with Path(scratch, "errors").open("w+") as errors:
+        with errors.open("w") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-c", "from coursework.run_tests import main; main()"], cwd=tree, env=environment,
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, text=True, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr, text=True, start_new_session=True,
             )  # fmt: skip
-            try:
-                task = {"tests": tests, "definition": definition, "result": str(result)}
-                process.communicate(json.dumps(task), timeout=PATIENCE)
-            except subprocess.TimeoutExpired:
-                said = f"the tests did not end in {PATIENCE:g} s"
-            finally:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-                process.wait()
-            errors.seek(0)
-            last = "\n".join(errors.read().splitlines()[-3:])
-        if not said and hashes(tree) != before:
+        said = ""
+        try:
+            task = {"tests": exercise.tests, "result": str(result)}
+            process.communicate(json.dumps(task), timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            said = f"the tests did not end in {PATIENCE:g} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+            process.wait()
+        left = {path.relative_to(tree).as_posix(): path.read_bytes() for path in tree.rglob("*") if path.is_file()}
+        if not said and left != files:
             said = "the tests, or the code that they run, were changed"
-        if not said and not result.exists():
+        elif not said and not result.exists():
+            last = "\n".join(errors.read_text(errors="replace").splitlines()[-3:])
             said = f"the tests ended without a result (exit code {process.returncode})\n{last}".rstrip()
         failed: dict[str, Any] = {"passed": [], "first": "", "said": said}
         return failed if said else dict(json.loads(result.read_text(encoding="utf-8")))
@@ -241,20 +234,14 @@ def run(exercise: Exercise, files: Files) -> dict[str, Any]:
 
 def grade_one(name: str, submission: Path, files: Files) -> Grade:
     """Points for a body that was handed in."""
-    exercise, function = EXERCISES[name], EXERCISES[name].function
-    try:
-        changed = with_body(name, submission, files)
-        body, refused = outline(changed, function)[1], refusal(changed, function)
-        if is_away(changed, name):
-            return Grade(0.0, "not attempted")
-    except (*UNUSABLE, *BAD_ZIP) as error:
-        reason = f"{error}" or type(error).__name__
-        return Grade(0.0, f"{exercise.file}: {function} cannot be used: {reason}")
-    if refused:
-        return Grade(0.0, f"refused: {refused}", body)
+    exercise = EXERCISES[name]
+    changed, fault = look(name, submission, files)
+    body = outline(changed, exercise.function)[1] if changed else ""
+    if fault:
+        return Grade(0.0, fault, body)
     found = run(exercise, {**files, exercise.file: changed.encode()})
-    passed = found["passed"] if exercise.task()[1] in found["passed"] else []
-    number, many = sum(node(test) in passed for test in exercise.tests), len(exercise.tests)
+    passed, paid = found["passed"], exercise.tests[exercise.unpaid :]
+    number, many = len({*paid} & {*passed}) if exercise.tests[0] in passed else 0, len(paid)
     said = "\n".join(printable(line) for line in found["said"].splitlines())
     if found["first"]:
         first = found["first"].split("::")[-1].removeprefix("test_").replace("_", " ")
@@ -277,7 +264,7 @@ def grade_all(names: Sequence[str], submission: Path, files: Files) -> dict[str,
     return grades
 
 
-def grade(submissions: Sequence[Path], names: Sequence[str], out: Path | None, root: Path = ROOT) -> None:
+def grade(submissions: Sequence[Path], names: Sequence[str], out: Path | None, files: Files) -> None:
     """Prints every student's points, and who handed in the same body; writes them to `out`."""
     for path in submissions:
         if not path.is_dir() and not zipfile.is_zipfile(path):
@@ -285,17 +272,16 @@ def grade(submissions: Sequence[Path], names: Sequence[str], out: Path | None, r
     students = [path.resolve().stem if path.is_file() else path.resolve().name for path in submissions]
     if len({*students}) < len(students):
         students = [str(path).strip("/").replace("/", "_") for path in submissions]
-    files, table = complete(root), dict[str, dict[str, Grade]]()
+    table: dict[str, dict[str, Grade]] = {}
     if out is not None:
         out.mkdir()
     for student, path in zip(students, submissions):
         print(f"# {student}")
         grades = table[student] = grade_all(names, path, files)
         if out is not None:
-            (out / student).mkdir()
             tests = [dict(name=n, score=one.points, max_score=POINTS, output=one.said) for n, one in grades.items()]
             results = {"score": total(grades), "tests": tests}  # as Gradescope's autograder reads it
-            (out / student / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+            write({f"{student}/results.json": json.dumps(results, indent=1).encode()}, out)
     for name in names:
         for body in dict.fromkeys(grades[name].body for grades in table.values()):
             same = [student for student, grades in table.items() if grades[name].body == body]
@@ -310,52 +296,36 @@ def grade(submissions: Sequence[Path], names: Sequence[str], out: Path | None, r
 # ---------------------------------------------------------------- what is handed out and handed in
 
 
-def handout(out: Path, root: Path = ROOT) -> None:
+def handout(out: Path, files: Files) -> None:
     """Writes a copy of the repository without its history and without any of the bodies."""
-    files = complete(root)
-    out.mkdir()
-    write({name: content for name, content in files.items() if name not in INSTRUCTORS}, out)
+    from minillava import explore  # slow, as it loads torch
+
+    given = {name: content for name, content in files.items() if name not in INSTRUCTORS}
     for name, exercise in EXERCISES.items():
-        source = (out / exercise.file).read_text(encoding="utf-8")
-        holed = put(source, exercise.function, exercise.hole(name))
-        (out / exercise.file).write_text(holed, encoding="utf-8")
-    (out / REFERENCE).write_bytes(pack(files))
-    (out / "COURSEWORK.md").write_bytes(files[STUDENTS])
+        given[exercise.file] = emptied(given[exercise.file].decode(), name).encode()
     answers = "\n".join(f"## {number}. {name}\n" for number, name in enumerate(EXERCISES, start=1))
-    (out / "ANSWERS.md").write_text(f"# Answers\n\nName:\n\n{answers}", encoding="utf-8")
-    for scene in SCENES:
-        explore(out.resolve() / f"page_{scene}.html", scene, root)
-
-
-def explore(page: Path, scene: int, root: Path) -> None:
-    """Writes the explorer's page of a scene."""
-    command = [sys.executable, "-m", "minillava.explore", str(page), "--scene", str(scene)]
-    subprocess.run(command, cwd=root, check=True)
+    given["ANSWERS.md"] = f"# Answers\n\nName:\n\n{answers}".encode()
+    write(given | {REFERENCE: pack(files), "COURSEWORK.md": files[STUDENTS]}, out)
+    if any(explore.main([str(out / f"page_{scene}.html"), "--scene", str(scene)]) for scene in SCENES):
+        raise ValueError("The explorer's pages could not be written; all else is there.")
 
 
 def submit(out: Path, root: Path = ROOT) -> None:
     """Zips the files to hand in, after a look at the bodies in them; runs no test."""
     files = reference(root)
-    for name, exercise in EXERCISES.items():
-        try:
-            changed = with_body(name, root, files)
-            state = "not attempted" if is_away(changed, name) else refusal(changed, exercise.function) or "in it"
-        except UNUSABLE as error:
-            state = f"cannot be used: {error}"
-        print(f"{name:12} {state}")
+    for name in EXERCISES:
+        print(f"{name:12} {look(name, root, files)[1] or 'in it'}")
     names = [name for name in (*HANDED_IN, "ANSWERS.md") if (root / name).is_file()]
     out.write_bytes(pack({name: (root / name).read_bytes() for name in names}))
     print(f"{out}: {', '.join(names)}")
 
 
-def solutions(out: Path, root: Path = ROOT) -> None:
+def solutions(out: Path, files: Files) -> None:
     """Writes every function, docstring and body, to a file with the exercise's name."""
-    files = complete(root)
-    out.mkdir()
     for name, exercise in EXERCISES.items():
         source = files[exercise.file].decode()
         text = ast.get_source_segment(source, find(ast.parse(source), exercise.function), padded=True) or ""
-        (out / f"{name}.py").write_text(textwrap.dedent(text) + "\n", encoding="utf-8")
+        write({f"{name}.py": (textwrap.dedent(text) + "\n").encode()}, out)
 
 
 SETUP = """\
@@ -377,9 +347,8 @@ cp /autograder/graded/submission/results.json /autograder/results/results.json
 """
 
 
-def autograder(out: Path, names: Sequence[str], root: Path = ROOT) -> None:
+def autograder(out: Path, names: Sequence[str], files: Files) -> None:
     """Writes the zip that Gradescope takes: the repository without its history, and the two scripts it asks for."""
-    files = complete(root)
     only = "" if len(names) == len(EXERCISES) else "".join(f" --only {name}" for name in names)
     inside = {f"repository/{name}": content for name, content in {**files, REFERENCE: pack(files)}.items()}
     scripts = {"setup.sh": SETUP.encode(), "run_autograder": RUN.format(only=only).encode()}
@@ -395,7 +364,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="an exercise, or OUT, or FOLDER, as above")
     parser.add_argument("--only", action="append", choices=EXERCISES, metavar="NAME",
                         help="grade, autograder: this exercise only; repeatable")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="grade: a new folder for points.csv and STUDENT/results.json")
+    parser.add_argument("--out", help="grade: a new folder for points.csv and STUDENT/results.json")
     args = parser.parse_args(arguments)
     action, names, only = args.action, args.names, args.only or list(EXERCISES)
     if len(names) < (action not in ("list", "check")) or (action != "grade" and len(names) > (action != "list")):
@@ -404,6 +373,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         parser.error(f"there is no exercise {names[0]}; exercises: {', '.join(EXERCISES)}")
     if action in ("remove", "restore") and (root / REFERENCE).exists():
         raise ValueError("This is a handout: its bodies are away for you to write. `check` says how far you are.")
+    if action in actions[5:] and (root / SAVED).exists():
+        raise ValueError("A body is away; restore it first: `restore NAME`.")
     work: dict[str, Callable[[], object]] = {
         "list": lambda: print(
             "\n".join(f"{n:12} {e.minutes:3} min  {e.file}: {e.function}" for n, e in EXERCISES.items())
@@ -412,10 +383,10 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         "remove": lambda: remove(names[0], root),
         "restore": lambda: restore(names[0], root),
         "submit": lambda: submit(new(names[0]), root),
-        "handout": lambda: handout(new(names[0]), root),
-        "solutions": lambda: solutions(new(names[0]), root),
-        "autograder": lambda: autograder(new(names[0]), only, root),
-        "grade": lambda: grade([Path(name) for name in names], only, args.out and new(str(args.out)), root),
+        "handout": lambda: handout(new(names[0]), reference(root)),
+        "solutions": lambda: solutions(new(names[0]), reference(root)),
+        "autograder": lambda: autograder(new(names[0]), only, reference(root)),
+        "grade": lambda: grade([*map(Path, names)], only, args.out and new(args.out), reference(root)),
     }
     try:
         work[action]()

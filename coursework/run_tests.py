@@ -13,11 +13,10 @@ SHOWN = 30  # lines of a failed test
 
 class Outcomes:
     """A plugin of pytest: which tests passed, and what the first that failed said. Stops when the exercise's first
-    test fails, `definition`: then there are no points."""
+    test fails, the definition: then there are no points."""
 
-    def __init__(self, tests: list[str], definition: str):
+    def __init__(self, tests: list[str]):
         self.found: dict[str, list[str]] = {test: [] for test in tests}
-        self.definition = definition
         self.first, self.said = "", ""
 
     def pytest_sessionstart(self, session: Any) -> None:
@@ -29,7 +28,7 @@ class Outcomes:
             self.found[test].append(report.outcome)
         if not report.passed:  # a test that skips proves nothing
             self.note(test, report)
-            if test == self.definition:
+            if test == next(iter(self.found)):
                 self.session.shouldstop = "without the definition there are no points"
 
     def pytest_collectreport(self, report: Any) -> None:
@@ -41,12 +40,8 @@ class Outcomes:
             lines = [*report.longreprtext.splitlines()[-SHOWN:], *report.capstdout.splitlines()[-SHOWN:]]
             self.first, self.said = test, "\n".join(line[:300] for line in lines)
 
-    def passed(self) -> list[str]:
-        """The tests of which every case passed; one that is skipped is not passed."""
-        return [test for test, outcomes in self.found.items() if {*outcomes} == {"passed"}]
 
-
-def run(tests: list[str], definition: str) -> dict[str, Any]:
+def run(tests: list[str]) -> dict[str, Any]:
     """Runs tests by pytest: those that passed, and the first that failed with what it said."""
     import pytest
     from hypothesis import Phase, settings
@@ -54,12 +49,13 @@ def run(tests: list[str], definition: str) -> dict[str, Any]:
     # A failing body needs no smaller example: to look for one may take minutes.
     settings.register_profile("graded", deadline=None, derandomize=True, database=None, max_examples=25,
                               phases=[Phase.explicit, Phase.generate])  # fmt: skip
-    outcomes = Outcomes(tests, definition)
+    outcomes = Outcomes(tests)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # other plugins that are installed take no part
     options = ["-o", "addopts=", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "_hypothesis_pytestplugin",
                "--hypothesis-profile", "graded"]  # fmt: skip
     pytest.main([*options, *tests], plugins=[outcomes])
-    return {"passed": outcomes.passed(), "first": outcomes.first, "said": outcomes.said}
+    passed = [test for test, cases in outcomes.found.items() if {*cases} == {"passed"}]  # every case, and none skipped
+    return {"passed": passed, "first": outcomes.first, "said": outcomes.said}
 
 
 def main() -> None:
@@ -69,6 +65,5 @@ def main() -> None:
     clones = [folder for folder in sys.path if (Path(folder) / "prefixkv.py").exists()]
     sys.path[:] = [folder for folder in sys.path if folder not in clones or Path(folder).resolve() == here.resolve()]
     sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
-    outcome = run(task["tests"], task["definition"])
-    Path(task["result"]).write_text(json.dumps(outcome), encoding="utf-8")
+    Path(task["result"]).write_text(json.dumps(run(task["tests"])), encoding="utf-8")
     os._exit(0)

@@ -12,25 +12,14 @@ class Exercise:
     file: str
     function: str  # with its class
     minutes: int  # an estimate
-    tests: tuple[str, ...]  # names, after `tests/test_`: each brings an equal part of the points
-    definition: str = ""  # the test without which there are no points; by default the first
+    names: tuple[str, ...]  # of tests: the first is the definition, without which there are no points
+    unpaid: int = 0  # so many of the first tests bring no points; the others have equal parts
     given: str = ""  # a body with faults, instead of none
 
-    def hole(self, name: str) -> str:
-        """What stands in for the body."""
-        return self.given or f'raise NotImplementedError("exercise: {name}")\n'
-
-    def task(self) -> tuple[list[str], str]:
-        """What pytest shall run, the definition first, and which one that is."""
-        definition = self.definition or self.tests[0]
-        names = list(dict.fromkeys([definition, *self.tests]))
-        return [node(name) for name in names], node(definition)
-
-
-def node(test: str) -> str:
-    """pytest's name of a test."""
-    file, name = test.split("::", 1)
-    return f"tests/test_{file}.py::{name}"
+    @property
+    def tests(self) -> list[str]:
+        """What pytest calls the tests."""
+        return [f"tests/test_{name.replace('::', '.py::', 1)}" for name in self.names]
 
 
 FAULTY = """\
@@ -70,10 +59,10 @@ EXERCISES = {
     ),
     "published": Exercise(
         "coursework/published.py", "compress", 15,
-        ("coursework::test_no_layer_keeps_more_tokens_than_it_may",
+        ("coursework::test_the_most_important_tokens_stay_in_every_layer",
+         "coursework::test_no_layer_keeps_more_tokens_than_it_may",
          "coursework::test_of_two_tokens_that_are_nearly_level_the_more_important_stays"),
-        definition="coursework::test_the_most_important_tokens_stay_in_every_layer",
-        given=FAULTY,
+        unpaid=1, given=FAULTY,
     ),
     "eviction": Exercise(
         "prefixkv.py", "PrefixKV.victim", 40,
