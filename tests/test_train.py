@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checkpoints import same_weights
 from conftest import ROOT, TINY
 
 from minillava.checks import LlavaError
-from minillava.model import Llava
 from minillava.scenes import draw, make_scene, short_question
 from train import train_tiny
 from train.train_tiny import LABELS, PATCH, Conversations, Stage
@@ -21,9 +22,12 @@ from weights import load, load_processor
 def beginning(talk, seed=0):
     """A model and heads for pictures of 96 pixels, with random weights."""
     torch.manual_seed(seed)
-    model = Llava(train_tiny.tiny_config(96, talk.size, talk.image_id, talk.pad_id))
-    train_tiny.initialise(model)
-    return model, train_tiny.make_heads(12)
+    return train_tiny.new_model(96, talk), train_tiny.make_heads(12)
+
+
+def options(work, seed=0, limit=None):
+    """What the command line says."""
+    return argparse.Namespace(work=work, device="cpu", seed=seed, limit=limit, compile=False, start=None)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def test_widening_keeps_the_class_token_and_the_places_of_patches_and_makes_the_
 def test_pixels_and_labels_are_those_of_the_stage_and_pixels_the_processor_s(side):
     scene, grid = make_scene(random.Random(1)), side // PATCH
     (image, cover), names = draw(scene), list(LABELS)
-    made, processor = train_tiny.pixels(image, side), load_processor(TINY)
+    made, processor = train_tiny.image_processor(side)(image), load_processor(TINY)
     assert made.shape == (3, side, side)
     if side == processor.config.vision.image_size:
         assert torch.equal(made, processor.image_processor(image))
@@ -68,8 +72,9 @@ def test_what_is_exported_is_the_checkpoint_again_with_a_card(talk, tmp_path):
     image, (model, processor) = draw(make_scene(random.Random(2)))[0], load(TINY)
     (tmp_path / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
     out = tmp_path / "out"
-    for _ in range(2):  # over what was there before, too
-        train_tiny.export(model, tmp_path / "tokenizer.model", talk, out)
+    (out / "examples").mkdir(parents=True)
+    (out / "model.safetensors").write_text("what was there before")
+    train_tiny.export(model, tmp_path / "tokenizer.model", talk, out)
     for name in ("model.safetensors", "tokenizer.json", "examples/scene_1.png"):
         assert (out / name).read_bytes() == (TINY / name).read_bytes(), name
     ours, theirs = load_processor(out), AutoProcessor.from_pretrained(out)
@@ -86,38 +91,48 @@ def test_what_is_exported_is_the_checkpoint_again_with_a_card(talk, tmp_path):
     assert "\nAll stages took 2 minutes" in card and "| count | 50.0 % | 1" in card and "joint-small" not in card
 
 
-def test_a_conversation_beside_others_reads_as_if_it_were_alone(talk):
-    model, _ = beginning(talk)
-    rng = random.Random(3)
+def test_the_loss_of_conversations_side_by_side_is_that_of_each_alone(talk):
+    (model, heads), rng = beginning(talk), random.Random(3)
     scene = make_scene(rng)
-    picture = train_tiny.pixels(draw(scene)[0], 96)[None]
-    turns = [short_question(rng, scene) for _ in range(3)]
-    both, alone = talk.encode([turns[:2], turns[2:]], 144), talk.encode([turns[2:]], 144)
-    words = both.branch.count(0)
-    ids, branch, position = (torch.tensor([part]) for part in (both.ids, both.branch, both.position))
-    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()[words:]
-    mask = causal & ((branch[:, words:, None] == branch[:, None]) | (branch[:, None] == 0))
+    image, cover = draw(scene)
+    pixels, targets = train_tiny.image_processor(96)(image)[None], train_tiny.patch_labels(scene, cover, 12)[None]
+    turns, losses, weights = [short_question(rng, scene) for _ in range(3)], 0.0, 0.0
     with torch.no_grad():
-        embeddings = model.embed(ids, picture)
-        hidden, _, _ = train_tiny.decode(model, embeddings, model.language_model.cos_sin(position), mask[:, None])
-        expected = model(torch.tensor([alone.ids]), picture)
-    torch.testing.assert_close(model.lm_head(hidden)[0, branch[0, words:] == 2], expected[0, words:])
+        for conversation in (turns[:2], turns[2:]):
+            ids, label = torch.tensor(talk.encode([conversation], 144))[:, [0, 3]].T
+            logits = model(ids[None], pixels)[0]
+            for answered, group in itertools.groupby(range(len(ids)), lambda at, label=label: label[at] != -100):
+                if answered:
+                    at = torch.tensor([*group])
+                    weights += len(at) ** 0.5
+                    losses += F.cross_entropy(logits[at - 1], label[at]) * len(at) ** 0.5
+        features, tokens = train_tiny.look(model, pixels), torch.tensor([talk.encode([turns[:2], turns[2:]], 144)])
+        blocks = train_tiny.project, train_tiny.finish
+        found, _, _ = train_tiny.answer_loss(model, heads, features, tokens, targets, blocks)
+    torch.testing.assert_close(found, losses / weights)
 
 
-@pytest.mark.parametrize("kind", ["vision", "language", "joint"])
-def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(talk, tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize("kind, parts", [
+    ("vision", {"vision_tower"}), ("language", {"multi_modal_projector", "language_model", "lm_head"}),
+])  # fmt: skip
+def test_a_stage_trains_its_own_parts(talk, tmp_path, kind, parts):
+    (model, heads), (before, _) = beginning(talk), beginning(talk)
+    train_tiny.run_stage(Stage(kind, kind, side=96, steps=1, batch=1, rate=1e-3), model, heads, talk, options(tmp_path))
+    pairs = zip(before.parameters(), model.named_parameters())
+    assert {name.split(".")[0] for old, (name, new) in pairs if not torch.equal(old, new)} == parts
+
+
+def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(talk, tmp_path, monkeypatch):
     monkeypatch.setattr(train_tiny, "rate", lambda *_: 1e-3)  # else it follows from the number of steps
-    stage, found = Stage(kind, kind, side=96, steps=2, batch=1, rate=1e-3), []
+    stage, found = Stage("joint", "joint", side=96, steps=2, batch=1, rate=1e-3), []
     for name, seed, limit in (("whole", 0, None), ("stopped", 0, 1), ("stopped", 1, None)):
         (tmp_path / name).mkdir(exist_ok=True)
         found.append(beginning(talk, seed))
-        args = argparse.Namespace(work=tmp_path / name, device="cpu", seed=0, limit=limit, compile=False, start=None)
-        train_tiny.run_stage(stage, *found[-1], talk, args)
+        train_tiny.run_stage(stage, *found[-1], talk, options(tmp_path / name, limit=limit))
     whole, half, again = (torch.nn.ModuleList(pair) for pair in found)
     assert same_weights(whole, again) and not same_weights(half, again)
-    args.seed = 1
     with pytest.raises(LlavaError, match="is of seed 0, begun from nothing, and this is seed 1"):
-        train_tiny.run_stage(stage, *found[-1], talk, args)
+        train_tiny.run_stage(stage, *found[-1], talk, options(tmp_path / name, seed=1))
 
 
 def test_the_rate_rises_and_falls_to_nothing():

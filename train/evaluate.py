@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from minillava import TINY
 from minillava.model import Llava
 from minillava.processor import Processor
-from minillava.scenes import DESCRIBE, Scene, draw, make_scene, named, short_question
+from minillava.scenes import DESCRIBE, Question, Scene, draw, make_scene, named, short_question
 from weights import load
 
 BATCH = 20
@@ -45,38 +45,35 @@ def answers(model: Llava, processor: Processor, asked: list[tuple[Scene, str]], 
     return [text.strip() for text in texts]
 
 
+def exam(questions: int) -> list[tuple[Scene, Question]]:
+    """Held-out scenes, with a short question about each."""
+    drawn = [held_out("question", index) for index in range(questions)]
+    return [(scene, short_question(rng, scene)) for rng, scene in drawn]
+
+
 def evaluate(model: Llava, processor: Processor, descriptions: int = 200, questions: int = 1600) -> dict[str, float]:
     """Shares between 0 and 1: objects found, objects named that exist, and right answers by kind of question."""
-    asked = []
-    for index in range(descriptions):
-        rng, scene = held_out("description", index)
-        asked.append((scene, rng.choice(DESCRIBE)))
+    drawn = [held_out("description", index) for index in range(descriptions)]
+    asked = [(scene, rng.choice(DESCRIBE)) for rng, scene in drawn]
     found = total = said = 0
     for (scene, _), text in zip(asked, answers(model, processor, asked, 160)):
-        true = [(t.size, t.colour, t.shape, t.place) for t in scene.things]
-        told = named(text)
-        found += len(set(true) & set(told))
+        true, told = {(t.size, t.colour, t.shape, t.place) for t in scene.things}, named(text)
+        found += len(true & {*told})
         total, said = total + len(true), said + len(told)
     scores = {"objects found": found / total, "objects named that exist": found / max(said, 1)}
-    short, truth = [], []
-    for index in range(questions):
-        rng, scene = held_out("question", index)
-        question = short_question(rng, scene)
-        short.append((scene, question.text))
-        truth.append((question.kind, question.answer))
+    short = exam(questions)
+    texts = answers(model, processor, [(scene, question.text) for scene, question in short], 16)
     right: dict[str, list[bool]] = defaultdict(list)
-    for (kind, answer), text in zip(truth, answers(model, processor, short, 16)):
-        right[kind].append(text == answer)
+    for (_, question), text in zip(short, texts):
+        right[question.kind].append(text == question.answer)
     scores["questions right"] = sum(map(sum, right.values())) / questions
-    scores.update({kind: sum(marks) / len(marks) for kind, marks in sorted(right.items())})
-    return scores
+    return scores | {kind: sum(marks) / len(marks) for kind, marks in sorted(right.items())}
 
 
 def commonest(questions: int = 1600) -> dict[str, float]:
     """What always giving the commonest answer of its kind would score, by kind and over all questions."""
     told: dict[str, Counter[str]] = defaultdict(Counter)
-    for index in range(questions):
-        question = short_question(*held_out("question", index))
+    for _, question in exam(questions):
         told[question.kind][question.answer] += 1
     scores = {kind: max(answers.values()) / answers.total() for kind, answers in told.items()}
     scores["questions right"] = sum(max(answers.values()) for answers in told.values()) / questions

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import math
 import random
 import re
@@ -32,7 +33,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -101,19 +102,8 @@ LABELS = {  # what a patch is asked, and how many answers there are: + 1 for "no
     "column": 0,
     "centre": 2,  # does an object's middle lie in it: one patch an object, which is what counting needs
 }
-ALL_KINDS = (*scenes.KINDS, "describe")
 WEIGHTS = (0.5, 1.0, 1.0, 1.0, 2.0, 1.5, 1.5, 1.0)  # how often each of scenes.KINDS is asked
 POINTER = 4  # the decoder layer, counted from 0, of which one head is shown where to look
-
-
-def tiny_config(side: int, vocab_size: int, image_token_id: int, pad_token_id: int) -> LlavaConfig:
-    """The architecture of minillava/tiny, with pictures of side x side pixels."""
-    vision = VisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
-                          image_size=side, patch_size=PATCH)  # fmt: skip
-    text = TextConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=4,
-                      num_key_value_heads=2, max_position_embeddings=2048, rms_norm_eps=1e-5,
-                      vocab_size=vocab_size)  # fmt: skip
-    return LlavaConfig(vision=vision, text=text, image_token_id=image_token_id, pad_token_id=pad_token_id)
 
 
 def train_tokenizer(path: Path, seed: int) -> None:
@@ -138,11 +128,6 @@ def image_processor(side: int) -> ImageProcessor:
     return ImageProcessor(size={"shortest_edge": side}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
-def pixels(image: Image.Image, side: int) -> Tensor:
-    """What the processor makes of a square image: [3, side, side]."""
-    return image_processor(side)(image)
-
-
 def patch_labels(scene: scenes.Scene, cover: Image.Image, grid: int) -> Tensor:
     """The answers to LABELS for every patch: [grid², 9]. An object counts where it covers a sixth of the patch."""
     small = cover.resize((grid * PATCH, grid * PATCH), Image.Resampling.NEAREST)
@@ -165,22 +150,20 @@ def patch_labels(scene: scenes.Scene, cover: Image.Image, grid: int) -> Tensor:
     return torch.cat([torch.tensor([(-1, -1, -1, -1), *things])[owner] + 1, torch.stack(rest, -1)], -1)
 
 
-class Sample(NamedTuple):
-    """Conversations about one picture, side by side; all lists but `kinds` are as long as `ids`."""
+class Token(NamedTuple):
+    """A token of conversations about one picture, side by side. What is not an answer's has the defaults."""
 
-    ids: list[int]
-    labels: list[int]  # the token itself in an answer, -100 elsewhere
-    branch: list[int]  # which conversation a token belongs to; 0 for the image, which all of them see
-    position: list[int]
-    answer: list[int]  # which answer a token belongs to, 0 for none
-    about: list[int]  # where the next token is an answer's: bit i is set if it is about an object in PLACES[i]
-    colour: list[int]  # the one colour that the question names, -100 for none or several, likewise
-    shape: list[int]
-    kinds: list[int]  # of the questions, an index into ALL_KINDS, one for every answer
+    id: int
+    branch: int  # which conversation it belongs to; 0 for what stands before them, which all of them see
+    position: int
+    label: int = -100  # the token itself in an answer
+    about: int = 0  # bit i is set if its sentence is about an object in PLACES[i]
+    colour: int = -100  # the one colour that the question names, -100 for none or several
+    shape: int = -100
 
 
 class Conversations:
-    """Turns conversations into token ids in LLaVA-1.5's format, with labels on the answers only."""
+    """Turns conversations into tokens in LLaVA-1.5's format, with labels on the answers only."""
 
     def __init__(self, tokenizer: Path):
         self.model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
@@ -189,43 +172,34 @@ class Conversations:
         self.pad_id = self.image_id + 1
         self.size = math.ceil((self.pad_id + 1) / 64) * 64
 
-    def encode(self, conversations: list[list[scenes.Question]], patches: int) -> Sample:
+    def encode(self, conversations: list[list[scenes.Question]], patches: int) -> list[Token]:
         """Conversations about one picture of so many patches."""
-        ids = [self.bos, *self.model.encode("USER: "), *[self.image_id] * patches]
-        prefix = len(ids)
-        none, zero = [-100] * prefix, [0] * prefix
-        sample = Sample(ids, none[:], zero[:], [*range(prefix)], zero[:], zero[:], none[:], none[:], [])
+        prefix = [self.bos, *self.model.encode("USER: "), *[self.image_id] * patches]
+        tokens = [Token(id, 0, position) for position, id in enumerate(prefix)]
         for branch, turns in enumerate(conversations, start=1):
-            begin = len(ids)
+            position = itertools.count(len(prefix))
             for index, turn in enumerate(turns):
                 prompt = f"{'USER: ' if index else chr(10)}{turn.text} ASSISTANT:"
                 asked, both = self.model.encode(prompt), self.model.encode(f"{prompt} {turn.answer}")
                 assert both[: len(asked)] == asked
-                told = [*both[len(asked) :], self.eos]
-                ids.extend(asked + told)
-                sample.labels.extend([-100] * len(asked) + told)
-                sample.kinds.append(ALL_KINDS.index(turn.kind))
-                sample.answer.extend([0] * len(asked) + [len(sample.kinds)] * len(told))
-                sentence, about = 0, []
-                for token in told:
-                    about.append(sum(1 << cell for cells in turn.cells[sentence : sentence + 1] for cell in cells))
-                    sentence += "." in self.model.id_to_piece(token)
-                sample.about.extend([0] * (len(asked) - 1) + about + [0])
-                words = set(re.findall(r"\w+", turn.text))
-                shapes = [{shape, scenes.plural(shape)} for shape in scenes.SHAPES]
-                for column, names in ((sample.colour, [{c} for c in scenes.COLOURS]), (sample.shape, shapes)):
-                    found = [index for index, name in enumerate(names) if name & words]
-                    name = found[0] if len(found) == 1 else -100
-                    column.extend([-100] * (len(asked) - 1) + [name] * len(told) + [-100])
-            sample.branch.extend([branch] * (len(ids) - begin))
-            sample.position.extend(range(prefix, prefix + len(ids) - begin))
-        return sample
+                tokens += [Token(id, branch, next(position)) for id in asked]
+                colour, shape = (only_one(names, turn.text) for names in (scenes.COLOURS, SHAPE_NAMES))
+                sentence = 0
+                for id in [*both[len(asked) :], self.eos]:
+                    about = sum(1 << cell for cells in turn.cells[sentence : sentence + 1] for cell in cells)
+                    tokens.append(Token(id, branch, next(position), id, about, colour, shape))
+                    sentence += "." in self.model.id_to_piece(id)
+        return tokens
 
 
-def padded(rows: Sequence[list[int]], fill: int, multiple: int) -> Tensor:
-    """Rows filled up to a common length, which is a multiple of so many."""
-    length = math.ceil(max(map(len, rows)) / multiple) * multiple
-    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+SHAPE_NAMES = [f"{shape} {scenes.plural(shape)}" for shape in scenes.SHAPES]
+
+
+def only_one(names: Iterable[str], text: str) -> int:
+    """The number of the one name that a text mentions, in one of its forms; -100 if it mentions none or several."""
+    words = {*re.findall(r"\w+", text)}
+    found = [number for number, forms in enumerate(names) if words & {*forms.split()}]
+    return found[0] if len(found) == 1 else -100
 
 
 @dataclass(frozen=True)
@@ -249,27 +223,34 @@ class Batches(torch.utils.data.Dataset):
         return parts
 
     def __getitem__(self, index: int) -> list[Tensor]:
+        """Images [B, 3, R, R], targets [B, P, 9], and Tokens [B, N, 7], of which a vision stage has none."""
         stage, rng = self.stage, random.Random(f"{self.seed} {self.stage.name} {index}")
-        images, targets, samples = [], [], []
+        images, targets, rows = [], [], []
         for _ in range(stage.batch):
             # Scenes of at most two or three objects make it easy to see what a question is about.
             most = rng.choice((2, 3, scenes.MAX_OBJECTS)) if stage.kind == "language" else scenes.MAX_OBJECTS
             scene = scenes.make_scene(rng, most, stage.smallest)
             image, cover = scenes.draw(scene)
-            images.append(pixels(image, stage.side))
+            images.append(image_processor(stage.side)(image))
             targets.append(patch_labels(scene, cover, stage.grid))
             if stage.kind != "vision":
-                samples.append(self.talk.encode(self.conversations(rng, scene), stage.grid**2))
-        batch = [torch.stack(images), torch.stack(targets)]
-        if samples:
-            *columns, kinds = zip(*samples)
-            fills = (self.talk.pad_id, -100, -1, 0, 0, 0, -100, -100)
-            batch += [padded(rows, fill, 32) for fill, rows in zip(fills, columns)] + [padded(kinds, -1, 1)]
-        return batch
+                rows.append(self.talk.encode(self.conversations(rng, scene), stage.grid**2))
+        length = math.ceil(max(map(len, rows), default=0) / 32) * 32
+        rows = [row + [Token(self.talk.pad_id, -1, 0)] * (length - len(row)) for row in rows]
+        return [torch.stack(images), torch.stack(targets), torch.tensor(rows)]
 
 
-def initialise(model: nn.Module) -> None:
-    """Normal weights of deviation fan_in^-1/2; half of that in layers that write to the residual stream."""
+def new_model(side: int, talk: Conversations) -> Llava:
+    """The architecture of minillava/tiny for pictures of side x side pixels, with random weights.
+
+    They are normal, of deviation fan_in^-1/2; half of that in layers that write to the residual stream.
+    """
+    vision = VisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
+                          image_size=side, patch_size=PATCH)  # fmt: skip
+    text = TextConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=4,
+                      num_key_value_heads=2, max_position_embeddings=2048, rms_norm_eps=1e-5,
+                      vocab_size=talk.size)  # fmt: skip
+    model = Llava(LlavaConfig(vision=vision, text=text, image_token_id=talk.image_id, pad_token_id=talk.pad_id))
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             scale = 0.5 if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")) else 1
@@ -277,28 +258,25 @@ def initialise(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.05 if "embed" in name and "patch" not in name else scale * fan_in**-0.5)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
-    nn.init.normal_(model.get_parameter("lm_head.weight"), std=0.02)
-
-
-def widen_positions(table: Tensor, grid: int) -> Tensor:
-    """The tower's position embeddings [1 + P, Dv] for another grid [1 + grid², Dv]: bicubic, the class token as it is.
-
-    A patch keeps the place that it has in the picture, so that what the tower knows of places holds for the new grid.
-    """
-    old = math.isqrt(len(table) - 1)
-    square = table[1:].view(1, old, old, -1).permute(0, 3, 1, 2)  # [1, Dv, old, old]
-    square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)  # [1, Dv, grid, grid]
-    return torch.cat([table[:1], square.flatten(2)[0].T])
+    nn.init.normal_(model.lm_head.weight, std=0.02)
+    return model
 
 
 @torch.no_grad()
 def widen(model: Llava, heads: nn.ModuleDict, stage: Stage, seed: int) -> None:
-    """Makes model and heads fit the stage's side; heads for rows and columns, which have other answers, are new."""
+    """Makes model and heads fit the stage's side; heads for rows and columns, which have other answers, are new.
+
+    The tower's position embeddings are interpolated, that of the class token aside. A patch keeps the place that it has
+    in the picture, so that what the tower knows of places holds for the new grid.
+    """
     vision = model.config.vision
     if vision.image_size == stage.side:
         return
     model.config = replace(model.config, vision=replace(vision, image_size=stage.side))
-    wide = widen_positions(model.vision_tower.position_embedding.weight, stage.grid)
+    table, old = model.vision_tower.position_embedding.weight, vision.image_size // PATCH  # [1 + P, Dv]
+    square = table[1:].view(1, old, old, -1).permute(0, 3, 1, 2)  # [1, Dv, old, old]
+    square = F.interpolate(square, size=(stage.grid,) * 2, mode="bicubic", align_corners=False)
+    wide = torch.cat([table[:1], square.flatten(2)[0].T])  # [1 + grid², Dv]
     model.vision_tower.position_embedding = nn.Embedding.from_pretrained(wide.contiguous(), freeze=False)
     torch.manual_seed(seed)
     heads.update({name: nn.Linear(vision.hidden_size, stage.grid, device=wide.device) for name in ("row", "column")})
@@ -336,13 +314,13 @@ def finish(layer: DecoderLayer, hidden: Tensor, context: Tensor) -> Tensor:
 
 def decode(
     model: Llava, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor,
-    before: Callable[..., Any] = project, behind: Callable[..., Tensor] = finish,
+    before: Callable[..., Any] = project, after: Callable[..., Tensor] = finish,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The decoder over embeddings [B, N, D]: the words' outputs [B, M, D], and of POINTER query and key [B, N, Dh].
 
     The first N - M tokens end with the picture's: plainly causal, so that they need no mask. The mask [B, 1, M, N] is
-    that of the words after them. Of the top layer, the picture's outputs are read by nobody. `before` and `behind`
-    are `project` and `finish`, or the same compiled: once for all layers and lengths.
+    that of the words after them. Of the top layer, the picture's outputs are read by nobody. `before` and `after` are
+    `project` and `finish`, or the same compiled: once for all layers and lengths.
     """
     layers, image = model.language_model.layers, hidden.shape[1] - mask.shape[2]
     attend = partial(F.scaled_dot_product_attention, enable_gqa=True)
@@ -354,69 +332,68 @@ def decode(
         else:
             first = attend(queries[:, :, :image], keys[:, :, :image], values[:, :, :image], is_causal=True)
             context = torch.cat([first, context], dim=2)  # [B, H, N, Dh]
-        hidden = behind(layer, hidden, context)
+        hidden = after(layer, hidden, context)
         if index == POINTER:
             query, key = queries[:, 0], keys[:, 0]
     return model.language_model.norm(hidden), query, key
 
 
-def pointing_loss(query: Tensor, key: Tensor, heads: nn.ModuleDict, columns: list[Tensor], targets: Tensor) -> Tensor:
+def pointing_loss(query: Tensor, shown: Tensor, heads: nn.ModuleDict, tokens: Tensor, targets: Tensor) -> Tensor:
     """Shows one head of layer POINTER where to look for the next token of an answer.
 
-    Minus the log of the attention to the patches of what the sentence is about, as a share of that to all patches. And
-    the same linear readers must find the colour and the shape that a question names in its query, and those that a
-    patch shows in its key. Without them the head looks at all objects alike: what is asked is no help before keys can
-    be told apart by it, nor the other way round.
+    query [B, N, Dh] of all tokens, shown [B, P, Dh]: keys of the patches. Minus the log of the attention to the
+    patches of what the sentence is about, as a share of that to all patches. And the same linear readers must find the
+    colour and the shape that a question names in its query, and those that a patch shows in its key. Without them the
+    head looks at all objects alike: what is asked is no help before keys can be told apart by it, nor the other way
+    round.
     """
-    end = int((columns[2][0] == 0).sum())
-    patches = slice(end - targets.shape[1], end)
-    row, at = (columns[5] != 0).nonzero(as_tuple=True)
-    asking, shown = query[row, at], key[:, patches]  # [T, Dh], [B, P, Dh]
+    *_, about, colour, shape = tokens.unbind(-1)  # [B, N] each
+    row, at = about.nonzero(as_tuple=True)  # of T tokens; each is asked for by the token before it
     # One product for all tokens, of which some are then taken: gathering a picture's keys for each is far slower.
-    weights = ((query @ shown.mT)[row, at] * query.shape[-1] ** -0.5).log_softmax(-1)  # [T, P]
+    weights = ((query @ shown.mT)[row, at - 1] * query.shape[-1] ** -0.5).log_softmax(-1)  # [T, P]
     place = targets[row][..., list(LABELS).index("place")]  # [T, P], 0 for none
-    wanted = (columns[5][row, at][:, None] << 1 >> place & 1).bool()
+    wanted = (about[row, at][:, None] << 1 >> place & 1).bool()
     loss = -weights.masked_fill(~wanted, -torch.inf).logsumexp(-1)[wanted.any(-1)].mean()
-    for name, asked in zip(("colour", "shape"), columns[6:8]):
+    for name, asked in (("colour", colour), ("shape", shape)):
         reader, looks = heads[f"pointer {name}"], targets[..., list(LABELS).index(name)] - 1
-        loss = loss + 0.5 * F.cross_entropy(reader(asking), asked[row, at])
+        loss = loss + 0.5 * F.cross_entropy(reader(query[row, at - 1]), asked[row, at])
         loss = loss + 0.5 * F.cross_entropy(reader(shown).flatten(0, 1), looks.flatten(), ignore_index=-1)
     return loss
 
 
 def answer_loss(
-    model: Llava, heads: nn.ModuleDict, features: Tensor, columns: list[Tensor], targets: Tensor,
-    parts: tuple[Callable[..., Any], Callable[..., Any]],
+    model: Llava, heads: nn.ModuleDict, features: Tensor, tokens: Tensor, targets: Tensor,
+    blocks: tuple[Callable[..., Any], Callable[..., Any]],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss of a batch, for every answer [B, T] whether each of its tokens is the likeliest, and the pointing loss.
+    """The loss of a batch's answers, the share of answers of which each token is the likeliest, and the pointing loss.
 
     Every sample is new, so the share of right answers is that of greedy decoding on scenes never seen. An answer of
     n tokens weighs sqrt(n): with every token alike, the few of "yes." drown in the seventy of a description. The
-    output layer is not run over questions and patches. `parts` are the last two arguments of `decode`.
+    output layer is not run over questions and patches. `blocks` are the last two arguments of `decode`.
     """
-    ids, labels, branch, position, answer, *_, kinds = columns
-    embeddings = model.language_model.embed_tokens(ids)
-    image = ids == model.config.image_token_id
-    embeddings = embeddings.masked_scatter(image[..., None], model.multi_modal_projector(features))
-    words = int((branch[0] == 0).sum())  # where they begin
-    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()[words:]
-    mask = causal & ((branch[:, words:, None] == branch[:, None]) | (branch[:, None] == 0))  # [B, M, N]
-    hidden, query, key = decode(model, embeddings, model.language_model.cos_sin(position), mask[:, None], *parts)
-    labels, answer = labels[:, words + 1 :], answer[:, words + 1 :]
-    told = labels != -100
-    logits, wanted, number = model.lm_head(hidden[:, :-1][told]), labels[told], answer[told] - 1
-    row = told.nonzero()[:, 0] * kinds.shape[1] + number  # one number for every answer of the batch
-    length = torch.bincount(row, minlength=kinds.numel())
-    weight = length[row].float().rsqrt()
-    loss = (F.cross_entropy(logits, wanted, reduction="none") * weight).sum() / weight.sum()
-    wrong = torch.bincount(row, weights=(logits.argmax(-1) != wanted).float(), minlength=kinds.numel())
-    return loss, (wrong == 0).view_as(kinds), pointing_loss(query, key, heads, columns, targets)
+    ids, branch, position, label, *_ = tokens.unbind(-1)  # [B, N] each
+    prefix = int((branch[0] == 0).sum())  # tokens up to the picture's last, in every row; words follow
+    image = (ids == model.config.image_token_id)[..., None]
+    embeddings = model.language_model.embed_tokens(ids).masked_scatter(image, model.multi_modal_projector(features))
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()[prefix:]  # [M, N]
+    mask = causal & ((branch[:, prefix:, None] == branch[:, None]) | (branch[:, None] == 0))  # [B, M, N]
+    hidden, query, key = decode(model, embeddings, model.language_model.cos_sin(position), mask[:, None], *blocks)
+    pointing = pointing_loss(query, key[:, prefix - features.shape[1] : prefix], heads, tokens, targets)
+    label = label[:, prefix + 1 :]  # [B, M - 1]: the token after each word
+    answered = label != -100
+    logits, truth = model.lm_head(hidden[:, :-1][answered]), label[answered]  # [T, V], [T]
+    begins = answered & ~answered.roll(1)  # in reading order; between two answers there is a question
+    answer = begins.flatten().cumsum(0)[answered.flatten()] - 1  # [T]: its number in the batch
+    weight = answer.bincount()[answer].float().rsqrt()
+    loss = (F.cross_entropy(logits, truth, reduction="none") * weight).sum() / weight.sum()
+    faults = answer.bincount((logits.argmax(-1) != truth).float())
+    return loss, (faults == 0).float().mean(), pointing
 
 
 def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversations, args: argparse.Namespace) -> float:
     """Trains one stage to its end, from wherever its saved state stands; returns the processor's seconds in all."""
     path, steps = args.work / f"{stage.name}.pt", min(stage.steps, args.limit or stage.steps)
-    device = torch.device(args.device)
+    labels_patches, answers_questions = stage.kind != "language", stage.kind != "vision"
     widen(model, heads, stage, args.seed)
     trained: dict[str, list[nn.Module]] = {
         "vision": [model.vision_tower, heads],
@@ -427,7 +404,7 @@ def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversati
     optimizer = torch.optim.AdamW(parameters, lr=stage.rate, betas=(0.9, 0.95), weight_decay=0.02)
     start, before, origin = 0, 0.0, f"seed {args.seed}, begun from {args.start or 'nothing'}"
     if path.exists():
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=args.device, weights_only=True)
         if state.get("origin") != origin:
             raise LlavaError(f"{path} is of {state.get('origin')}, and this is {origin}; choose another --work.")
         model.load_state_dict(state["model"])
@@ -436,29 +413,27 @@ def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversati
         if start >= steps:
             return before
         optimizer.load_state_dict(state["optimizer"])
-    see: Callable[..., Tensor] = look
-    parts: tuple[Callable[..., Any], Callable[..., Any]] = project, finish
-    if args.compile:
-        parts = torch.compile(project, dynamic=True), torch.compile(finish, dynamic=True)
-        see = torch.compile(look, dynamic=False)
+    compiled: Callable[..., Any] = torch.compile if args.compile else lambda part, dynamic: part
+    see, blocks = compiled(look, dynamic=False), (compiled(project, dynamic=True), compiled(finish, dynamic=True))
     data = torch.utils.data.DataLoader(Batches(stage, args.seed, talk), batch_size=None, sampler=range(start, steps),
                                        num_workers=1, prefetch_factor=4)  # fmt: skip
-    began, done, marked, saved, mean = time.process_time(), start, time.time(), time.time(), 0.0
+    began, used, saved, mean = time.time(), time.process_time(), time.time(), 0.0
     for step, batch in enumerate(data, start):
-        images, targets, *columns = [part.to(device) for part in batch]
+        images, targets, tokens = (part.to(args.device) for part in batch)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps, stage.rate, FALL_FROM[stage.kind])
-        with torch.set_grad_enabled(stage.kind != "language"):
+        with torch.set_grad_enabled(labels_patches):
             features = see(model, images)
-        loss = torch.zeros((), device=device)
-        if stage.kind != "language":
-            labelled = [(heads[name](features), label) for name, label in zip(LABELS, targets.unbind(-1))]
-            for logits, label in labelled:
-                part = F.cross_entropy(logits.flatten(0, 1), label.flatten())
-                loss = loss + (part if stage.kind == "vision" else 0.2 * part)
-        if stage.kind != "vision":
-            talked, right, pointing = answer_loss(model, heads, features, columns, targets, parts)
-            loss = loss + talked + 0.2 * pointing
+        loss = torch.zeros((), device=args.device)
+        shares: dict[str, Tensor] = {}
+        for name, label in zip(LABELS, targets.unbind(-1) if labels_patches else ()):
+            logits = heads[name](features)
+            part = F.cross_entropy(logits.flatten(0, 1), label.flatten())
+            loss = loss + (0.2 * part if answers_questions else part)
+            shares[name] = (logits.argmax(-1) == label).float().mean()
+        if answers_questions:
+            talked, shares["answers"], shares["pointing"] = answer_loss(model, heads, features, tokens, targets, blocks)
+            loss = loss + talked + 0.2 * shares["pointing"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -469,22 +444,16 @@ def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversati
         mean = value if step == start else 0.98 * mean + 0.02 * value
         last = step + 1 == steps
         if (step + 1) % 50 == 0 or last:
-            pace = stage.batch * (step + 1 - done) / (time.time() - marked)
-            left, done, marked = stage.batch * (steps - step - 1) / pace / 60, step + 1, time.time()
-            line = f"{stage.name} {step + 1}/{steps} loss {mean:.4f} {pace:.1f} samples/s, {left:.0f} min left"
-            if stage.kind != "language":
-                shares = [(logits.argmax(-1) == label).float().mean().item() for logits, label in labelled]
-                line += "".join(f" {name} {share:.3f}" for name, share in zip(LABELS, shares))
-            if stage.kind != "vision":
-                line += f" pointing {pointing.item():.3f}, answers {right[columns[-1] >= 0].float().mean().item():.0%}"
-            print(line, flush=True)
+            pace = (step + 1 - start) / (time.time() - began)
+            line = f"{stage.name} {step + 1}/{steps} loss {mean:.4f}, {(steps - step - 1) / pace / 60:.0f} min left"
+            print(line, *(f"{name} {share.item():.3f}" for name, share in shares.items()), flush=True)
         if time.time() - saved > 120 or last:
             saved = time.time()
             state = {"model": model.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
-                     "step": step + 1, "seconds": before + time.process_time() - began, "origin": origin}  # fmt: skip
+                     "step": step + 1, "seconds": before + time.process_time() - used, "origin": origin}  # fmt: skip
             with replacing(path) as temporary:
                 torch.save(state, temporary)
-    return before + time.process_time() - began
+    return before + time.process_time() - used
 
 
 CARD = """---
@@ -651,8 +620,7 @@ def main(arguments: list[str] | None = None) -> None:
         train_tokenizer(tokenizer, args.seed)
     talk = Conversations(tokenizer)
     if not args.start:
-        model = Llava(tiny_config(STAGES[0].side, talk.size, talk.image_id, talk.pad_id))
-        initialise(model)
+        model = new_model(STAGES[0].side, talk)
     heads = make_heads(model.config.vision.image_size // PATCH)
     model.to(args.device), heads.to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {talk.size}", flush=True)
