@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, ends_with_this_process
 
+TOUR = (ROOT / "tour.py").read_text(encoding="utf-8")
 NOTEBOOK = json.loads((ROOT / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
 CODE = ["".join(cell["source"]) for cell in NOTEBOOK if cell["cell_type"] == "code"]
 LOOPS = {"i", "layer", "step"}  # names that several cells may bind
@@ -39,10 +40,14 @@ WRONG = {
 }
 
 
+def short(source):
+    """The tour, or a cell, with answers of four tokens."""
+    return re.sub(r"\b96\b", "4", source)
+
+
 def test_the_notebook_has_the_tours_cells():
     found = []
-    tour = (ROOT / "tour.py").read_text(encoding="utf-8")
-    for kind, source in re.findall(r"(?ms)^# %%( \[markdown\])?\n(.*?)(?=^# %%|\Z)", tour):
+    for kind, source in re.findall(r"(?ms)^# %%( \[markdown\])?\n(.*?)(?=^# %%|\Z)", TOUR):
         text = source.strip()
         found.append(("markdown", re.sub("(?m)^# ?", "", text)) if kind else ("code", text))
     assert [(cell["cell_type"], "".join(cell["source"])) for cell in NOTEBOOK] == found
@@ -72,7 +77,7 @@ def test_the_notebook_prints_what_it_shows_in_any_order_and_a_wrong_formula_make
         for cell in CODE:
             for right in [formula for formula in left if formula in cell]:
                 with pytest.raises(AssertionError):
-                    run(cell.replace(right, left.pop(right)), {**names})
+                    run(short(cell.replace(right, left.pop(right))), {**names, "plt": None})
             before = {**names}
             printed.append(run(cell, names))
             bound += [name for name in names.keys() - LOOPS if names[name] is not before.get(name)]
@@ -80,18 +85,21 @@ def test_the_notebook_prints_what_it_shows_in_any_order_and_a_wrong_formula_make
         shown = ["".join("".join(output.get("text", "")) for output in cell) for cell in outputs]
         assert printed == [re.sub(r"[\d.]+|#+", "0", text) for text in shown]
         names["plt"] = None
-        assert [run(cell, names) for cell in CODE[:1:-1]] == printed[:1:-1]
+        for cell, before in zip(CODE[:1:-1], printed[:1:-1]):
+            assert run(short(cell), names) == before or short(cell) != cell
 
 
-BOTH = """import demo, weights
+PROGRAMS = """import runpy, sys, demo, weights
 assert demo.main(["--max-new-tokens", "1"]) == weights.main(["inspect", "minillava/tiny"]) == 0
+runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("command", [["tour.py"], ["-c", BOTH]])
-def test_without_numpy_a_command_runs_to_its_end_and_nothing_is_said_about_it(tmp_path, command):
+def test_without_numpy_programs_run_to_their_end_and_nothing_is_said_about_it(tmp_path):
+    assert CODE[0].startswith("from minillava import")  # which silences torch: in the process below, demo.py did
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('No module named numpy')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT,
+    (tmp_path / "tour.py").write_text(short(TOUR), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", PROGRAMS, tmp_path / "tour.py"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=ROOT,
                           preexec_fn=ends_with_this_process)  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("bytes of keys and values") == 1
