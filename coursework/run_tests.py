@@ -51,8 +51,9 @@ def run(tests: list[str]) -> dict[str, Any]:
                               phases=[Phase.explicit, Phase.generate])  # fmt: skip
     outcomes = Outcomes(tests)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # other plugins that are installed take no part
-    options = ["-o", "addopts=", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "_hypothesis_pytestplugin",
-               "--hypothesis-profile", "graded"]  # fmt: skip
+    # The plugin `unraisableexception` looks for garbage at the end, which takes longer than many an exercise's tests.
+    options = ["-o", "addopts=", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:unraisableexception",
+               "-p", "_hypothesis_pytestplugin", "--hypothesis-profile", "graded"]  # fmt: skip
     pytest.main([*options, *tests], plugins=[outcomes])
     passed = [test for test, cases in outcomes.found.items() if {*cases} == {"passed"}]  # every case, and none skipped
     return {"passed": passed, "first": outcomes.first, "said": outcomes.said}
