@@ -309,8 +309,8 @@ def blind(samples: Samples, measure: str, seed: int) -> dict[str, Tensor]:
     floors: dict[str, list[tuple[int, int]]] = defaultdict(list)
     if measure == "questions":
         told: dict[str, Counter[str]] = defaultdict(Counter)
-        for other in scenes(1600, seed, "blind", short=True):
-            told[other.kind][other.answer] += 1
+        for asked in scenes(1600, seed, "blind", short=True):
+            told[asked.kind][asked.answer] += 1
         for sample in samples:
             right = told[sample.kind].most_common(1)[0][0] == sample.answer
             floors["*the commonest answer of its kind*"].append((right, 1))

@@ -69,7 +69,7 @@ def without_pictures(monkeypatch):
 
 def test_likelihood_of_the_full_cache_is_that_of_one_forward_pass(tiny):
     model, processor = tiny
-    samples = quality.scenes(3, seed=1)
+    samples = quality.scenes(2, seed=1)
     answers = [processor.tokenizer.model.encode(sample.answer) for sample in samples]
     cache = model.new_cache()
     logits = model.read(**quality.together(model, processor, samples), cache=cache)
@@ -178,7 +178,8 @@ def test_a_protocol_says_after_which_tokens_the_cache_is_cut(tiny, protocol):
         if protocol == "known":
             assert f"{question} ASSISTANT:" in before and not after
         elif protocol == "first":
-            assert ids[cut - 1] == processor.config.image_token_id and f"{question} ASSISTANT:" in after
+            assert [id == processor.config.image_token_id for id in ids[cut - 1 : cut + 1]] == [True, False]
+            assert f"{question} ASSISTANT:" in after
         else:
             assert f"{asked} ASSISTANT:" in before and told in after and f"{question} ASSISTANT:" in after
 
@@ -213,6 +214,7 @@ def test_what_is_right_in_an_answer_and_what_a_blind_one_is_worth():
         assert sample.marks(". ".join(sentences[:2]) + ".")["found"] == 1
     for sample in asked:
         assert sample.marks(sample.answer) == {"right": 1} and sample.marks("") == {"right": 0}
+        assert sample.earlier[0] not in sample.question
     (commonest,) = quality.blind(asked, "questions", 0).values()
     assert 20 < quality.statistic("questions", commonest) < 60  # half of the kinds are answered yes or no
     for floor in quality.blind(described, "objects", 0).values():
