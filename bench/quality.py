@@ -24,12 +24,11 @@ import os
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from minillava.command import end_quietly, run_command  # isort: skip
 
@@ -38,12 +37,13 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from bench import real
 from bench.common import table
+from bench.samples import WIDTHS, Sample, read_samples, scenes
 from bench.variants import KVzip, empty_cache, make, parsed, twice
 from minillava import TINY
 from minillava.checks import LlavaError, require
@@ -51,24 +51,8 @@ from minillava.compressors import METHODS as COMPRESSORS
 from minillava.compressors import Recorder, gini
 from minillava.files import write_json
 from minillava.model import KeepAll, KVCache, Llava
-from minillava.processor import Processor, llava_prompt, open_image
 from minillava.quantised import QuantisedKVCache
-from minillava.scenes import (
-    COLOURS,
-    DESCRIBE,
-    NUMBERS,
-    SHAPES,
-    SIZES,
-    SMALLEST,
-    Question,
-    Scene,
-    Thing,
-    describe,
-    draw,
-    make_scene,
-    named,
-    short_question,
-)  # fmt: skip
+from minillava.scenes import COLOURS, SHAPES, SIZES, SMALLEST, named
 from minillava.terminal import parse_budget
 from prefixkv import Plan, PrefixKV, priority
 from weights import estimate_plan, find, load, read_plan, write_file, write_plan
@@ -77,170 +61,40 @@ from weights import estimate_plan, find, load, read_plan, write_file, write_plan
 METHODS = ("full", *(name for name in COMPRESSORS if name not in ("mixkv", "matching")), "plan")
 PROTOCOLS = ("known", "second", "first")
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
-# Vicuna's instruction, which the published evaluation of LLaVA-1.5 puts before "USER:". For data files, not for scenes.
-SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
-)
+# Each measure is a ratio of two fields of records, both summed over samples; without the second, over their number.
+MEASURES = {  # title, kind of the samples that have it, fields
+    "questions": ("Short questions answered exactly, in per cent", "question", "right", ""),
+    "objects": ("Objects of a description named truly, in per cent", "description", "found", "true"),
+    "perplexity": ("Perplexity of the true description", "description", "nll", "tokens"),
+}
+Samples = Sequence[Sample | real.Text]
+Batch = tuple[list[int], dict[str, Tensor], Tensor]  # which samples; inputs up to the cut; turns after it, [B, M]
 Record = dict[str, Any]
 Run = tuple[str, str, str, float]  # kind, protocol, method, budget
-
-
-# ---------------------------------------------------------------- data
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A question with one `<image>`, its reference answer, how to get the picture, and the text before "USER:"."""
-
-    question: str
-    answer: str
-    image: Callable[[], Image.Image] = Image.Image  # text has none
-    system: str = ""  # empty, or with a space at its end
-    kind: str = "description"  # or that of a short question
-    earlier: tuple[str, str] | None = None  # another question about the picture, and its answer
-    scene: Scene | None = None
-    text: real.Text | None = None  # instead of a picture and prompts: token ids
-
-    def can_be(self, protocol: str) -> bool:
-        """Whether it can be asked in this way."""
-        if protocol == "second":
-            return bool(self.text.earlier if self.text else self.earlier)
-        return protocol == "known" or self.text is None or bool(self.text.question)
-
-    def prompt(self, processor: Processor) -> str:
-        """The published evaluation's: `system`, then the question in LLaVA-1.5's form, `<image>` where it stands.
-
-        If the checkpoint's template writes anything but LLaVA-1.5's form, the prompt is the template's: no `system`,
-        and the image before the question. Raises LlavaError for a template that fails.
-        """
-        turns = [(self.question.replace("<image>", "").strip(), None)]
-        own = processor.chat(turns, 1)
-        if own != llava_prompt(turns, 1):
-            return own
-        return f"{self.system}USER: {self.question} ASSISTANT:"
-
-
-def scenes(
-    count: int, seed: int, split: str = "quality", short: bool = False, smallest: float = SIZES["small"][0]
-) -> list[Sample]:
-    """Scenes to be described, or asked about; training's seeds begin with a number, so it has seen none of them."""
-    samples = []
-    for index in range(count):
-        rng = random.Random(f"{split} {seed} {index}")
-        scene = make_scene(rng, smallest=smallest)
-        if short:
-            asked, earlier = short_question(rng, scene), short_question(rng, scene)
-            while earlier.kind == asked.kind:
-                earlier = short_question(rng, scene)
-        else:  # one earlier wording for all, so that the turns of a batch are equally long
-            asked = Question("description", DESCRIBE[0], describe(scene), ())
-            earlier = Question("count", "How many objects are there?", f"{NUMBERS[len(scene.things)]}.", ())
-        picture = lambda scene=scene: draw(scene)[0]  # noqa: E731
-        samples.append(Sample(f"<image>\n{asked.text}", asked.answer, picture, kind=asked.kind, scene=scene,
-                              earlier=(earlier.text, earlier.answer)))  # fmt: skip
-    return samples
-
-
-def read_samples(path: Path, images: Path, count: int) -> tuple[list[Sample], list[str]]:
-    """The first `count` entries of a file in a published format, and a sentence for each that cannot be used.
-
-    LLaVA-Description: `conversations` (two turns, or four: then the second question is asked) and `image`. MM-Vet:
-    `question`, `answer`, and `image` or `imagename`. A list, or an object whose values are the entries.
-    """
-    require(os.path.isfile(path), f"There is no file {path}; expected a JSON file of questions.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise LlavaError(f"{path} is not valid JSON ({error}).") from None
-    if not isinstance(raw, (list, dict)) or not raw:
-        raise LlavaError(f"{path} holds no entries; expected a list of questions with their images and answers.")
-    entries = list(raw.items()) if isinstance(raw, dict) else list(enumerate(raw))
-    samples, bad = [], []
-    for name, entry in entries[:count]:
-        try:
-            if "conversations" in entry:
-                question, answer, *more = (turn["value"] for turn in entry["conversations"][:4])
-            else:
-                more = []
-                question, answer = f"{entry['question']}\n<image>", entry["answer"]
-            picture = images / (entry["image"] if "image" in entry else entry["imagename"])
-            if not isinstance(answer, str) or not answer.strip():
-                raise LlavaError("the answer is empty")
-            if question.count("<image>") != 1:
-                raise LlavaError(f"the question has {question.count('<image>')} <image>, expected one")
-            open_image(picture)
-            earlier = None
-            if len(more) == 2:  # the second turn is asked; the first one is the earlier question
-                (question, answer), earlier = more, (question.replace("<image>", "").strip(), answer)
-                question = f"<image>\n{question}"
-        except LlavaError as error:
-            bad.append(f"{path}, entry {name}: {error}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            bad.append(f"{path}, entry {name}: not in a published format ({type(error).__name__}: {error})")
-        else:
-            samples.append(Sample(question, answer, partial(open_image, picture), f"{SYSTEM} ", earlier=earlier))
-    return samples, bad
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def split(processor: Processor, sample: Sample, protocol: str) -> tuple[dict[str, Tensor], list[int], int]:
-    """The model's inputs for a whole prompt, its ids, and after how many of them the cache is cut."""
-    if sample.text is not None:
-        ids, cut = sample.text.prompt(protocol)
-        return {"input_ids": torch.tensor([ids])}, ids, cut
-    images, question = [sample.image()], sample.question.replace("<image>", "").strip()
-    if protocol != "second":
-        inputs = processor(sample.prompt(processor), images)
-        ids = inputs["input_ids"][0].tolist()
-        return inputs, ids, len(ids) - (ids[::-1].index(processor.config.image_token_id) if protocol == "first" else 0)
-    assert sample.earlier is not None
-    first, both = [(sample.earlier[0], None)], [sample.earlier, (question, None)]
-    system = sample.system if processor.chat(first, 1) == llava_prompt(first, 1) else ""
-    inputs = processor(system + processor.chat(both, 1), images)
-    ids = inputs["input_ids"][0].tolist()
-    before = processor(system + processor.chat(first, 1), images)["input_ids"][0].tolist()
-    same = ids[: len(before)] == before
-    require(same, "The checkpoint's template rewrites history; leave out the protocol 'second'.")
-    return inputs, ids, len(before)
-
-
-def batches(
-    processor: Processor, samples: list[Sample], protocol: str, size: int
-) -> list[tuple[list[int], dict[str, Tensor], Tensor]]:
-    """Batches: indices of samples, the inputs that are read before the cut, and the turns after it, [B, M].
-
-    The turns of a batch must be equally long, so samples are grouped by that.
-    """
-    prompts = [split(processor, sample, protocol) for sample in samples]
+def batches(processor: Any, samples: Samples, protocol: str, size: int) -> Iterator[Batch]:
+    """All samples, up to `size` at a time, whose turns after the cut are equally long."""
+    prompts = [sample.split(processor, protocol) for sample in samples]
     by_length: dict[int, list[int]] = defaultdict(list)
-    for index, (_, ids, cut) in enumerate(prompts):
-        by_length[len(ids) - cut].append(index)
-    made = []
+    for index, (inputs, cut) in enumerate(prompts):
+        by_length[inputs["input_ids"].shape[1] - cut].append(index)
     for _, members in sorted(by_length.items()):
         for chosen in (members[start : start + size] for start in range(0, len(members), size)):
             rows = [prompts[index] for index in chosen]
-            longest = max(cut for _, _, cut in rows)
-            inputs = {
-                "input_ids": torch.tensor([[0] * (longest - cut) + ids[:cut] for _, ids, cut in rows]),
-                "attention_mask": torch.tensor([[0] * (longest - cut) + [1] * cut for _, _, cut in rows]),
-            }
-            for name in rows[0][0].keys() - inputs.keys():
-                inputs[name] = torch.cat([own[name] for own, _, _ in rows])
-            made.append((chosen, inputs, torch.tensor([ids[cut:] for _, ids, cut in rows], dtype=torch.long)))
-    return made
+            longest = max(cut for _, cut in rows)
+            ids = torch.cat([F.pad(own["input_ids"], (longest - cut, 0)) for own, cut in rows])
+            mask = torch.arange(longest) >= longest - torch.tensor([[cut] for _, cut in rows])
+            before = {"input_ids": ids[:, :longest], "attention_mask": mask.long()}
+            for name in rows[0][0].keys() - before.keys():  # pictures
+                before[name] = torch.cat([own[name] for own, _ in rows])
+            yield chosen, before, ids[:, longest:]
 
 
-def ids_of(processor: Processor, sample: Sample) -> list[int]:
-    """Token ids of the true answer, without the beginning-of-text token."""
-    if sample.text is not None:
-        return sample.text.answer
-    return processor.tokenizer.encode(sample.answer)[len(processor.tokenizer.encode("")) :]
-
-
-def together(model: Llava, processor: Processor, samples: list[Sample]) -> dict[str, Tensor]:
+def together(model: Llava, processor: Any, samples: Samples) -> dict[str, Tensor]:
     """The model's inputs for the prompts of a few samples."""
     ((_, inputs, _),) = batches(processor, samples, "known", len(samples))
     return {name: tensor.to(model.lm_head.weight.device) for name, tensor in inputs.items()}
@@ -286,57 +140,25 @@ def likelihood(model: Llava, logits: Tensor, cache: KVCache, answers: list[list[
     return total.tolist()
 
 
-def runs_of(methods: Iterable[str], budgets: Iterable[float]) -> list[tuple[str, float]]:
-    """Every (method, budget) to measure; what keeps every token has one budget, and the full cache comes first."""
-    rest = [name for name in methods if name != "full"]
-    return [("full", 1.0), *((name, 1.0) for name in rest if name.startswith("full")),
-            *((name, budget) for name in rest if not name.startswith("full") for budget in budgets)]  # fmt: skip
-
-
-WIDTHS = ("2.0 to 2.4", "2.5 to 2.9", "3.0 to 3.6", "5.5 to 7.0")  # of the objects, in patches of the embedded model
-
-
-def wide(thing: Thing) -> str:
-    """Which of WIDTHS an object has. The corners of some shapes reach a tenth or a fifth further."""
-    patches = 48 * thing.radius  # twice the radius; the picture is 24 patches wide
-    return WIDTHS[sum(patches >= edge for edge in (2.45, 2.97, 4))]
-
-
-def marks(sample: Sample, text: str) -> dict[str, int]:
-    """What is right in an answer: of a description the objects, of a short answer all of it."""
-    if sample.text is not None and sample.answer:  # the decoder of prose goes on after its answer
-        return {"right": int(text[: len(sample.answer)] == sample.answer)}
-    if sample.scene is None:
-        return {}
-    if sample.kind != "description":
-        return {"right": int(text == sample.answer)}
-    true, told = set(named(sample.answer)), named(text)
-    found = Counter(found=len(true & set(told)), true=len(true), told=len(told))
-    for thing in sample.scene.things:
-        found[f"found {wide(thing)}"] += int((thing.size, thing.colour, thing.shape, thing.place) in told)
-        found[f"true {wide(thing)}"] += 1
-    return found
-
-
 @torch.inference_mode()
 def measure(
     model: Llava,
-    processor: Processor,
+    processor: Any,
     protocol: str,
-    batch: tuple[list[int], dict[str, Tensor], Tensor],
-    samples: list[Sample],
+    batch: Batch,
+    samples: Samples,
     runs: list[tuple[str, float]],
     plans: dict[float, Plan],
     args: argparse.Namespace,
-) -> Iterable[list[Record]]:
+) -> Iterator[list[Record]]:
     """Records of a batch of samples, one list for every run; batches are fixed, so that their arithmetic is."""
     indices, inputs, turn = batch
     inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
     turn, chosen = turn.to(args.device), [samples[index] for index in indices]
     long = chosen[0].kind == "description"
-    answers = [ids_of(processor, sample) for sample in chosen]
+    answers = [sample.answer_ids(processor) for sample in chosen]
     further = turn.shape[1] + max(map(len, answers))
-    most = 24 if not long else args.max_new_tokens if chosen[0].text is None else 1  # prose is not written
+    most = 24 if not long else 1 if args.data == "prose" else args.max_new_tokens  # prose is not written
     prompt, scores = Collector(), None
     logits = model.read(**inputs, cache=model.new_cache(0, prompt))
     lengths = prompt.present.sum(-1).tolist()
@@ -357,22 +179,22 @@ def measure(
         losses = likelihood(model, after, cache.fork(), answers) if long else [0.0] * len(answers)
         tokens = list(itertools.islice(model.decode(after, cache), most))
         texts = [text.strip() for text in processor.decode(torch.stack(tokens, dim=1))]
-        share = round(bytes_held(cache, model), 5)
+        share = round(bytes_held(cache), 5)
         yield [
             {"sample": index, "protocol": protocol, "kind": "description" if long else "question", "method": method,
-             "budget": budget, "nll": loss, "tokens": len(answer), **marks(sample, text), "kept": counts,
+             "budget": budget, "nll": loss, "tokens": len(answer), **sample.marks(text), "kept": counts,
              "prompt": length, "share": share, "text": text}
             for index, loss, answer, sample, text, counts, length in zip(
                 indices, losses, answers, chosen, texts, kept, lengths)
         ]  # fmt: skip
 
 
-def bytes_held(cache: KVCache, model: Llava) -> float:
+def bytes_held(cache: KVCache) -> float:
     """What the cache takes at the end, as a share of all tokens in 16 bits. A number in full counts as 16 bits."""
-    config, full = model.config.text, model.lm_head.weight.element_size() / 2
     notes = getattr(cache.compressor, "notes_bytes", 0)
     in_full = cache.newest_bytes if isinstance(cache, QuantisedKVCache) else cache.held_bytes - notes
-    held = cache.held_bytes - in_full + in_full / full
+    held = cache.held_bytes - in_full + 2 * in_full / cache.key[0].dtype.itemsize
+    config = cache.config
     return held / (int(cache.lengths.sum()) * config.num_hidden_layers * config.kv_heads * config.head_size * 4)
 
 
@@ -381,34 +203,29 @@ def bytes_held(cache: KVCache, model: Llava) -> float:
 
 def curves(recorder: Recorder, points: int = 101) -> Tensor:
     """Mean Lorenz curves [L, points]: the share of importance in the most important share 0 .. 1 of the keys."""
-    at = torch.linspace(0, 1, points, dtype=torch.float64)
-    total = torch.zeros(len(recorder.scores), points, dtype=torch.float64)
-    for sample, mask in zip(recorder.scores.cpu().unbind(1), recorder.present.cpu()):
-        prefix = priority(sample[:, mask])  # [L, N + 1]
-        where = at * (prefix.shape[1] - 1)
-        low = where.floor().long().clamp(max=prefix.shape[1] - 2)
-        total += prefix[:, low] + (where - low) * (prefix[:, low + 1] - prefix[:, low])
-    return total / recorder.scores.shape[1]
+    prompts = zip(recorder.scores.cpu().unbind(1), recorder.present.cpu())
+    each = [priority(scores[:, tokens])[None] for scores, tokens in prompts]  # [1, L, N + 1]
+    return torch.cat([F.interpolate(one, points, mode="linear", align_corners=True) for one in each]).mean(0)
 
 
 def estimate(
-    model: Llava, processor: Processor, samples: list[Sample], budgets: Iterable[float], name: str, batch_size: int
+    model: Llava, processor: Any, samples: Samples, args: argparse.Namespace
 ) -> tuple[dict[float, Plan], dict[float, Tensor]]:
     """A plan for every budget, and the shares [samples, L] that it is the mean of."""
-    kept: dict[float, list[Tensor]] = {budget: [] for budget in budgets}
+    kept: dict[float, list[Tensor]] = {budget: [] for budget in args.budgets}
     prompts = []
-    for start in range(0, len(samples), batch_size):
-        inputs = together(model, processor, samples[start : start + batch_size])
-        prompts.append(inputs["attention_mask"].sum(-1).cpu())
+    for start in range(0, len(samples), args.batch_size):
         recorder = Recorder()
+        inputs = together(model, processor, samples[start : start + args.batch_size])
         model.read(**inputs, cache=model.new_cache(1, recorder))
+        prompts.append(recorder.present.sum(-1).cpu())
         for budget, rows in kept.items():
             method = PrefixKV(budget)
             method.begin(recorder.present, recorder.present, len(recorder.scores))
             rows.append(method.allocate(recorder.scores).T.cpu())
     prompt = torch.cat(prompts)
     counts = {budget: torch.cat(rows) for budget, rows in kept.items()}
-    plans = {budget: estimate_plan(budget, count, prompt, name) for budget, count in counts.items()}
+    plans = {budget: estimate_plan(budget, count, prompt, str(args.model)) for budget, count in counts.items()}
     return plans, {budget: count / prompt[:, None] for budget, count in counts.items()}
 
 
@@ -416,8 +233,7 @@ def agreement(shares: dict[float, Tensor]) -> str:
     """A table of how far the plans of single samples, and of two halves of them, are apart."""
     rows = []
     for budget, share in shares.items():
-        deviation = share.std(0) if len(share) > 1 else torch.zeros(share.shape[1])
-        half = len(share) // 2
+        deviation, half = share.std(0, correction=min(1, len(share) - 1)), len(share) // 2
         apart = f"{float((share[:half].mean(0) - share[half:].mean(0)).abs().max()):.4f}" if half else "one sample"
         rows.append([f"{budget:.0%}", f"{float(deviation.mean()):.4f}", f"{float(deviation.max()):.4f}", apart])
     return table(["budget", "spread between samples", "largest in a layer", "halves differ by at most"], rows)
@@ -426,9 +242,30 @@ def agreement(shares: dict[float, Tensor]) -> str:
 # ---------------------------------------------------------------- tables
 
 
-def digits(value: float) -> str:
-    """A perplexity with three digits, so that 1.00 is not read as exact."""
-    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+def grouped(records: list[Record]) -> dict[Run, list[Record]]:
+    """The records of each run, by sample."""
+    by_run: dict[Run, list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda record: record["sample"]):
+        by_run[record["kind"], record["protocol"], record["method"], record["budget"]].append(record)
+    return dict(by_run)
+
+
+def values_of(by_run: dict[Run, list[Record]], measure: str, *run: Any) -> Tensor:
+    """A measure's (numerator, denominator) of each sample of a protocol, method and budget: [samples, 2], float64."""
+    _, kind, top, bottom = MEASURES[measure]
+    rows = [(row[top], row[bottom] if bottom else 1) for row in by_run.get((kind, *run), []) if top in row]
+    return torch.tensor(rows, dtype=torch.float64).view(-1, 2)
+
+
+def share_of(rows: list[Record]) -> float:
+    """The mean share of bytes held; 0 of no records."""
+    return sum(row["share"] for row in rows) / max(1, len(rows))
+
+
+def statistic(measure: str, values: Tensor) -> Tensor:
+    """The measure of values [.., samples, 2] -> [..]: per cent, or a perplexity."""
+    ratio = values[..., 0].sum(-1) / values[..., 1].sum(-1)
+    return ratio.clamp(max=700).exp() if measure == "perplexity" else 100 * ratio
 
 
 def interval(values: Tensor, statistic: Callable[[Tensor], Tensor], resamples: int = 2000) -> tuple[float, float]:
@@ -439,40 +276,24 @@ def interval(values: Tensor, statistic: Callable[[Tensor], Tensor], resamples: i
     return low, high
 
 
-class Measure(NamedTuple):
-    """What is told of answers: a ratio of two fields of their records, each summed over samples."""
+def cell(measure: str, values: Tensor, against: Tensor | None = None) -> str:
+    """A measure with its interval, and whether it is better than another one's, in pairs; empty without values."""
 
-    title: str
-    kind: str  # of the samples that have it
-    top: str
-    bottom: str | None  # None: the number of samples
+    def number(value: float) -> str:
+        """A perplexity has three digits, so that 1.00 is not read as exact."""
+        places = 0 if measure != "perplexity" else 2 if value < 9.995 else 1 if value < 99.95 else 0
+        return f"{value:.{places}f}"
 
-
-MEASURES = {
-    "questions": Measure("Short questions answered exactly, in per cent", "question", "right", None),
-    "objects": Measure("Objects of a description named truly, in per cent", "description", "found", "true"),
-    "perplexity": Measure("Perplexity of the true description", "description", "nll", "tokens"),
-}
-
-
-def grouped(records: list[Record]) -> dict[Run, list[Record]]:
-    """The records of each run, by sample."""
-    by_run: dict[Run, list[Record]] = {}
-    for record in sorted(records, key=lambda record: record["sample"]):
-        by_run.setdefault((record["kind"], record["protocol"], record["method"], record["budget"]), []).append(record)
-    return by_run
-
-
-def values_of(rows: list[Record], measure: str) -> Tensor:
-    """What a measure is made of, (numerator, denominator) of each sample: [samples, 2], float64."""
-    _, _, top, bottom = MEASURES[measure]
-    return torch.tensor([(row[top], row[bottom] if bottom else 1) for row in rows], dtype=torch.float64)
-
-
-def statistic(measure: str, values: Tensor) -> Tensor:
-    """The measure of values [.., samples, 2] -> [..]: per cent, or a perplexity."""
-    ratio = values[..., 0].sum(-1) / values[..., 1].sum(-1)
-    return ratio.clamp(max=700).exp() if measure == "perplexity" else 100 * ratio
+    if not len(values):
+        return ""
+    low, high = interval(values, partial(statistic, measure))
+    text = f"{number(float(statistic(measure, values)))} ({number(low)}–{number(high)})"
+    if against is None or len(against) != len(values):
+        return text
+    sign = -1 if measure == "perplexity" else 1
+    both = torch.cat([values, against], -1)
+    low, high = interval(both, lambda v: sign * (statistic(measure, v[..., :2]) - statistic(measure, v[..., 2:])))
+    return f"{text} {'+' if low > 0 else '−' if high < 0 else '='}"
 
 
 def order_of(method: str) -> tuple[int, str]:
@@ -481,24 +302,61 @@ def order_of(method: str) -> tuple[int, str]:
     return (METHODS.index(base) if base in METHODS else len(METHODS), method)
 
 
-def blind(samples: list[Sample], measure: str, seed: int) -> dict[str, Tensor]:
+def blind(samples: Samples, measure: str, seed: int) -> dict[str, Tensor]:
     """What an answer is worth that was given without a look at the picture, as `values_of`."""
-    rng = random.Random(seed)
-    if measure == "perplexity" or any(sample.scene is None for sample in samples):
+    if measure == "perplexity" or not samples or samples[0].scene is None:
         return {}
+    floors: dict[str, list[tuple[int, int]]] = defaultdict(list)
     if measure == "questions":
         told: dict[str, Counter[str]] = defaultdict(Counter)
-        for other in scenes(1600, seed, "blind", short=True):
-            told[other.kind][other.answer] += 1
-        right = [float(told[s.kind].most_common(1)[0][0] == s.answer) for s in samples]
-        return {"*the commonest answer of its kind*": torch.tensor([(r, 1) for r in right], dtype=torch.float64)}
-    floors: dict[str, list[tuple[float, float]]] = {"*another scene's description*": [], "*right places, guessed*": []}
-    for sample, other in zip(samples, [*samples[1:], samples[0]]):
-        true = set(named(sample.answer))
-        guess = {(rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES), t[3]) for t in sorted(true)}
-        for row, told_things in zip(floors.values(), (set(named(other.answer)), guess)):
-            row.append((len(true & told_things), len(true)))
+        for asked in scenes(1600, seed, "blind", short=True):
+            told[asked.kind][asked.answer] += 1
+        for sample in samples:
+            right = told[sample.kind].most_common(1)[0][0] == sample.answer
+            floors["*the commonest answer of its kind*"].append((right, 1))
+    else:
+        rng = random.Random(seed)
+        colours, sizes = list(COLOURS), list(SIZES)
+        for sample, other in zip(samples, [*samples[1:], samples[0]]):
+            true = set(named(sample.answer))
+            guess = {(rng.choice(sizes), rng.choice(colours), rng.choice(SHAPES), t[3]) for t in sorted(true)}
+            floors["*another scene's description*"].append((len(true & set(named(other.answer))), len(true)))
+            floors["*right places, guessed*"].append((len(true & guess), len(true)))
     return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in floors.items()}
+
+
+def tables(records: list[Record], samples: dict[str, Samples], seed: int) -> str:
+    """Markdown: a table for each measure and protocol, by method and budget, and one by bytes for each protocol."""
+    by_run = grouped(records)
+    cut = [run for run in by_run if not run[2].startswith("full")]
+    methods, budgets = sorted({run[2] for run in cut}, key=order_of), sorted({run[3] for run in cut})
+    lines = ["In brackets 95 % by bootstrap over samples; + better, − worse, = neither than random at the budget, "
+             "in pairs.", ""]  # fmt: skip
+    for measure, (title, kind, *_) in MEASURES.items():
+        floors = blind(samples[kind], measure, seed)
+        for protocol in PROTOCOLS:
+            full = values_of(by_run, measure, protocol, "full", 1.0)
+            if not len(full):
+                continue
+            lines += [f"**{title}; protocol {protocol}, {len(full)} samples. Full cache: {cell(measure, full)}**", ""]
+            rows = [[name, *[cell(measure, floor)] * len(budgets)] for name, floor in floors.items()]
+            for method in methods:
+                rows.append([method])
+                for budget in budgets:
+                    own, other = (values_of(by_run, measure, protocol, name, budget) for name in (method, "random"))
+                    rows[-1].append(cell(measure, own, None if method == "random" else other))
+            lines += [table(["", *(f"{budget:.0%}" for budget in budgets)], rows), ""]
+    for protocol in PROTOCOLS:
+        means = {run[2:]: share_of(by_run.get(("description", *run[1:]), [])) for run in by_run if run[1] == protocol}
+        rows = [
+            [method, f"{budget:.0%}", f"{100 * mean:.1f} %" if mean else "",
+             *(cell(measure, values_of(by_run, measure, protocol, method, budget)) for measure in MEASURES)]
+            for (method, budget), mean in sorted(means.items(), key=lambda item: item[1])
+        ]  # fmt: skip
+        if rows:
+            lines += [f"**By bytes held at the end; protocol {protocol}**", ""]
+            lines += [table(["", "budget", "bytes", *MEASURES], rows), ""]
+    return "\n".join(lines + sizes_table(by_run))
 
 
 def sizes_table(by_run: dict[Run, list[Record]]) -> list[str]:
@@ -506,8 +364,8 @@ def sizes_table(by_run: dict[Run, list[Record]]) -> list[str]:
     rows = []
     described = [run for run in by_run if run[0] == "description"]
     for run in sorted(described, key=lambda run: (run[1], run[3], order_of(run[2]))):
-        true, found = ([sum(row.get(f"{name} {width}", 0) for row in by_run[run]) for width in WIDTHS]
-                       for name in ("true", "found"))  # fmt: skip
+        found, true = ([sum(row.get(f"{name} {width}", 0) for row in by_run[run]) for width in WIDTHS]
+                       for name in ("found", "true"))  # fmt: skip
         if not true[0]:
             return []
         cells = [f"{100 * right / all_:.0f} ({right} of {all_})" if all_ else "" for right, all_ in zip(found, true)]
@@ -516,73 +374,18 @@ def sizes_table(by_run: dict[Run, list[Record]]) -> list[str]:
     return [title, "", table(["protocol", "budget", "", *WIDTHS], rows), ""]
 
 
-def tables(records: list[Record], samples: dict[str, list[Sample]], seed: int) -> str:
-    """Markdown: a table for each measure and protocol, by method and budget, and one by bytes for each protocol."""
-    by_run = grouped(records)
-    methods = sorted({method for *_, method, _ in by_run if not method.startswith("full")}, key=order_of)
-    budgets = sorted({budget for *_, method, budget in by_run if not method.startswith("full")})
-    lines: list[str] = []
-
-    def cell(measure: str, values: Tensor, against: Tensor | None = None) -> str:
-        number = digits if measure == "perplexity" else lambda value: f"{value:.0f}"
-        low, high = interval(values, partial(statistic, measure))
-        text = f"{number(float(statistic(measure, values)))} ({number(low)}–{number(high)})"
-        if against is None or len(against) != len(values):
-            return text
-        sign = -1 if measure == "perplexity" else 1
-        both = torch.cat([values, against], -1)
-        low, high = interval(both, lambda v: sign * (statistic(measure, v[..., :2]) - statistic(measure, v[..., 2:])))
-        return f"{text} {'+' if low > 0 else '−' if high < 0 else '='}"
-
-    for measure, (title, kind, top, _) in MEASURES.items():
-        asked = [protocol for protocol in PROTOCOLS if top in by_run.get((kind, protocol, "full", 1.0), [{}])[0]]
-        for protocol in asked:
-            full = values_of(by_run[kind, protocol, "full", 1.0], measure)
-            lines += [f"**{title}; protocol {protocol}, {len(full)} samples. Full cache: {cell(measure, full)}**", ""]
-            lines += ["| | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |",
-                      "|---" * (len(budgets) + 1) + "|"]  # fmt: skip
-            for name, floor in blind(samples[kind], measure, seed).items():
-                lines.append(f"| {name} | " + " | ".join([cell(measure, floor)] * len(budgets)) + " |")
-            for method in methods:
-                cells = []
-                for budget in budgets:
-                    own, random_ = (by_run.get((kind, protocol, name, budget)) for name in (method, "random"))
-                    against = values_of(random_, measure) if random_ and method != "random" else None
-                    cells.append(cell(measure, values_of(own, measure), against) if own else "")
-                lines.append(f"| {method} | " + " | ".join(cells) + " |")
-            lines.append("")
-    for protocol in [p for p in PROTOCOLS if any(run[1] == p for run in by_run)]:
-        rows = []
-        shares = {run[2:]: [row["share"] for row in by_run.get(("description", *run[1:]), [])]
-                  for run in by_run if run[1] == protocol}  # fmt: skip
-        for (method, budget), share in sorted(shares.items(), key=lambda item: sum(item[1]) / max(1, len(item[1]))):
-            cells = []
-            for measure, (_, kind, top, _) in MEASURES.items():
-                own = by_run.get((kind, protocol, method, budget), [])
-                cells.append(cell(measure, values_of(own, measure)) if own and top in own[0] else "")
-            mean = f"{100 * sum(share) / len(share):.1f} %" if share else ""
-            rows.append([method, f"{budget:.0%}", mean, *cells])
-        lines += [f"**By bytes held at the end; protocol {protocol}**", "",
-                  table(["", "budget", "bytes", *MEASURES], rows), ""]  # fmt: skip
-    lines += sizes_table(by_run)
-    note = "In brackets 95 % by bootstrap over samples; "
-    note += "+ better, − worse, = neither than random at the budget, in pairs."
-    return "\n".join([note, "", *lines])
-
-
 def layer_table(curve: Tensor, records: list[Record]) -> str:
     """Markdown: how concentrated each layer's importance is, and what PrefixKV kept of it, by budget."""
-    shares = {
-        budget: torch.stack([torch.tensor(row["kept"]) / row["prompt"] for row in rows]).mean(0).tolist()
-        for (*run, budget), rows in sorted(grouped(records).items())
-        if run == ["description", "known", "prefixkv"]
-    }
-    lines = ["**Layers: Gini coefficient of importance, and share that PrefixKV keeps by budget**", ""]
-    lines += ["| layer | Gini | " + " | ".join(f"{budget:.0%}" for budget in shares) + " |"]
-    lines += ["|---" * (len(shares) + 2) + "|"]
-    for layer, value in enumerate(gini(curve).tolist()):
-        lines.append(f"| {layer} | {value:.3f} | " + " | ".join(f"{s[layer]:.3f}" for s in shares.values()) + " |")
-    return "\n".join([*lines, ""])
+    columns, values = ["Gini"], [gini(curve)]
+    for (*run, budget), rows in sorted(grouped(records).items()):
+        if run == ["description", "known", "prefixkv"]:
+            columns.append(f"{budget:.0%}")
+            values.append(torch.stack([torch.tensor(row["kept"]) / row["prompt"] for row in rows]).mean(0))
+    title = "**Layers: Gini coefficient of importance, and share that PrefixKV keeps by budget**"
+    cells = [
+        [layer, *(f"{value:.3f}" for value in row)] for layer, row in enumerate(zip(*(v.tolist() for v in values)))
+    ]
+    return "\n".join([title, "", table(["layer", *columns], cells), ""])
 
 
 def plot(records: list[Record], path: Path) -> None:
@@ -597,8 +400,7 @@ def plot(records: list[Record], path: Path) -> None:
 
     by_run = grouped(records)
     protocols = [protocol for protocol in PROTOCOLS if any(run[1] == protocol for run in by_run)]
-    measures = [name for name, measure in MEASURES.items()
-                if any(run[0] == measure.kind and measure.top in rows[0] for run, rows in by_run.items())]  # fmt: skip
+    measures = [name for name in MEASURES if any(len(values_of(by_run, name, *run[1:])) for run in by_run)]
     figure, axes = plt.subplots(len(measures), len(protocols), layout="constrained", squeeze=False,
                                 figsize=(1 + 3.6 * len(protocols), 0.6 + 2.7 * len(measures)))  # fmt: skip
     methods = sorted({method for _, _, method, _ in by_run}, key=order_of)
@@ -606,9 +408,9 @@ def plot(records: list[Record], path: Path) -> None:
     for (row, measure), (column, protocol) in itertools.product(enumerate(measures), enumerate(protocols)):
         axis = axes[row][column]
         for method in methods:
-            runs = sorted(run for run in by_run if run[:3] == (MEASURES[measure].kind, protocol, method))
-            at = [sum(record["share"] for record in by_run[run]) / len(by_run[run]) for run in runs]
-            found = [float(statistic(measure, values_of(by_run[run], measure))) for run in runs]
+            runs = sorted(run for run in by_run if run[:3] == (MEASURES[measure][1], protocol, method))
+            at = [share_of(by_run[run]) for run in runs]
+            found = [float(statistic(measure, values_of(by_run, measure, *run[1:]))) for run in runs]
             thick = method in ("prefixkv", "cover") or method.startswith("full")
             axis.plot(at, found, marker="o", markersize=3, label=method, color=hues[method],
                       linewidth=2.4 if thick else 1.1)  # fmt: skip
@@ -626,35 +428,27 @@ def read_results(folder: Path) -> list[Record]:
     """All records in `results*.jsonl`; a last line cut off by a stop is dropped, with a warning."""
     records = []
     for path in sorted(folder.glob("results*.jsonl")):
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        whole = []
-        for number, line in enumerate(lines, start=1):
+        whole, _, cut_off = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+        if cut_off:
+            print(f"{path}: the last line is damaged and is measured again.", file=sys.stderr)
+            write_file(path, f"{whole}\n".encode() if whole else b"")
+        for number, line in enumerate(whole.split("\n") if whole else [], start=1):
             try:
-                if line:
-                    whole.append(json.loads(line))
+                records.append(json.loads(line))
             except ValueError:
-                if any(lines[number:]):
-                    raise LlavaError(f"{path}, line {number}, is damaged; delete the line, or the file.") from None
-                print(f"{path}: the last line is damaged and is measured again.", file=sys.stderr)
-                write_file(path, "".join(f"{kept}\n" for kept in lines[: number - 1]).encode())
-        records += whole
+                raise LlavaError(f"{path}, line {number}, is damaged; delete the line, or the file.") from None
     return records
-
-
-def fingerprint(folder: Path) -> str:
-    """A short name for the weights: a hash of the sizes and first megabyte of the files."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
-    return digest.hexdigest()[:16]
 
 
 def settle(args: argparse.Namespace, weights: Path) -> None:
     """Notes what the results in `--out` are of; raises LlavaError if there are results of other settings."""
-    names = ("model", "data", "images", "smaller", "samples", "questions", "batch_size", "max_new_tokens", "dtype",
-             "device", "seed", "plans")  # fmt: skip
-    settings = {name: str(getattr(args, name)) for name in names} | {"weights": fingerprint(weights)}
+    digest = hashlib.sha256()  # of the sizes and first megabyte of the files
+    for path in sorted([*weights.glob("*.safetensors"), *weights.glob("*.gguf")]):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
+    free = ("methods", "protocols", "budgets", "out", "estimate_plan")  # what a second run may change
+    settings = {name: str(value) for name, value in vars(args).items() if name not in free}
+    settings["weights"] = digest.hexdigest()[:16]
     path = args.out / "settings.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -681,56 +475,52 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def prepare(args: argparse.Namespace) -> tuple[Path, Llava, Any, dict[str, Samples], list[str]]:
+    """Where the weights lie, the model, its processor, samples by kind, and a sentence for each that cannot be used."""
+    if args.data in ("prose", "facts"):
+        path = real.find()
+        model, tokenizer = real.load(path, args.dtype)
+        model.language_model.to(args.device), model.lm_head.to(args.device)
+        prose = real.continued(tokenizer, args.samples) if args.data == "prose" else []
+        facts = real.facts(tokenizer, args.questions, args.seed) if args.data == "facts" else []
+        decoder = SimpleNamespace(decode=lambda ids: tokenizer.decode_batch(ids.tolist()))
+        return path.parent, model, decoder, {"question": facts, "description": prose}, []
+    asked: list[Sample] = []
+    bad: list[str] = []
+    if args.data == "scenes":
+        smallest = SMALLEST if args.smaller else SIZES["small"][0]
+        asked = scenes(args.questions, args.seed, "asked", True, smallest)
+        described = scenes(args.samples, args.seed, smallest=smallest)
+    else:
+        described, bad = read_samples(Path(args.data), args.images, args.samples)
+    for sentence in bad if int(os.environ.get("RANK", 0)) == 0 else []:
+        print(sentence, file=sys.stderr)
+    require(described, f"{args.data} has no entry that can be used.")
+    model, processor = load(args.model, device=args.device, dtype=args.dtype, fast=True)
+    described[0].prompt(processor)  # a template that fails does so before anything is written
+    return find(args.model), model, processor, {"question": asked, "description": described}, bad
+
+
 def evaluate(args: argparse.Namespace) -> int:
     """Runs what is missing and writes the tables; returns the exit code."""
     require(min(args.samples, args.questions, args.batch_size, args.max_new_tokens) > 0,
             "--samples, --questions, --batch-size and --max-new-tokens must be 1 or more.")  # fmt: skip
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
     if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    bad: list[str] = []
-    samples: dict[str, list[Sample]] = {"question": [], "description": []}
-    processor: Any
-    if args.data in ("prose", "facts"):
-        place = real.find()
-        weights = place.parent
-        model, tokenizer = real.load(place)
-        model.language_model.to(device), model.lm_head.to(device)
-        processor = SimpleNamespace(decode=lambda ids: tokenizer.decode_batch(ids.tolist()))
-        if args.data == "prose":
-            samples["description"] = [Sample("", "", text=text) for text in real.continued(tokenizer, args.samples)]
-        else:
-            samples["question"] = [Sample("", answer, kind="question", text=text)
-                                   for text, answer in real.facts(tokenizer, args.questions, args.seed)]  # fmt: skip
-    elif args.data == "scenes":
-        smallest = SMALLEST if args.smaller else SIZES["small"][0]
-        samples = {"question": scenes(args.questions, args.seed, "asked", True, smallest),
-                   "description": scenes(args.samples, args.seed, smallest=smallest)}  # fmt: skip
-    else:
-        samples["description"], bad = read_samples(Path(args.data), args.images, args.samples)
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo")  # only records are exchanged
+    weights, model, processor, samples, bad = prepare(args)
     some = samples["description"] or samples["question"]
-    for sentence in bad if rank == 0 else []:
-        print(sentence, file=sys.stderr)
-    require(some, f"{args.data} has no entry that can be used.")
-    if some[0].text is None:
-        weights = find(args.model)
-        model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype), fast=True)
-        some[0].prompt(processor)  # a template that fails does so before anything is written
     if args.estimate_plan:
-        plans, shares = estimate(model, processor, some, args.budgets, str(args.model), args.batch_size)
+        plans, shares = estimate(model, processor, some, args)
         args.estimate_plan.mkdir(parents=True, exist_ok=True)
         for budget, plan in plans.items():
             write_plan(args.estimate_plan / f"{budget:g}.json", plan)
         print(f"Plans of {len(some)} samples in {args.estimate_plan}. How far the samples agree, in shares kept:\n")
         print(agreement(shares))
         return 1 if bad else 0
-    plans = {}
-    if args.plans:
-        plans = {budget: read_plan(args.plans / f"{budget:g}.json") for budget in args.budgets}
+    plans = {budget: read_plan(args.plans / f"{budget:g}.json") for budget in args.budgets if args.plans}
     # Scenes make plans of their own. Other data have none; by default, the method is then left out.
     methods = [name for name in args.methods if parsed(name)["base"] != "plan" or plans or args.data == "scenes"]
     require(methods == args.methods or args.methods == list(METHODS),
@@ -741,40 +531,35 @@ def evaluate(args: argparse.Namespace) -> int:
             f"The data have no questions for the protocol {left}; leave it out.")  # fmt: skip
     settle(args, weights)
     if any(parsed(method)["base"] == "plan" for method in methods) and not plans:
-        calibration = scenes(10, args.seed, "calibration")
-        plans, _ = estimate(model, processor, calibration, args.budgets, str(args.model), args.batch_size)
-    runs = runs_of(methods, args.budgets)
+        plans, _ = estimate(model, processor, scenes(10, args.seed, "calibration"), args)
+    runs = [(method, budget) for method in dict.fromkeys(["full", *methods])
+            for budget in ([1.0] if method.startswith("full") else args.budgets)]  # fmt: skip
     done = {key_of(r): r for part in gather(read_results(args.out) if rank == 0 else []) for r in part}
     work = [(kind, protocol, batch) for protocol in protocols for kind in samples
-            for batch in batches(processor, samples[kind], protocol, args.batch_size)]  # fmt: skip
-    mine = work[rank::world]
-    made: list[Record] = []
-    with (
-        (args.out / f"results-{rank}.jsonl").open("a", encoding="utf-8") as file,
-        tqdm(total=len(mine) * len(runs), disable=rank > 0, unit="run", ncols=79) as bar,
+            for batch in batches(processor, samples[kind], protocol, args.batch_size)][rank::world]  # fmt: skip
+    with (  # one write a line, so that a stop cuts off one line at most
+        (args.out / f"results-{rank}.jsonl").open("a", buffering=1, encoding="utf-8") as file,
+        tqdm(total=len(work) * len(runs), disable=rank > 0, unit="run", ncols=79) as bar,
     ):
-        for kind, protocol, batch in mine:
+        for kind, protocol, batch in work:
             todo = [run for run in runs if any((kind, protocol, index, *run) not in done for index in batch[0])]
             bar.update(len(runs) - len(todo))
             for records in measure(model, processor, protocol, batch, samples[kind], todo, plans, args) if todo else ():
                 for record in records:
-                    if key_of(record) not in done:  # one write a line, so that a stop cuts off one line at most
+                    if key_of(record) not in done:
                         file.write(json.dumps(record) + "\n")
-                        file.flush()
-                        made.append(record)
+                        done[key_of(record)] = record
                 bar.update()
-    done |= {key_of(r): r for part in gather(made) for r in part}
-    records = [r for key, r in sorted(done.items()) if key[3:] in set(runs) and key[1] in protocols]
+    done = {key: record for part in gather(done) for key, record in part.items()}
     if rank == 0:
+        records = [r for key, r in sorted(done.items()) if key[3:] in runs and key[1] in protocols]
         recorder = Recorder()
-        inputs = together(model, processor, some[: args.batch_size])
-        model.read(**inputs, cache=model.new_cache(1, recorder))
+        model.read(**together(model, processor, some[: args.batch_size]), cache=model.new_cache(1, recorder))
         text = tables(records, samples, args.seed) + "\n" + layer_table(curves(recorder), records)
         write_file(args.out / "table.md", text.encode())
         plot(records, args.out / "quality.png")
         print(text)
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
     return 1 if bad else 0
 
@@ -785,21 +570,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m bench.quality", description="What is lost with each method and budget, asked in three ways."
     )
     parser.add_argument("--model", default=str(TINY), help="folder of a checkpoint, or Hub id (default: the embedded)")
-    parser.add_argument("--data", default="scenes",
-                        help="JSON in a published format; `prose` or `facts` for a pretrained decoder of text, "
-                        "bench/real.py (default: scenes made on the fly)")  # fmt: skip
+    parser.add_argument("--data", default="scenes", help="JSON in a published format, prose or facts (default: scenes)")
     parser.add_argument("--smaller", action="store_true", help="scenes with smaller objects, down to 2 x 2 patches")
     parser.add_argument("--images", type=Path, default=Path("."), help="folder that the JSON's images are named from")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD",
                         help=f"{', '.join(METHODS)} (default); or as bench/variants.py says")  # fmt: skip
-    parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS, metavar="NAME",
-                        help=f"{', '.join(PROTOCOLS)} (default: all)")  # fmt: skip
+    parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS, help="default: all")
     parser.add_argument("--budgets", nargs="+", type=parse_budget, default=list(BUDGETS), metavar="SHARE")
     parser.add_argument("--samples", type=int, default=100, metavar="N", help="descriptions (default: 100)")
     parser.add_argument("--questions", type=int, default=200, metavar="N", help="short questions (default: 200)")
     parser.add_argument("--batch-size", type=int, default=50, metavar="N")
     parser.add_argument("--max-new-tokens", type=int, default=160, metavar="N", help="of a description (default: 160)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16", "int8"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of the random method")
     parser.add_argument("--plans", type=Path, help="folder of plans for the method plan (scenes make their own)")

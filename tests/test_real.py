@@ -11,7 +11,7 @@ from checkpoints import reference, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import real
+from bench import quality, real
 from minillava.checks import LlavaError
 from weights import load_model
 
@@ -44,13 +44,15 @@ def test_a_fact_is_asked_for_after_another_one_and_stands_in_the_context_once():
         encode=lambda text: SimpleNamespace(ids=[ord(letter) for letter in text]),
         decode=lambda ids: "".join(map(chr, ids)),
     )
-    for text, number in real.facts(tokenizer, 3, 0):
-        context, question, answer = (tokenizer.decode(ids) for ids in (text.context, text.question, text.answer))
-        assert context.count(f"{question.strip()} {number}.") == 1 and answer == f" {number}"
+    for text in real.facts(tokenizer, 3, 0):
+        context, question, answer = (tokenizer.decode(ids) for ids in (text.context, text.question, text.ids))
+        assert context.count(f"{question.strip()}{answer}.") == 1 and answer == f" {text.answer}"
+        assert text.marks(f"{text.answer}, said") == {"right": 1} and text.marks(f" {text.answer}") == {"right": 0}
         earlier, told = (tokenizer.decode(ids) for ids in text.earlier)
         assert earlier != question and context.count(earlier.strip() + told) == 1
         for protocol, cut in (("known", question), ("first", context), ("second", earlier)):
-            ids, at = text.prompt(protocol)
+            inputs, at = text.split(None, protocol)
+            (ids,) = inputs["input_ids"].tolist()
             assert tokenizer.decode(ids[:at]).endswith(cut) and tokenizer.decode(ids).endswith(question)
 
 
@@ -88,12 +90,31 @@ def test_a_file_that_is_none_or_another_model_is_refused(tmp_path, tiny):
             real.load(tmp_path / f"{name}.gguf")
 
 
+@needs_gguf
+def test_prose_and_facts_are_measured_in_every_dtype(tmp_path, monkeypatch):
+    text = ROPE | {"max_position_embeddings": 1024}
+    real.write_gguf(load_model(write(reference(text=text), tmp_path)), tmp_path / "model.gguf", **TOKENIZER)
+    monkeypatch.setattr(real, "find", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(quality, "plot", lambda records, path: None)
+    losses = []
+    for data, dtype in (("prose", "float32"), ("prose", "bfloat16"), ("prose", "int8"), ("facts", "float32")):
+        out = tmp_path / data / dtype
+        assert quality.main(["--data", data, "--samples", "1", "--questions", "1", "--methods", "full",
+                             "--dtype", dtype, "--out", str(out)]) == 0  # fmt: skip
+        records = quality.read_results(out)
+        assert {record["share"] for record in records} == {1.0}
+        protocols = {record["protocol"] for record in records}
+        assert protocols == {"known"} if data == "prose" else set(quality.PROTOCOLS)
+        losses.append(sum(record["nll"] for record in records))
+    assert losses[1:3] == pytest.approx([losses[0]] * 2, rel=0.05) and len(set(losses[:3])) == 3
+
+
 @needs_extra
 def test_the_pretrained_decoder_knows_english():
     model, tokenizer = real.load(real.find())
-    text = real.prose("reading")[:2000]
+    text = real.prose("reading")[:600]
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids) == text
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(torch.tensor([ids[:-1]]))[0], torch.tensor(ids[1:]))
-    assert 5 < loss.exp() < 30  # with rows of keys or queries in another order, thousands
+    assert 5 < loss.exp() < 60  # with rows of keys or queries in another order, thousands
