@@ -237,6 +237,7 @@ def test_the_page_works_in_a_browser_without_a_message_on_a_wide_screen_and_on_a
     assert f"layer {data['layer']}, mean" in start["looks-text"]
     assert f"row {row + 1}, column {column + 1};" in start["looks-text"]
     assert start["dropped"] == dropped(data["layer"]) and start["layer-out"] == str(data["layer"])
+    assert start["full"].split() == data["full"]["text"].split()
     assert start["compressed"].split() == answer(0, 0.2) and start["run-name"].endswith("prefixkv at 20 %")
     assert start["story"].startswith("Layer ") and "its attention is spread over many keys. Layer " in start["story"]
     assert layer["dropped"] == dropped(3) and layer["layer-out"] == "3"
