@@ -6,6 +6,7 @@ import argparse
 import difflib
 import io
 import json
+import random
 import sys
 import textwrap
 import time
@@ -25,9 +26,11 @@ from torch import Tensor
 from minillava import terminal
 from minillava.checks import LlavaError
 from minillava.compressors import METHODS
+from minillava.files import write_file
 from minillava.model import KVCache, Llava
 from minillava.processor import Processor
 from minillava.quantised import BITS, new_cache
+from minillava.scenes import describe, make_scene
 from prefixkv import PrefixKV
 from weights import read_plan
 
@@ -102,10 +105,10 @@ def answer(
 
 def table(runs: list[Run]) -> str:
     """The closing table, at most 80 columns wide; the bars of a deep model stand under it."""
-    names = ["full cache" if run.method == "full" else f"{run.method} {100 * run.budget:.3g}%" for run in runs]
-    names = [name + (f", {run.kv_bits} bits" if run.kv_bits else "") for name, run in zip(names, runs)]
     rows = [["", "kept", "per layer", "KV held", "allocated", "tokens/s", "same words"]]
-    for name, run in zip(names, runs):
+    for run in runs:
+        name = "full cache" if run.method == "full" else f"{run.method} {100 * run.budget:.3g}%"
+        name += f", {run.kv_bits} bits" if run.kv_bits else ""
         kept, total = sum(run.kept_per_layer), run.prompt_tokens * len(run.kept_per_layer)
         shares = terminal.bars([kept / run.prompt_tokens for kept in run.kept_per_layer])  # first layer on the left
         held, allocated = terminal.human(run.kv_bytes), terminal.human(run.kv_bytes_allocated)
@@ -228,12 +231,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def describe(args: argparse.Namespace) -> None:
+def work(args: argparse.Namespace) -> None:
     """Loads, answers, and shows; raises LlavaError for input that cannot be used."""
     compressed = compressors(args)
     questions = [terminal.pictures(args.image, scene) for scene in args.scene or [None]]
     if args.save_scene:
-        terminal.save_scene(args.save_scene, args.scene[0], show=not args.json)
+        (name,), (picture,) = questions[0]
+        write_file(args.save_scene, terminal.png(picture))
+        if not args.json:  # to compare answers with
+            print(f"{name}, as it is\n{terminal.wrapped(describe(make_scene(random.Random(args.scene[0]))))}\n")
     model, processor = terminal.load_shown(args)
     if args.compile:
         terminal.compile_shown(model)
@@ -263,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a narrow terminal shows ? rather than failing
-    return run_command("demo.py", lambda: describe(args))
+    return run_command("demo.py", lambda: work(args))
 
 
 if __name__ == "__main__":

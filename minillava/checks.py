@@ -85,12 +85,12 @@ def check_read(
     require(same_sizes, "The cache was made for a model of other sizes; call this model's new_cache.")
     batch, count = input_ids.shape
     if not cache.key:
-        require_left_padding(present)
+        left = present[:, -1].all() and (present.long().diff(dim=-1) >= 0).all()  # at least one token in each prompt
+        require(left, "attention_mask has padding in or after the prompt; pad prompts on the left to generate.")
         check_room(config, count, cache.room)
         return present
     texts = len(cache.lengths)
-    if batch != texts:
-        raise LlavaError(f"input_ids have {batch} rows and the cache holds {texts} texts; give each text a row.")
+    require(batch == texts, f"input_ids have {batch} rows and the cache holds {texts} texts; give each text a row.")
     whole = attention_mask is None or present.all()
     require(whole, "attention_mask has padding in a further turn; the turns of a batch must be equally long.")
     with_prompt = pixel_values is None or (cache.kept == cache.prompt_lengths).all()
@@ -126,26 +126,19 @@ def check_images(
         usable = len(shape) == 4 and shape[1:] == [3, side, side]
         require(usable, f"pixel_values are {shape}; expected [I, 3, {side}, {side}]: images, or tiles of all images.")
     rows = 0 if pixel_values is None else len(pixel_values)  # images, or tiles of LLaVA-NeXT
-    if not config.image_grid_pinpoints or rows == 0:
-        expected = rows * config.num_image_tokens
-        require(found == expected, f"input_ids hold {found} image tokens, but {rows} images make {expected}.")
-        return
-    require(image_sizes is not None, "pixel_values are tiles of LLaVA-NeXT; give image_sizes, too.")
-    assert image_sizes is not None  # for mypy
-    usable = image_sizes.dim() == 2 and image_sizes.shape[1] == 2 and not image_sizes.is_floating_point()
-    usable = usable and bool((image_sizes > 0).all())
-    require(usable, f"image_sizes are {image_sizes.tolist()!s:.99}; expected [I, 2]: each image's height and width.")
-    tilings = [config.tiling(size) for size in image_sizes.tolist()]
-    expected, tiles = sum(tiling.tokens for tiling in tilings), sum(tiling.tiles for tiling in tilings)
-    require(rows == tiles, f"pixel_values are {rows} tiles; pictures of these image_sizes have {tiles}.")
-    images = len(tilings)
+    images, expected = rows, rows * config.num_image_tokens
+    if config.image_grid_pinpoints and rows:
+        require(image_sizes is not None, "pixel_values are tiles of LLaVA-NeXT; give image_sizes, too.")
+        assert image_sizes is not None  # for mypy
+        usable = image_sizes.dim() == 2 and image_sizes.shape[1] == 2 and not image_sizes.is_floating_point()
+        usable = usable and bool((image_sizes > 0).all())
+        sizes = image_sizes.tolist()
+        require(usable, f"image_sizes are {sizes!s:.99}; expected [I, 2]: each image's height and width.")
+        tilings = [config.tiling(size) for size in sizes]
+        images, expected = len(tilings), sum(tiling.tokens for tiling in tilings)
+        tiles = sum(tiling.tiles for tiling in tilings)
+        require(rows == tiles, f"pixel_values are {rows} tiles; pictures of these image_sizes have {tiles}.")
     require(found == expected, f"input_ids hold {found} image tokens, but {images} images make {expected}.")
-
-
-def require_left_padding(present: Tensor) -> None:
-    """Raises LlavaError if a prompt has padding in it or after it, or no token: present is bool [B, N]."""
-    left = present[:, -1].all() and (present.long().diff(dim=-1) >= 0).all()
-    require(left, "attention_mask has padding in or after the prompt; pad prompts on the left to generate.")
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minillava.checks import LlavaError, require_value, wrong_value
+from minillava.checks import LlavaError, require, require_value
 from minillava.config import LlavaConfig, TextConfig
 from minillava.files import HUB_ID, find, replacing, write_file, write_json
 from minillava.model import Llava
@@ -121,19 +121,18 @@ def hub_config(folder: Path) -> dict[str, Any]:
     given = {**defaults, **{name: value for name, value in raw.items() if value is not None}}
     merge, hub = given["mm_patch_merge_type"], "the Hub's layout, such as that of llava-hf/llava-v1.6-vicuna-7b-hf"
     require_value(merge == "flat", "mm_patch_merge_type", merge, f"flat: LLaVA-1.6 is read in {hub}")
-    for name, known in (("model_type", kinds), ("mm_vision_select_feature", features),
-                        ("image_aspect_ratio", ("square", "pad"))):  # fmt: skip
-        if given[name] not in list(known):
-            raise wrong_value(name, given[name], f"{' or '.join(known)} in the original layout")
+    choices = {"model_type": kinds, "mm_vision_select_feature": features, "image_aspect_ratio": ("square", "pad")}
+    for name, known in choices.items():
+        require_value(given[name] in list(known), name, given[name], f"{' or '.join(known)} in the original layout")
     vocabulary, tower = given["vocab_size"], read_json(clip / "config.json")
     tower = tower.get("vision_config", tower)
-    if type(vocabulary) is not int or not 0 < vocabulary < 2**24:
-        raise wrong_value("vocab_size", vocabulary, "a number of tokens")
-    if given.get("mm_use_im_start_end"):
-        raise LlavaError("config.json has mm_use_im_start_end: tokens around images are not implemented.")
+    sane = type(vocabulary) is int and 0 < vocabulary < 2**24
+    require_value(sane, "vocab_size", vocabulary, "a number of tokens")
+    start_end = given.get("mm_use_im_start_end")
+    require(not start_end, "config.json has mm_use_im_start_end: tokens around images are not implemented.")
     name, kind = raw["mm_vision_tower"], tower.get("model_type") if isinstance(tower, dict) else None
-    if kind not in (None, "clip", "clip_vision_model"):
-        raise LlavaError(f"{name!r:.99} is of type {kind!r:.99}; in the original layout only CLIP is read.")
+    is_clip = kind in (None, "clip", "clip_vision_model")
+    require(is_clip, f"{name!r:.99} is of type {kind!r:.99}; in the original layout only CLIP is read.")
     text = {name: value for name, value in raw.items() if not name.startswith("mm_")}
     size = math.ceil((vocabulary + 2) / 64) * 64
     return {
@@ -188,7 +187,7 @@ def config_dict(config: LlavaConfig, dtype: str) -> dict[str, object]:
     raw: dict[str, object] = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
     if config.image_grid_pinpoints:
         raw = {"model_type": "llava_next", "architectures": ["LlavaNextForConditionalGeneration"],
-               "image_grid_pinpoints": [list(pair) for pair in config.image_grid_pinpoints]}  # fmt: skip
+               "image_grid_pinpoints": config.image_grid_pinpoints}  # fmt: skip
     names = ("projector_hidden_act", "multimodal_projector_bias", "mm_projector_type", "vision_feature_layer",
              "vision_feature_select_strategy", "pad_token_id")  # fmt: skip
     if dtype == "int8":
@@ -215,18 +214,17 @@ def convert(model: Llava, processor: Processor, folder: Path, out: Path) -> None
     """Writes the checkpoint in `folder`, loaded, in the Hub layout, to the folder `out`; whole or not at all."""
     config, dtype = model.config, model.lm_head.weight.dtype
     tokenizer = read_json(folder / "tokenizer_config.json")
-    added = {
-        str(token.id): {"content": token.content, "lstrip": token.lstrip, "rstrip": token.rstrip,
-                        "special": token.special, "normalized": False, "single_word": False}
-        for token in processor.tokenizer.added.values()
-    }  # fmt: skip
+    added = {}
+    for token in map(asdict, processor.tokenizer.added.values()):
+        id = token.pop("id")
+        added[str(id)] = {**token, "normalized": False, "single_word": False}
     if not (folder / "tokenizer.model").is_file():  # tokenizer.json has them all but for <image>
         added = {id: token for id, token in added.items() if token["content"] == IMAGE_TOKEN}
         added |= tokenizer.get("added_tokens_decoder") or {}
     images: dict[str, object] = asdict(processor.image_processor)
     if config.image_grid_pinpoints:
-        pinpoints = [list(pair) for pair in config.image_grid_pinpoints]
-        images |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": pinpoints}
+        images["image_processor_type"] = "LlavaNextImageProcessor"
+        images["image_grid_pinpoints"] = config.image_grid_pinpoints
     files = {
         "config.json": config_dict(config, str(dtype).removeprefix("torch.")),
         "tokenizer_config.json": {**tokenizer, "added_tokens_decoder": added},

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import base64
 import difflib
-import io
 import itertools
 import json
 import sys
@@ -151,20 +150,18 @@ def collect(model: Llava, processor: Processor, prompt: str, images: Sequence[Im
     places = [position for position, id in enumerate(ids) if id == model.config.image_token_id]
     image, columns, cells = drawn(inputs, processor)
     text = [(position, piece(processor, id)) for position, id in enumerate(ids) if id != model.config.image_token_id]
-    picture = io.BytesIO()
-    image.save(picture, "PNG")
     at = torch.linspace(0, length, POINTS).round().long()
     return {
         "model": Path(name).name or name,
         "prompt": prompt,
-        "image": "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode(),
+        "image": "data:image/png;base64," + base64.b64encode(terminal.png(image)).decode(),
         "columns": columns,
         "tiled": "image_sizes" in inputs,
         "patches": [None if cell is None else places[cell] for cell in cells],
         "words": text,
-        "looks": [[round(value, 5) for value in row] for row in looks.tolist()],
-        "importance": [[round(value, 5) for value in row] for row in scores.tolist()],
-        "curves": [[round(value, 4) for value in row] for row in prefixes[:, at].tolist()],
+        "looks": rounded(looks, 5),
+        "importance": rounded(scores, 5),
+        "curves": rounded(prefixes[:, at], 4),
         "budgets": stops,
         "start": stops.index(min(budgets, key=lambda budget: abs(budget - 0.2))),
         "thresholds": [round(threshold, 5) for threshold in thresholds],
@@ -177,20 +174,20 @@ def answers(model: Llava, processor: Processor, prompt: str, images: Sequence[Im
             max_new_tokens: int = 128, methods: Sequence[str] = ("prefixkv",)) -> dict[str, Any]:  # fmt: skip
     """The rest of what the page shows: the full cache's answer, and beside it that of every method at every budget."""
     inputs = encode(model, processor, prompt, images)
+    full: dict[str, Any] = {}
     runs: list[dict[str, Any]] = []
     with terminal.progress_bar("answering", "answer", len(methods) * len(budgets) + 1) as bar:
-
-        def answer(name: str, compressor: PrefixKV | None) -> dict[str, Any]:
-            bar.set_description(f"answering: {name}")
-            made = model.generate(**inputs, max_new_tokens=max_new_tokens, compressor=compressor)
+        for number, budget in [(-1, 1.0), *itertools.product(range(len(methods)), budgets)]:  # -1 for the full cache
+            method = METHODS[methods[number]](budget) if number >= 0 else None
+            bar.set_description(f"answering: {f'{methods[number]} {budget:.0%}' if method else 'full cache'}")
+            result = model.generate(**inputs, max_new_tokens=max_new_tokens, compressor=method)
+            text, size = processor.decode(result.token_ids[0]).strip(), result.cache_bytes
+            if method:
+                left, right = words(full["text"], text)
+                runs.append({"method": number, "budget": budget, "left": left, "right": right, "bytes": size})
+            else:
+                full = {"text": text, "bytes": size}
             bar.update()
-            return {"text": processor.decode(made.token_ids[0]).strip(), "bytes": made.cache_bytes}
-
-        full = answer("full cache", None)
-        for (number, name), budget in itertools.product(enumerate(methods), budgets):
-            run = answer(f"{name} {budget:.0%}", METHODS[name](budget))
-            left, right = words(full["text"], run["text"])
-            runs.append({"method": number, "budget": budget, "left": left, "right": right, "bytes": run["bytes"]})
     return {"full": full, "runs": runs}
 
 
@@ -209,19 +206,13 @@ def page(data: dict[str, Any]) -> str:
 
 def bits(kept: Tensor) -> str:
     """Which tokens are kept, bool [N], as hexadecimal digits: the first token is the highest bit of the first digit."""
-    text = "".join("1" if one else "0" for one in kept.tolist())
+    text = "".join(str(int(one)) for one in kept.tolist())
     return "".join(f"{int(text[at : at + 4].ljust(4, '0'), 2):x}" for at in range(0, len(text), 4))
 
 
-def kept(data: dict[str, Any], layer: int, budget: int, method: int = 0) -> list[bool]:
-    """Which tokens of the prompt a layer keeps at a stop of the budget."""
-    digits = data["methods"][method]["kept"][budget][layer]
-    return [bool(int(digits[j // 4], 16) >> (3 - j % 4) & 1) for j in range(len(data["importance"][0]))]
-
-
-def counts(data: dict[str, Any], budget: int, method: int = 0) -> list[int]:
-    """Tokens that each layer keeps at a stop of the budget."""
-    return [sum(kept(data, layer, budget, method)) for layer in range(len(data["importance"]))]
+def rounded(table: Tensor, digits: int) -> list[list[float]]:
+    """The rows of a table, with so many digits after the point."""
+    return [[round(value, digits) for value in row] for row in table.tolist()]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from minillava import anyres
-from minillava.checks import LlavaError
+from minillava.checks import LlavaError, require
 from minillava.config import LlavaConfig
 from minillava.template import render
 
@@ -124,10 +124,8 @@ class ImageProcessor:
             else:
                 fits = isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_number, value))
                 expected = "three numbers"
-            if not fits:
-                raise LlavaError(f"The image processor's config has {name} = {value!r:.99}; expected {expected}.")
-        if not all(self.image_std):
-            raise LlavaError("The image processor's config has a 0 in image_std; pixels are divided by it.")
+            require(fits, f"The image processor's config has {name} = {value!r:.99}; expected {expected}.")
+        require(all(self.image_std), "The image processor's config has a 0 in image_std; pixels are divided by it.")
 
     def __call__(self, image: Image.Image) -> Tensor:
         """PIL image -> float32 [3, R, R]."""
@@ -175,8 +173,8 @@ def as_llava_error(what: str, remedy: str) -> Iterator[None]:
 
 def read_bytes(path: Path) -> bytes:
     """What a checkpoint says beside its weights; refused if it is larger than any such file."""
-    if path.stat().st_size > MAX_BYTES:
-        raise LlavaError(f"{path} has {path.stat().st_size} bytes; at most {MAX_BYTES} are expected. Copy it again.")
+    size = path.stat().st_size
+    require(size <= MAX_BYTES, f"{path} has {size} bytes; at most {MAX_BYTES} are expected. Copy it again.")
     return path.read_bytes()
 
 
@@ -186,8 +184,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     with as_llava_error(f"{path} is not valid JSON", "copy or download it again."):
         value = json.loads(read_bytes(path).decode())
-    if not isinstance(value, dict):
-        raise LlavaError(f"{path} holds {type(value).__name__} where a JSON object is expected.")
+    require(isinstance(value, dict), f"{path} holds {type(value).__name__} where a JSON object is expected.")
     return value
 
 
@@ -360,11 +357,10 @@ def llava_prompt(turns: Sequence[tuple[str, str | None]], num_images: int = 0) -
 
     The images come first: `USER: <image>\\nquestion ASSISTANT: answer</s>USER: question ASSISTANT:`.
     """
-    prompt, images = "", f"{IMAGE_TOKEN}\n" * num_images
-    for question, answer in turns:
-        prompt += f"USER: {images}{question} ASSISTANT:" + ("" if answer is None else f" {answer}</s>")
-        images = ""
-    return prompt
+    return "".join(
+        f"USER: {message['content']} ASSISTANT:" if message["role"] == "user" else f" {message['content']}</s>"
+        for message in messages(turns, num_images, as_parts=False)
+    )
 
 
 @dataclass(eq=False)
@@ -388,8 +384,7 @@ class Processor:
         id, largest, size = tokenizer.added[IMAGE_TOKEN].id, tokenizer.largest_id, config.text.vocab_size
         if id != config.image_token_id:
             raise LlavaError(f"{IMAGE_TOKEN} has the id {id}, in config.json {config.image_token_id}; {FOREIGN}")
-        if largest >= size:
-            raise LlavaError(f"The tokenizer has ids up to {largest}, the model a vocabulary of {size}; {FOREIGN}")
+        require(largest < size, f"The tokenizer has ids up to {largest}, the model a vocabulary of {size}; {FOREIGN}")
         pinpoints, known = raw.get("image_grid_pinpoints"), [list(pair) for pair in config.image_grid_pinpoints]
         if known and pinpoints not in (None, known):
             raise LlavaError(f"image_grid_pinpoints are {pinpoints!s:.99}, in config.json {known!s:.99}; {FOREIGN}")
@@ -404,12 +399,10 @@ class Processor:
         """
         texts = [text] if isinstance(text, str) else list(text)
         images = [images] if isinstance(images, Image.Image) else images
-        if not texts:
-            raise LlavaError("No prompt was given; expected at least one.")
+        require(texts, "No prompt was given; expected at least one.")
         named = sum(one.count(IMAGE_TOKEN) for one in texts)
-        if named != len(images):
-            given = f"{named} {IMAGE_TOKEN} and {len(images)} images were given"
-            raise LlavaError(f"The prompt has {given}; write {IMAGE_TOKEN} once for each image.")
+        given = f"{named} {IMAGE_TOKEN} and {len(images)} images were given"
+        require(named == len(images), f"The prompt has {given}; write {IMAGE_TOKEN} once for each image.")
         shown = [to_rgb(image) for image in images]
         counts = iter([self.num_image_tokens(image) for image in shown])  # of tokens, image by image
         rows = []
@@ -418,8 +411,7 @@ class Processor:
             for id in self.tokenizer.encode(one):
                 row += [id] * (next(counts) if id == self.config.image_token_id else 1)
             rows.append(row)
-        if not all(rows):
-            raise LlavaError("A prompt is empty and the tokenizer adds no beginning-of-text token; write a prompt.")
+        require(all(rows), "A prompt is empty and the tokenizer adds no beginning-of-text token; write a prompt.")
         longest, pad = max(map(len, rows)), self.config.pad_token_id
         inputs = {
             "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
@@ -428,9 +420,9 @@ class Processor:
         if images:
             tiles = [self.image_processor(tile) for image in shown for tile in self.tiles(image)]
             side = self.config.vision.image_size
-            for height, width in (tile.shape[1:] for tile in tiles):
-                if (height, width) != (side, side):
-                    raise LlavaError(f"An image becomes {width} x {height} pixels, not {side} x {side}; {FOREIGN}")
+            for _, height, width in (tile.shape for tile in tiles):
+                fits = height == width == side
+                require(fits, f"An image becomes {width} x {height} pixels, not {side} x {side}; {FOREIGN}")
             inputs["pixel_values"] = torch.stack(tiles)
             if self.config.image_grid_pinpoints:
                 inputs["image_sizes"] = torch.tensor([[image.height, image.width] for image in shown])
@@ -448,11 +440,8 @@ class Processor:
         if not self.config.image_grid_pinpoints:
             return self.config.num_image_tokens
         tokens, limit = self.config.tiling((image.height, image.width)).tokens, self.config.text.max_position_embeddings
-        if tokens > limit:
-            raise LlavaError(
-                f"An image of {image.width} x {image.height} pixels becomes {tokens} tokens, and the model has "
-                f"{limit} positions; make the image smaller."
-            )
+        becomes = f"An image of {image.width} x {image.height} pixels becomes {tokens} tokens"
+        require(tokens <= limit, f"{becomes}, and the model has {limit} positions; make the image smaller.")
         return tokens
 
     def tiles(self, image: Image.Image) -> list[Image.Image]:

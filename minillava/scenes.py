@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,7 +27,18 @@ COLOURS = {
     "cyan": (60, 200, 220),
 }
 BACKGROUNDS = {"white": (246, 246, 246), "grey": (128, 128, 128), "black": (14, 14, 14), "beige": (232, 214, 182)}
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+NEAR, FAR = math.hypot(1 / 3, 1 / 3), math.hypot(1 / 3, 1.1)  # corners of a cross; its arms are 2/3 of a radius wide
+TILT = math.degrees(math.atan2(1 / 3, 1.1))
+# Of every shape: angle in degrees from straight up, and distance from the middle. Round ones have many corners.
+CORNERS: dict[str, list[tuple[float, float]]] = {
+    "circle": [(step * 6, 1.0) for step in range(60)],
+    "square": [(45 + step * 90, 1.2) for step in range(4)],
+    "triangle": [(step * 120, 1.2) for step in range(3)],
+    "star": [(step * 36, 1.2 if step % 2 == 0 else 0.5) for step in range(10)],
+    "cross": [(arm * 90 + turn, far) for arm in range(4) for turn, far in ((-TILT, FAR), (TILT, FAR), (45, NEAR))],
+}
+CORNERS["ring"] = CORNERS["circle"]
+SHAPES = tuple(CORNERS)
 SIZES = {"small": (0.062, 0.075), "large": (0.115, 0.145)}  # radius as a share of the image's side
 SMALLEST = 0.042  # of "small" objects that cover 2 x 2 patches of 24 x 24, where scenes are to be harder
 PLACES = (
@@ -103,26 +114,10 @@ def make_scene(rng: random.Random, max_objects: int = MAX_OBJECTS, smallest: flo
 
 
 def outline(thing: Thing, side: int) -> list[tuple[float, float]]:
-    """Corners of the object in pixels of an image `side` pixels wide; many corners for round ones."""
-    corners: list[tuple[float, float]]  # angle in degrees from straight up, and distance from the middle
-    if thing.shape in ("circle", "ring"):
-        corners = [(step * 6, 1.0) for step in range(60)]
-    elif thing.shape == "square":
-        corners = [(45 + step * 90, 1.2) for step in range(4)]
-    elif thing.shape == "triangle":
-        corners = [(step * 120, 1.2) for step in range(3)]
-    elif thing.shape == "star":
-        corners = [(step * 36, 1.2 if step % 2 == 0 else 0.5) for step in range(10)]
-    else:  # a cross with arms two thirds of the radius wide
-        near, far = math.hypot(1 / 3, 1 / 3), math.hypot(1 / 3, 1.1)
-        tilt = math.degrees(math.atan2(1 / 3, 1.1))
-        corners = [
-            pair for arm in range(4) for pair in ((arm * 90 - tilt, far), (arm * 90 + tilt, far), (arm * 90 + 45, near))
-        ]
+    """Corners of the object in pixels of an image `side` pixels wide."""
     points = []
-    for degrees, distance in corners:
-        turn = math.radians(degrees + thing.angle)
-        radius = thing.radius * distance
+    for degrees, distance in CORNERS[thing.shape]:
+        turn, radius = math.radians(degrees + thing.angle), thing.radius * distance
         points.append(((thing.x + radius * math.sin(turn)) * side, (thing.y - radius * math.cos(turn)) * side))
     return points
 
@@ -137,13 +132,11 @@ def draw(scene: Scene, side: int = 384, oversample: int = 1) -> tuple[Image.Imag
     for index, thing in enumerate(scene.things, start=1):
         points = outline(thing, canvas)
         left, top = (int(min(axis)) for axis in zip(*points))
-        mask = Image.new("L", (int(thing.radius * canvas * 2.6), int(thing.radius * canvas * 2.6)), 0)
+        mask = Image.new("L", (int(thing.radius * canvas * 2.6),) * 2, 0)
         pen = ImageDraw.Draw(mask)
         pen.polygon([(x - left, y - top) for x, y in points], fill=255)
         if thing.shape == "ring":
-            middle, hole = thing.radius * canvas, thing.radius * canvas * 0.55
-            x, y = thing.x * canvas - left, thing.y * canvas - top
-            assert hole < middle
+            hole, x, y = thing.radius * canvas * 0.55, thing.x * canvas - left, thing.y * canvas - top
             pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=0)
         image.paste(thing.rgb, (left, top), mask)
         cover.paste(index, (left, top), mask)
@@ -161,11 +154,13 @@ def describe(scene: Scene) -> str:
     count = len(scene.things)
     things = "one object" if count == 1 else f"{NUMBERS[count]} objects"
     sentences = [f"The image shows {things} on a {scene.background} background."]
-    sentences += [
-        f"{'In' if t.place == 'centre' else 'At'} the {t.place} there is {a(t.size)} {t.colour} {t.shape}."
-        for t in scene.things
-    ]
+    sentences += [f"{at(t.place).capitalize()} there is {a(t.size)} {t.colour} {t.shape}." for t in scene.things]
     return " ".join(sentences)
+
+
+def at(place: str) -> str:
+    """The place with its preposition."""
+    return f"{'in' if place == 'centre' else 'at'} the {place}"
 
 
 def a(word: str) -> str:
@@ -186,13 +181,24 @@ def named(description: str) -> list[tuple[str, str, str, str]]:
     return [(size, colour, shape, place) for place, size, colour, shape in re.findall(pattern, description)]
 
 
-def places(things: list[Thing]) -> str:
+def places(things: Sequence[Thing]) -> str:
     """Where things are, in reading order: "at the top left and in the centre"; "nowhere" for none."""
-    spots = [f"{'in' if thing.place == 'centre' else 'at'} the {thing.place}" for thing in things]
-    return " and ".join([", ".join(spots[:-1]), spots[-1]] if len(spots) > 1 else spots) or "nowhere"
+    *others, last = [at(thing.place) for thing in things] or ["nowhere"]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
-KINDS = ("count", "count by colour", "count by shape", "what is where", "where is", "where are", "yes or no", "compare")
+NUMBER_OF = ("How many {} are there?", "How many {} do you see?", "Count the {}.")
+WORDINGS = {
+    "count": ("How many objects are there?", "Count the objects.", "How many shapes do you see?"),
+    "count by colour": NUMBER_OF,
+    "count by shape": NUMBER_OF,
+    "what is where": ("What is {}?", "Which object is {}?", "What do you see {}?"),
+    "where is": ("Where is the {}?", "In which place is the {}?", "Where do you see the {}?"),
+    "where are": ("Where are the {}?", "In which places are the {}?", "Where do you see {}?"),
+    "yes or no": ("Is there {} {}?", "Do you see {} {}?", "Does the image show {} {}?"),
+    "compare": ("Are there more {} than {}?", "Do you see more {} than {}?"),
+}
+KINDS = tuple(WORDINGS)
 
 
 class Question(NamedTuple):
@@ -209,55 +215,45 @@ def short_question(rng: random.Random, scene: Scene, weights: Sequence[float] = 
     things = scene.things
     (kind,) = rng.choices(KINDS, weights)
     thing = rng.choice(things)
-
-    def question(wordings: Sequence[str], names: Sequence[str], answer: str, about: Iterable[Thing]) -> Question:
-        return Question(kind, rng.choice(wordings).format(*names), f"{answer}.", (tuple(t.cell for t in about),))
-
+    names: tuple[str, ...] = ()
+    about: Sequence[Thing] = things
     if kind == "count":
-        wordings = ("How many objects are there?", "Count the objects.", "How many shapes do you see?")
-        return question(wordings, (), NUMBERS[len(things)], things)
-    if kind in ("count by colour", "count by shape", "where are"):
+        answer = NUMBERS[len(things)]
+    elif kind in ("count by colour", "count by shape", "where are"):
         if kind == "count by colour" or (kind == "where are" and rng.random() < 0.5):
             colour = thing.colour if rng.random() < 0.7 else rng.choice(list(COLOURS))
-            name, alike = f"{colour} objects", [t for t in things if t.colour == colour]
+            names, about = (f"{colour} objects",), [t for t in things if t.colour == colour]
         else:
             shape = thing.shape if rng.random() < 0.7 else rng.choice(SHAPES)
-            name, alike = plural(shape), [t for t in things if t.shape == shape]
-        if kind == "where are":
-            wordings = ("Where are the {}?", "In which places are the {}?", "Where do you see {}?")
-            return question(wordings, (name,), places(alike), alike)
-        wordings = ("How many {} are there?", "How many {} do you see?", "Count the {}.")
-        return question(wordings, (name,), NUMBERS[len(alike)], alike)
-    if kind == "what is where":
+            names, about = (plural(shape),), [t for t in things if t.shape == shape]
+        answer = places(about) if kind == "where are" else NUMBERS[len(about)]
+    elif kind == "what is where":
         cell = thing.cell if rng.random() < 0.8 else rng.randrange(9)
-        here = [t for t in things if t.cell == cell]
-        preposition = "in" if PLACES[cell] == "centre" else "at"
-        answer = f"{a(here[0].size)} {here[0].colour} {here[0].shape}" if here else "nothing"
-        wordings = ("What is {} the {}?", "Which object is {} the {}?", "What do you see {} the {}?")
-        return question(wordings, (preposition, PLACES[cell]), answer, here)
-    if kind == "where is":
+        names, about = (at(PLACES[cell]),), [t for t in things if t.cell == cell]
+        answer = f"{a(about[0].size)} {about[0].colour} {about[0].shape}" if about else "nothing"
+    elif kind == "where is":
         alike = [t for t in things if (t.colour, t.shape) == (thing.colour, thing.shape)]
-        name = f"{thing.colour} {thing.shape}" if len(alike) == 1 else f"{thing.size} {thing.colour} {thing.shape}"
         if len(alike) > 1 and len([t for t in alike if t.size == thing.size]) > 1:
             return short_question(rng, scene, weights)  # nothing tells these two apart
-        wordings = ("Where is the {}?", "In which place is the {}?", "Where do you see the {}?")
-        return question(wordings, (name,), places([thing]), [thing])
-    if kind == "yes or no":
+        name = f"{thing.colour} {thing.shape}"
+        names, about = (name if len(alike) == 1 else f"{thing.size} {name}",), [thing]
+        answer = places(about)
+    elif kind == "yes or no":
         colour, shape = thing.colour, thing.shape
         if rng.random() < 0.5:
             colour, shape = rng.choice(((rng.choice(list(COLOURS)), shape), (colour, rng.choice(SHAPES))))
-        found = [t for t in things if (t.colour, t.shape) == (colour, shape)]
-        wordings = ("Is there {} {}?", "Do you see {} {}?", "Does the image show {} {}?")
-        return question(wordings, (a(colour), shape), "yes" if found else "no", found)
-    counts = {shape: sum(t.shape == shape for t in things) for shape in SHAPES}
-    seen = sorted({t.shape for t in things})
-    first, second = rng.sample(seen if len(seen) > 1 and rng.random() < 0.5 else SHAPES, 2)
-    if counts[first] < counts[second] and rng.random() < 0.5:  # else "no" would nearly always be right
-        first, second = second, first
-    pair = ("Are there more {} than {}?", "Do you see more {} than {}?")
-    answer = "yes" if counts[first] > counts[second] else "no"
-    both = [t for t in things if t.shape in (first, second)]
-    return question(pair, (plural(first), plural(second)), answer, both)
+        names, about = (a(colour), shape), [t for t in things if (t.colour, t.shape) == (colour, shape)]
+        answer = "yes" if about else "no"
+    else:
+        counts = {shape: sum(t.shape == shape for t in things) for shape in SHAPES}
+        seen = sorted({t.shape for t in things})
+        pair = rng.sample(seen if len(seen) > 1 and rng.random() < 0.5 else SHAPES, 2)
+        if counts[pair[0]] < counts[pair[1]] and rng.random() < 0.5:  # else "no" would nearly always be right
+            pair.reverse()
+        names, about = tuple(map(plural, pair)), [t for t in things if t.shape in pair]
+        answer = "yes" if counts[pair[0]] > counts[pair[1]] else "no"
+    text = rng.choice(WORDINGS[kind]).format(*names)
+    return Question(kind, text, f"{answer}.", (tuple(t.cell for t in about),))
 
 
 def description(rng: random.Random, scene: Scene) -> Question:

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from minillava import TINY
 from minillava.checks import LlavaError, require
-from minillava.files import free_memory, write_file
+from minillava.files import free_memory
 from minillava.model import KVCache, Llava
 from minillava.processor import Processor, open_image
-from minillava.scenes import DESCRIBE, describe, draw, make_scene
+from minillava.scenes import DESCRIBE, draw, make_scene
 
 WIDTH = 80
 BARS = " ▁▂▃▄▅▆▇█"
@@ -44,9 +44,7 @@ def parse_budget(text: str) -> float:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
         if 0 < value <= 1:
             return value
-    raise argparse.ArgumentTypeError(
-        f"{text!r:.200} is not a budget; expected a number above 0 and at most 1, or 20%"
-    ) from None
+    raise argparse.ArgumentTypeError(f"{text!r:.200} is not a budget; expected a number above 0 and at most 1, or 20%")
 
 
 def whole_number(low: int) -> Callable[[str], int]:
@@ -103,13 +101,11 @@ def pictures(paths: list[str] | None, scene: int | None) -> tuple[list[str], lis
     return paths, [open_image(path) for path in paths]
 
 
-def save_scene(path: str, number: int, show: bool) -> None:
-    """Writes the picture of a scene as PNG, and shows its true description, to compare answers with."""
-    scene, picture = make_scene(random.Random(number)), io.BytesIO()
-    draw(scene, oversample=4)[0].save(picture, "PNG")
-    write_file(path, picture.getvalue())
-    if show:
-        print(f"scene {number}, as it is\n{wrapped(describe(scene))}\n")
+def png(picture: Image.Image) -> bytes:
+    """The picture as a file."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
 
 
 def prompt_of(processor: Processor, question: str | None, images: int) -> str:
@@ -206,8 +202,7 @@ def encode(model: Llava, processor: Processor, prompt: str, images: Sequence[Ima
 def read(model: Llava, block: dict[str, Tensor], cache: KVCache, stop: Callable[[], bool] = lambda: False) -> Tensor:
     """`Llava.read` with a bar. Raises KeyboardInterrupt, between two layers, if `stop` says so."""
     layers = model.language_model.layers
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(progress_bar("reading the prompt", "layer", len(layers)))
+    with progress_bar("reading the prompt", "layer", len(layers)) as bar, contextlib.ExitStack() as stack:
 
         def done(*_: object) -> None:
             bar.update()
@@ -305,12 +300,11 @@ def write(
 
 def bars(shares: list[float]) -> str:
     """Shares from 0 to 1, one character each."""
-    text = "".join(BARS[max(1, round(8 * share))] for share in shares)
-    try:
+    with contextlib.suppress(UnicodeEncodeError):
+        text = "".join(BARS[max(1, round(8 * share))] for share in shares)
         text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:  # a terminal without block characters gets tenths
-        text = "".join(str(min(9, int(10 * share))) for share in shares)
-    return text
+        return text
+    return "".join(str(min(9, int(10 * share))) for share in shares)  # tenths, on a terminal without block characters
 
 
 def dim(line: str) -> str:

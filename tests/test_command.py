@@ -15,6 +15,8 @@ from minillava.checks import LlavaError
 from minillava.command import run_command
 
 LONG = "[print('x' * 100) for _ in range(10**5)]"
+ECHO = "print('x', sys.stdin.read(1))"
+FULL = "begun\nit: error: the output cannot be written (No space left on device)\n"
 RUN = "sys.exit(run_command('it', lambda: {}))"
 
 
@@ -44,22 +46,17 @@ def test_a_command_ends_with_a_code_and_a_sentence_at_most(capsys, error, code, 
     assert capsys.readouterr().err == sentence
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' /dev/full")
-@pytest.mark.parametrize("body", ["print('x')", LONG])
-def test_a_full_disk_is_told(body):
-    process = started(RUN.format(body), "> /dev/full")
+@pytest.mark.parametrize("body, redirect, ends", [
+    ("print('x')", "> /dev/full", (2, "", FULL)), (LONG, "> /dev/full", (2, "", FULL)),
+    (ECHO, ">&-", (0, "", "begun\n")), (ECHO, "2>&-", (0, "x \n", "")), (ECHO, "<&-", (0, "x \n", "begun\n")),
+    (ECHO, ">&- 2>&- <&-", (0, "", "")),
+])  # fmt: skip
+def test_a_full_disk_is_told_and_streams_that_the_shell_has_closed_are_no_error(body, redirect, ends):
+    if "/dev/full" in redirect and not Path("/dev/full").exists():
+        pytest.skip("needs Linux' /dev/full")
+    process = started(RUN.format(body), redirect)
     out, err = process.communicate()
-    assert (process.returncode, out) == (2, "")
-    assert err == "begun\nit: error: the output cannot be written (No space left on device)\n"
-
-
-@pytest.mark.parametrize("redirect", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
-def test_streams_that_the_shell_has_closed_are_no_error(redirect):
-    process = started(RUN.format("print('x', sys.stdin.read(1))"), redirect)
-    out, err = process.communicate()
-    assert process.returncode == 0
-    assert out == ("" if ">&-" in redirect.split() else "x \n")
-    assert err == ("" if "2>&-" in redirect else "begun\n")
+    assert (process.returncode, out, err) == ends
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly():
