@@ -39,15 +39,12 @@ KNOWN = {"H": 6, "Hkv": 2, "G": 3, "Dh": 14, "D": 40, "V": 101, "L": 5, "Dv": 33
 
 def commented(path: Path) -> dict[int, tuple[ast.stmt, str]]:
     """Statements that end in a shape comment, by every line they span."""
-    lines = path.read_text().splitlines()
-    found: dict[int, tuple[ast.stmt, str]] = {}
-    nodes = [n for n in ast.walk(ast.parse("\n".join(lines))) if isinstance(n, ast.stmt)]
-    for number, line in enumerate(lines, start=1):
-        match = COMMENT.search(line)
-        if match:
-            node = max((n for n in nodes if n.end_lineno == number), key=lambda n: n.lineno)
-            for covered in range(node.lineno, number + 1):
-                found[covered] = (node, match[1])
+    lines, found = path.read_text().splitlines(), dict[int, tuple[ast.stmt, str]]()
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        simple = isinstance(node, ast.stmt) and not hasattr(node, "body")
+        if simple and (match := COMMENT.search(lines[node.end_lineno - 1])):
+            found |= dict.fromkeys(range(node.lineno, node.end_lineno + 1), (node, match[1]))
+    assert len({node for node, _ in found.values()}) == sum(map(bool, map(COMMENT.search, lines))), path
     return found
 
 
