@@ -369,6 +369,14 @@ def test_variants_of_cover_space_all_layers_alike_count_no_token_twice_or_have_a
     assert torch.equal(queue.victim(*slots), PrefixKV(0.2).victim(*slots))
 
 
+@pytest.mark.parametrize("words, victim", [([2], 3), ([1, 2, 3, 4], 2), ([0, 1, 2, 3, 4, 5], 2)])
+def test_words_go_last_and_among_themselves_the_one_with_least_attention(words, victim):
+    compressor, position = Cover(0.5), torch.arange(6)
+    compressor.begin(torch.ones(1, 6, dtype=torch.bool), torch.zeros(1, 6, dtype=torch.bool), 1)
+    compressor.watch(torch.tensor([[[1.0, 8, 3, 4, 5, 2]]]), torch.isin(position, torch.tensor(words))[None])
+    assert compressor.victim(position[None, None], torch.tensor([[6]])) == victim  # the first and the newest stay
+
+
 @pytest.mark.parametrize("method", [H2O, Cover])
 def test_a_method_that_begins_with_the_scores_of_all_layers_takes_no_plan(method):
     present = torch.ones(1, 6, dtype=torch.bool)
