@@ -62,11 +62,6 @@ def question_mask(present: Tensor, image: Tensor, window: int = 32) -> Tensor:
     return torch.where(after.any(1, keepdim=True), after, last_n(present, torch.full_like(present.sum(-1), window)))
 
 
-def text_mask(present: Tensor, image: Tensor) -> Tensor:
-    """What a method keeps first, bool [B, N]: tokens that are not an image's; without an image, the `question_mask`."""
-    return torch.where(image.any(1, keepdim=True), present & ~image, question_mask(present, image))
-
-
 def topk_mask(scores: Tensor, counts: Tensor, among: Tensor) -> Tensor:
     """Of tokens `among` [.., N], the `counts` [..] with the highest scores [.., N]: bool [.., N]. Ties go either way.
 
@@ -133,13 +128,16 @@ def gini(curve: Tensor) -> Tensor:
 
 
 class Uniform(PrefixKV):
-    """PrefixKV with the same size for every layer. Comparing the two shows what the search adds."""
+    """PrefixKV with the same size for every layer. Comparing the two shows what the search adds.
+
+    Methods that size all layers alike, and differ in something else, begin with this class.
+    """
 
     def allocate(self, scores: Tensor) -> Tensor:
         return equally(self, scores)
 
 
-class Local(PrefixKV):
+class Local(Uniform):
     """Attention sinks and the most recent tokens, as a window that moves on while decoding.
 
     The tokens are those of StreamingLLM (arXiv 2309.17453), section 3.2: the first four, then the newest. Its positions
@@ -152,15 +150,12 @@ class Local(PrefixKV):
     def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.present.cumsum(-1).float()  # the later the better
 
-    def allocate(self, scores: Tensor) -> Tensor:
-        return equally(self, scores)
-
     def victim(self, position: Tensor, kept: Tensor) -> Tensor:
         """The oldest token that is not a sink. Free slots have position -1, below all sinks."""
         return position.masked_fill(position < self.num_sinks, torch.iinfo(position.dtype).max).argmin(-1)
 
 
-class Random(PrefixKV):
+class Random(Uniform):
     """Tokens drawn at random, different ones in every layer and for every seed."""
 
     def __init__(self, budget: float = 0.2, seed: int | Sequence[int] = 0):
@@ -175,9 +170,6 @@ class Random(PrefixKV):
             generator = torch.Generator().manual_seed(seed * 1000 + layer)
             row[mask] = torch.rand(int(mask.sum()), generator=generator, dtype=torch.float32)
         return drawn.to(self.present.device)
-
-    def allocate(self, scores: Tensor) -> Tensor:
-        return equally(self, scores)
 
 
 class LeastAttended(PrefixKV):
@@ -263,7 +255,7 @@ class H2O(LeastAttended):
         return (kept // 2 - 1).clamp(min=0)
 
 
-class SnapKV(PrefixKV):
+class SnapKV(Uniform):
     """Keeps what the last tokens of the prompt attend to, with its neighbours; these last tokens stay too.
 
     SnapKV (arXiv 2404.14469), section 4: attention of the last `window` queries to the keys before them, summed and
@@ -288,9 +280,6 @@ class SnapKV(PrefixKV):
         pooled = F.max_pool1d(before, self.kernel, stride=1, padding=self.kernel // 2)[:, 0]  # [B, N]
         return torch.where(window, received, pooled).masked_fill(~self.present, 0.0)
 
-    def allocate(self, scores: Tensor) -> Tensor:
-        return equally(self, scores)
-
     def choose(self, layer: int, scores: Tensor, counts: Tensor) -> Tensor:
         window = last_n(self.present, self.width().minimum(counts - self.num_sinks))
         return retain(scores.masked_fill(window, torch.inf), counts, self.present, self.num_sinks)
@@ -311,15 +300,12 @@ class PyramidKV(SnapKV):
         return divide(self, window + falling * rest)
 
 
-class Elastic(PrefixKV):
+class Elastic(Uniform):
     """Merges dropped tokens: each anchor becomes the mean of itself and the dropped tokens nearest to it.
 
     Elastic Cache (arXiv 2407.18121), its cache merging: importance is accumulated attention, a bucket is an anchor
     and the dropped tokens to which it is the nearest; its fixed-point elimination is PrefixKV's way to decode.
     """
-
-    def allocate(self, scores: Tensor) -> Tensor:
-        return equally(self, scores)
 
     def compress(self, waiting: list[Waiting]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for key, value, keep in super().compress(waiting):
@@ -401,8 +387,8 @@ class TGVKV(PrefixKV):
         return divide(self, torch.where(looks.sum(0) > 0, looks, 1.0))  # without an image all layers are alike
 
     def choose(self, layer: int, scores: Tensor, counts: Tensor) -> Tensor:
-        words_first = scores + text_mask(self.present, self.image) * self.present.shape[1]
-        return retain(words_first, counts, self.present, self.num_sinks)
+        first = torch.where(self.image.any(1, keepdim=True), self.present & ~self.image, self.question)  # [B, N]
+        return retain(scores + first * self.present.shape[1], counts, self.present, self.num_sinks)
 
 
 class MixKV(SnapKV):

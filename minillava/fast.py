@@ -64,15 +64,6 @@ def matvec(matrix: Tensor, vectors: Tensor) -> Tensor:
     return vectors @ matrix.mT if gaps else (matrix @ vectors.mT).mT
 
 
-def linear_half(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of 16-bit numbers: [..., in] -> [..., out]. For many tokens it is computed in float32, rounded once.
-
-    Few processors multiply 16-bit numbers as fast as float32. For up to 8 tokens, reading the weight takes the time,
-    and 16 bits are read in half of it.
-    """
-    return F.linear(x, weight, bias) if x.numel() <= 8 * x.shape[-1] else linear_parts(x, weight, bias)
-
-
 def linear_parts(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     """`F.linear` of a weight in 8 or 16 bits in float32, rounded once at the end: [..., in] -> [..., out].
 
@@ -110,7 +101,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class FastLinear(nn.Linear):
-    """nn.Linear that uses every thread of a CPU for one token per sample. Weights in 16 bits go to `linear_half`.
+    """nn.Linear that uses every thread of a CPU for one token per sample.
 
     Reading the weights takes most of the time, and the matrix library reads them with one thread. Cut into up to 16
     equal parts, they form a batch of products, and the library shares a batch among threads. For up to 4 samples,
@@ -122,7 +113,10 @@ class FastLinear(nn.Linear):
         """[B, N, in] -> [B, N, out]."""
         compiling, single = torch.compiler.is_compiling(), x.shape[1] == 1
         if x.is_cpu and self.weight.dtype in HALF and not compiling:
-            return linear_half(x, self.weight, self.bias)
+            # Few processors multiply 16-bit numbers as fast as float32. For up to 8 tokens, reading the weight takes
+            # the time, and 16 bits are read in half of it.
+            few = x.numel() <= 8 * x.shape[-1]
+            return F.linear(x, self.weight, self.bias) if few else linear_parts(x, self.weight, self.bias)
         if compiling and single and x.is_cpu and len(x) <= 8:  # more sums do not fit in the registers
             return self.one_loop(x)
         if not (x.is_cpu and single and self.weight.numel() >= 2**16):
@@ -348,13 +342,12 @@ class FastLlava(Llava):
     def read(self, input_ids: Tensor, cache: KVCache, pixel_values: Tensor | None = None,
              attention_mask: Tensor | None = None, image_sizes: Tensor | None = None) -> Tensor:  # fmt: skip
         """As `Llava.read`, compiled for a single token where the cache was made for it."""
-        made_for_it = self.compiled_step is not None and isinstance(cache, FastKVCache) and cache.compiled
-        if not made_for_it or not cache.key or pixel_values is not None or input_ids.shape[1:] != (1,):
+        step, single = self.compiled_step, input_ids.shape[1:] == (1,) and pixel_values is None
+        if step is None or not single or not cache.key or not isinstance(cache, FastKVCache) or not cache.compiled:
             return super().read(input_ids, cache, pixel_values, attention_mask, image_sizes)
-        assert self.compiled_step is not None
         check_read(self.config.text, cache, input_ids, attention_mask)
         cache.room -= 1
-        return check_logits(self.compiled_step(self, input_ids, cache))
+        return check_logits(step(self, input_ids, cache))
 
 
 def optimize(model: Llava) -> Llava:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import sys
 import tempfile
@@ -34,6 +33,7 @@ if __name__ == "__main__":
     end_quietly()
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillava import TINY
@@ -71,41 +71,33 @@ CAUSES = {  # by what a stage's name contains; the first that fits
     "positions after eviction": "new tokens counted from the shortened cache, not from the text",
 }
 Inputs = dict[str, Tensor]  # of a model, by their names
-Pick = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Tensor]  # module, arguments, keyword arguments, output
-
-
-def output(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], made: Any) -> Tensor:
-    """What a module returns, or the first part of it."""
-    return made[0] if isinstance(made, (tuple, list)) else made
-
-
-def entering(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], made: Any) -> Tensor:
-    """What a module is given: its first argument."""
-    return arguments[0] if arguments else keywords["hidden_states"]
+Pick = Callable[[Any, tuple[Any, ...], dict[str, Any]], Tensor]  # module, arguments, keyword arguments
 
 
 def projected(part: int) -> Pick:
     """Of an attention: query, key or value (0, 1, 2), made once more from what the module was given."""
 
-    def pick(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], made: Any) -> Tensor:
+    def pick(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
         if isinstance(module, Attention):
             return module.project(*arguments[:2])[part]
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-        hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
         projections = (module.q_proj, module.k_proj, module.v_proj)
-        heads = [p(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for p in projections]
-        return (*apply_rotary_pos_emb(heads[0], heads[1], *keywords["position_embeddings"]), heads[2])[part]
+        query, key, value = (
+            project(keywords["hidden_states"]).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            for project in projections
+        )
+        return (*apply_rotary_pos_emb(query, key, *keywords["position_embeddings"]), value)[part]
 
     return pick
 
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a stage can be seen: a submodule, and which tensor when it has run (default: its output)."""
+    """Where a stage can be seen: in a module's output, or the first part of it; or what `pick` makes of its input."""
 
     module: str
-    pick: Pick = output
+    pick: Pick | None = None
 
 
 @dataclass(frozen=True)
@@ -135,14 +127,15 @@ def stages(model: nn.Module, config: LlavaConfig) -> dict[str, Tap]:
     """
     names = [name for name, _ in model.named_modules()]
 
-    def tap(ending: str, pick: Pick = output, vision: bool = False) -> Tap:  # names begin as the version has them
+    def tap(ending: str, pick: Pick | None = None, vision: bool = False) -> Tap:  # versions begin names differently
         return Tap(next(name for name in names if name.endswith(ending) and ("vision" in name) == vision), pick)
 
     layer = config.vision_feature_layer
     depth = layer if layer >= 0 else config.vision.num_hidden_layers + 1 + layer
     taps = {"patch embedding": tap("patch_embedding", vision=True)}
     taps |= {f"vision layer {i}": tap(f"layers.{i}", vision=True) for i in range(depth)}
-    taps |= {"projector": tap("multi_modal_projector"), "merged embeddings": tap("layers.0", entering)}
+    taps["projector"] = tap("multi_modal_projector")
+    taps["merged embeddings"] = tap("layers.0", lambda module, arguments, keywords: arguments[0])
     for i in range(config.text.num_hidden_layers):
         taps[f"layer {i} norm"] = tap(f"layers.{i}.input_layernorm")
         for part, name in enumerate(("query", "key", "value")):
@@ -158,16 +151,16 @@ def record(
 ) -> None:
     """Calls `keep` with a stage's name and tensor whenever one is computed, while `run` runs."""
     modules = dict(model.named_modules(remove_duplicate=False))
-
-    def hook(stage: str, module: nn.Module, arguments: Any, keywords: Any, made: Any) -> None:
-        keep(stage, taps[stage].pick(module, arguments, keywords, made).detach())
-
     with contextlib.ExitStack() as hooks:
         for stage, tap in taps.items():
             there = tap.module in modules
             require(there, f"The stage {stage!r} is tapped at {tap.module!r}; the model has no such module.")
-            handle = modules[tap.module].register_forward_hook(functools.partial(hook, stage), with_kwargs=True)
-            hooks.enter_context(handle)
+
+            def hook(module: Any, given: Any, named: Any, made: Any, stage: str = stage, pick: Any = tap.pick) -> None:
+                made = made[0] if isinstance(made, (tuple, list)) else made
+                keep(stage, pick(module, given, named) if pick else made)
+
+            hooks.enter_context(modules[tap.module].register_forward_hook(hook, with_kwargs=True))
         run()
 
 
@@ -192,11 +185,9 @@ class Reference:
             raise LlavaError("transformers is not installed; verify needs it: pip install transformers.") from None
         from weights import load_processor, read_config  # it stands on minillava, not the other way round
 
-        folder = Path(folder)
-        self.config = read_config(folder)
-        self.processor = load_processor(folder)
+        folder, picture = Path(folder), open_image(image)
+        self.config, self.processor = read_config(folder), load_processor(folder)
         self.tiled = len(self.config.image_grid_pinpoints) > 0  # LLaVA-NeXT
-        picture = open_image(image)
         prompt = prompt or self.processor.chat([(QUESTION, None)], 1)
         self.inputs = inputs = {name: t.to(device) for name, t in self.processor([prompt], [picture]).items()}
         self.preprocessed = self.preprocessing(folder, prompt, picture)
@@ -210,8 +201,8 @@ class Reference:
         record(model, taps, lambda: model(**inputs), self.keep)
         with torch.no_grad():
             if self.tiled:
-                pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
-                made = model.model.get_image_features(pixels, sizes, output_hidden_states=True)
+                pictures = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+                made = model.model.get_image_features(**pictures, output_hidden_states=True)
                 self.keep("packed features", torch.cat(list(made.pooler_output)))
             text = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
             self.keep("greedy tokens", text[:, inputs["input_ids"].shape[1] :])
@@ -232,36 +223,34 @@ class Reference:
         """Pixels and ids beside those of transformers' own processor, or why they cannot be compared."""
         from transformers import AutoImageProcessor, AutoTokenizer
 
-        def beside(name: str, ours: Tensor, make: Callable[[], Tensor]) -> Stage:
-            try:
-                return difference(name, ours, make(), 1e-5)
-            except Exception as error:  # whatever transformers raises for a folder it cannot use
-                return Stage(name, note=f"not compared ({type(error).__name__})")
-
         def pixels() -> Tensor:
             made = AutoImageProcessor.from_pretrained(folder, backend="pil")(picture, return_tensors="pt")
             return torch.as_tensor(made["pixel_values"]).flatten(0, -4)  # LLaVA-NeXT: [1, tiles, 3, R, R]
 
         def token_ids() -> Tensor:
-            images = int((ids == self.config.image_token_id).sum())
+            images = int((self.inputs["input_ids"] == self.config.image_token_id).sum())
             text = prompt.replace("<image>", "<image>" * images)
             return torch.tensor([AutoTokenizer.from_pretrained(folder)(text)["input_ids"]])
 
-        ids = self.inputs["input_ids"]
-        shown = beside("tiles" if self.tiled else "pixels", self.inputs["pixel_values"], pixels)
+        def beside(name: str, ours: str, make: Callable[[], Tensor]) -> Stage:
+            try:
+                return difference(name, self.inputs[ours], make(), 1e-5)
+            except Exception as error:  # whatever transformers raises for a folder it cannot use
+                return Stage(name, note=f"not compared ({type(error).__name__})")
+
         # Without tokenizer.json transformers would convert tokenizer.model, and its version 5 treats runs of spaces
         # in another way.
-        if not (folder / "tokenizer.json").exists():
-            return [shown, Stage("token ids", note="not compared: no tokenizer.json")]
-        return [shown, beside("token ids", ids, token_ids)]
+        ids = Stage("token ids", note="not compared: no tokenizer.json")
+        ids = beside("token ids", "input_ids", token_ids) if (folder / "tokenizer.json").exists() else ids
+        return [beside("tiles" if self.tiled else "pixels", "pixel_values", pixels), ids]
 
     def keep(self, stage: str, tensor: Tensor) -> None:
         """Puts a stage on disk."""
-        torch.save(tensor.cpu(), Path(self.scratch.name) / f"{stage}.pt")
+        torch.save(tensor.cpu(), Path(self.scratch.name, f"{stage}.pt"))
 
     def get(self, stage: str) -> Tensor:
         """A stage from disk; raises LlavaError if there is none of that name."""
-        path = Path(self.scratch.name) / f"{stage}.pt"
+        path = Path(self.scratch.name, f"{stage}.pt")
         require(path.exists(), f"The reference has no stage {stage!r}; the names are those of `stages`.")
         return torch.load(path, weights_only=True)
 
@@ -285,14 +274,14 @@ def difference(name: str, found: Tensor, expected: Tensor, tolerance: float) -> 
     if found.shape != expected.shape:
         note = f"{list(found.shape)}, expected {list(expected.shape)}"
         return Stage(name, float("inf"), float("inf"), 0.0, False, note)
+    found = found.detach().cpu()
     if not found.is_floating_point():
-        equal, count = int((found.cpu() == expected).flatten().long().cumprod(0).sum()), expected.numel()
+        equal, count = int((found == expected).flatten().long().cumprod(0).sum()), expected.numel()
         return Stage(name, ok=equal == count, note=f"{equal} of {count} equal")
-    one, other = found.detach().cpu().double().flatten(), expected.double().flatten()
+    one, other = found.double().flatten(), expected.double().flatten()
     absolute = float((one - other).abs().max())
     relative = absolute / max(float(other.abs().max()), 1e-30)
-    cosine = float(torch.nn.functional.cosine_similarity(one, other, dim=0))
-    return Stage(name, absolute, relative, cosine, relative <= tolerance)
+    return Stage(name, absolute, relative, float(F.cosine_similarity(one, other, dim=0)), relative <= tolerance)
 
 
 def compare(
@@ -329,12 +318,8 @@ def verify(model: Llava, reference: Reference, tolerance: float = TOLERANCE["flo
         found.insert(at + 1, difference("packed features", packed, expected, tolerance))
     tokens, said, turns = get("greedy tokens"), get("three turns"), reference.turns()
     new = tokens.shape[1]
-    made = model.generate(**inputs, max_new_tokens=new, eos_token_id=()).token_ids
     cache = model.new_cache(sum(turn["input_ids"].shape[1] for turn in turns[1:]) + len(said))
     logits = converse(lambda block: model.read(**block, cache=cache), turns)
-    found.append(difference("greedy tokens", made, tokens, 0))
-    found.append(difference("three turns", logits, said, tolerance))
-    found.append(difference("three turns, tokens", logits.argmax(-1), said.argmax(-1), 0))
     evicting, queries = model.new_cache(new, PrefixKV(0.2)), list[Tensor]()
     model.read(**inputs, cache=evicting)
 
@@ -344,9 +329,13 @@ def verify(model: Llava, reference: Reference, tolerance: float = TOLERANCE["flo
 
     # Layer 0's query depends only on the token and its position.
     record(model, {"query": taps["layer 0 query"]}, decode, lambda _, query: queries.append(query))
-    expected = get("positions after eviction")
-    found.append(difference("positions after eviction", torch.cat(queries, dim=2), expected, tolerance))
-    return found
+    cached = {
+        "greedy tokens": (model.generate(**inputs, max_new_tokens=new, eos_token_id=()).token_ids, tokens),
+        "three turns": (logits, said),
+        "three turns, tokens": (logits.argmax(-1), said.argmax(-1)),
+        "positions after eviction": (torch.cat(queries, dim=2), get("positions after eviction")),
+    }
+    return found + [difference(name, *pair, tolerance) for name, pair in cached.items()]
 
 
 def first_difference(found: Sequence[Stage]) -> tuple[Stage, str] | None:
@@ -360,9 +349,8 @@ def first_difference(found: Sequence[Stage]) -> tuple[Stage, str] | None:
 def lines(found: Sequence[Stage]) -> Iterator[str]:
     """The table, and what to look at first."""
     yield f"{'stage':26} {'largest':>12} {'relative':>12} {'cosine':>14}"
-    yield from map(str, found)
+    yield from (*map(str, found), "")
     first = first_difference(found)
-    yield ""
     if first is None:
         skipped = sum(stage.note.startswith("not compared") for stage in found)
         left_out = f"; {skipped} could not be compared" if skipped else ""

@@ -94,5 +94,5 @@ def small(tmp_path_factory):
     import weights
 
     model = reference(kv_heads=2)
-    folder = write(model, tmp_path_factory.mktemp("small"), "disk5")
+    folder = write(model, tmp_path_factory.mktemp("small"))
     return folder, model, *weights.load(folder, fast=True)

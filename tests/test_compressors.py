@@ -14,24 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.variants import VARIANTS, PublishedElastic, WithoutSquares, WithoutWeights
-from minillava.compressors import (
-    H2O,
-    METHODS,
-    TGVKV,
-    Cover,
-    Elastic,
-    Local,
-    PyramidKV,
-    Random,
-    Recorder,
-    SnapKV,
-    Uniform,
-    VLCache,
-    apportion,
-    question_mask,
-    question_queries,
-    question_weights,
-)
+from minillava import compressors
+from minillava.compressors import H2O, METHODS, Cover, question_queries, question_weights
 from minillava.config import TextConfig
 from minillava.model import KVCache
 from prefixkv import Plan, PrefixKV, importance, retain
@@ -85,7 +69,7 @@ def cached(compressor, room, query, key, present):
     return cache
 
 
-def converse(model, inputs, turn, compressor=None, count=8):
+def converse(model, inputs, turn, compressor, count):
     """The answers to a prompt and to a further turn [B, N], each `count` tokens: [B, 2 * count]; and the cache."""
     cache = model.new_cache(count, compressor)
     answer = [*model.decode(model.read(**inputs, cache=cache), cache, eos_token_id=())]
@@ -117,16 +101,14 @@ def test_the_total_kept_is_prefixkvs_budget_exactly(method, seed, layers, length
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(seeds, st.integers(1, 6), st.lists(st.integers(1, 80), min_size=2, max_size=3), budgets, st.booleans())
-def test_the_choice_is_the_same_again_and_alone_and_in_a_batch(method, seed, layers, lengths, budget, whole):
+def test_the_choice_is_the_same_alone_and_in_a_batch(method, seed, layers, lengths, budget, whole):
     """Of prompts with an image and without; or `whole` ones, which are an image. All layers look at these equally, so
     rounding must not decide which gets one more token; which tokens are kept of equal ones, it may."""
     query, key, present = attention(seed, layers, lengths)
     image = present if whole else image_of(present) & (present.sum(-1, keepdim=True) % 2 == 1)
     counts, kept = choose(METHODS[method](budget), query, key, present, image)
-    again = choose(METHODS[method](budget), query, key, present, image)
-    assert torch.equal(counts, again[0]) and torch.equal(kept, again[1])
     for b, length in enumerate(lengths):
         alone = choose(METHODS[method](budget), *(t[:, b : b + 1, :, -length:] for t in (query, key)),
                        torch.ones(1, length, dtype=torch.bool), image[b : b + 1, -length:])  # fmt: skip
@@ -138,7 +120,7 @@ def test_the_choice_is_the_same_again_and_alone_and_in_a_batch(method, seed, lay
 def test_apportioned_numbers_sum_to_the_total_and_keep_order(layers, low, width, data):
     total = data.draw(st.integers(layers * low, layers * (low + width)))
     weight = torch.tensor(data.draw(st.lists(st.floats(0, 200), min_size=layers, max_size=layers)))
-    counts = apportion(total, weight, low, low + width)
+    counts = compressors.apportion(total, weight, low, low + width)
     assert int(counts.sum()) == total
     assert counts.min() >= low and counts.max() <= low + width
     assert ((weight[:, None] <= weight) | (counts[:, None] >= counts - 1)).all()
@@ -146,7 +128,7 @@ def test_apportioned_numbers_sum_to_the_total_and_keep_order(layers, low, width,
 
 def test_uniform_layers_differ_by_one_token_at_most_and_choose_as_prefixkv_does():
     query, key, present = attention(0, 4, [50])
-    counts, kept = choose(Uniform(0.33), query, key, present)
+    counts, kept = choose(METHODS["uniform"](0.33), query, key, present)
     assert int(counts.max() - counts.min()) <= 1
     for layer in range(4):
         scores = importance(query[layer], key[layer], present)
@@ -154,7 +136,7 @@ def test_uniform_layers_differ_by_one_token_at_most_and_choose_as_prefixkv_does(
 
 
 def test_local_keeps_sinks_and_the_newest():
-    _, kept = choose(Local(0.4), *attention(0, 2, [20]))
+    _, kept = choose(METHODS["local"](0.4), *attention(0, 2, [20]))
     assert kept[0, 0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 16, 17, 18, 19]
 
 
@@ -170,13 +152,13 @@ def test_h2o_keeps_the_first_tokens_half_for_the_newest_and_half_for_heavy_hitte
 
 
 def test_pyramidkv_falls_in_equal_steps():
-    counts, _ = choose(PyramidKV(0.3), *attention(0, 5, [200]))
+    counts, _ = choose(METHODS["pyramidkv"](0.3), *attention(0, 5, [200]))
     assert counts[0, 0] > counts[-1, 0]
     assert counts.diff(dim=0).unique().numel() <= 2  # steps are equal, but for rounding
     assert int(counts[-1, 0]) in (31, 32)  # the window, half of 60, and a twentieth of the other half
 
 
-@pytest.mark.parametrize("method, shift", [(Elastic, 0), (PublishedElastic, 1)])
+@pytest.mark.parametrize("method, shift", [(METHODS["elastic"], 0), (PublishedElastic, 1)])
 @settings(max_examples=15)
 @given(seeds, st.integers(2, 40), budgets)
 def test_elastic_merges_every_dropped_token_into_the_nearest_anchor(method, shift, seed, length, budget):
@@ -202,7 +184,7 @@ def test_the_words_after_the_last_image_ask_or_the_last_tokens(prompts):
     rows = [["-"] * (longest - len(prompt)) + prompt for prompt in prompts]
     present = torch.tensor([[kind != "-" for kind in row] for row in rows])
     image = torch.tensor([[kind == "i" for kind in row] for row in rows])
-    for row, found in zip(rows, question_mask(present, image).tolist()):
+    for row, found in zip(rows, compressors.question_mask(present, image).tolist()):
         text = "".join(row)
         after = len(text) - 1 - text.rfind("i") if "i" in text else 0
         expected = after or min(32, len(text.lstrip("-")))
@@ -284,15 +266,12 @@ def tgvkv(weights, image, key):
     return sum(weighty[i] * weights[i] for i in words)
 
 
-DEFINITIONS = [(lambda: SnapKV(0.5, window=5), snapkv), (lambda: METHODS["mixkv"](0.5, window=5), mixkv),
-               (lambda: VLCache(0.4), vlcache), (lambda: TGVKV(0.4), tgvkv)]  # fmt: skip
-
-
-@pytest.mark.parametrize("made, definition", DEFINITIONS)
+@pytest.mark.parametrize("definition, options", [(snapkv, {"window": 5}), (mixkv, {"window": 5}), (vlcache, {}),
+                                                 (tgvkv, {})])  # fmt: skip
 @given(seeds, st.integers(8, 60))
-def test_scores_and_notes_are_those_of_the_equations(made, definition, seed, length):
+def test_scores_and_notes_are_those_of_the_equations(definition, options, seed, length):
     query, key, present = attention(seed, 2, [length])
-    compressor, image = made(), image_of(present)[0]
+    compressor, image = METHODS[definition.__name__](0.5, **options), image_of(present)[0]
     _, kept = choose(compressor, query, key, present)
     for layer, (q, k) in enumerate(zip(query, key)):
         weights, found = weights_of(q, k), compressor.score(layer, q, k, k)[0].double()
@@ -408,13 +387,13 @@ def test_a_method_that_begins_with_the_scores_of_all_layers_takes_no_plan(method
 @pytest.mark.parametrize("wrong", [{"kernel": 0}, {"kernel": 4}, {"window": 0}])
 def test_a_window_or_kernel_that_cannot_be_pooled_is_refused(wrong):
     with pytest.raises(ValueError, match="an odd number"):
-        SnapKV(0.5, **wrong)
+        METHODS["snapkv"](0.5, **wrong)
 
 
 def test_each_prompt_of_a_batch_may_draw_with_a_seed_of_its_own():
     query, key, present = attention(0, 2, [40, 40])
-    _, alike = choose(Random(0.3, 5), query, key, present)
-    _, apart = choose(Random(0.3, [5, 6]), query, key, present)
+    _, alike = choose(METHODS["random"](0.3, 5), query, key, present)
+    _, apart = choose(METHODS["random"](0.3, [5, 6]), query, key, present)
     assert torch.equal(alike[:, 0], alike[:, 1]) and torch.equal(apart[:, 0], alike[:, 0])
     assert not torch.equal(apart[:, 0], apart[:, 1])
 
@@ -426,7 +405,7 @@ def test_a_method_does_not_depend_on_the_default_dtype(small, method, request):
     inputs, made = processor([ASKED, "two red"], [picture(28, 28)]), []
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         torch.set_default_dtype(dtype)
-        made.append(model.generate(**inputs, max_new_tokens=4, eos_token_id=(), compressor=METHODS[method](0.33)))
+        made.append(model.generate(**inputs, max_new_tokens=2, eos_token_id=(), compressor=METHODS[method](0.33)))
     for other in made[1:]:
         assert torch.equal(other.kept, made[0].kept) and torch.equal(other.token_ids, made[0].token_ids)
 
@@ -436,7 +415,7 @@ def test_a_full_budget_gives_the_text_of_the_full_cache_and_with_prefixkv_every_
     _, _, model, processor = small
     inputs, turn = processor([ASKED, "two red"], [picture(28, 28)]), torch.arange(3, 13).view(2, 5)
     compressor = METHODS[method](1.0)
-    (plain, cache), (full, other) = (converse(model, inputs, turn, c) for c in (None, compressor))
+    (plain, cache), (full, other) = (converse(model, inputs, turn, c, 4) for c in (None, compressor))
     assert torch.equal(plain, full)
     assert other.held_bytes == cache.held_bytes + getattr(compressor, "notes_bytes", 0)
     if method == "prefixkv":
@@ -452,14 +431,16 @@ OTHERS = {
 @pytest.mark.parametrize("method", [*METHODS, *OTHERS])
 def test_a_sample_gets_the_same_answers_and_cache_alone_and_in_a_batch(small, method):
     _, _, model, processor = small
-    texts = ["USER: <image>What is in it? ASSISTANT: a cat.", "describe it in detail yes no two", "three blue cat"]
-    image = picture(28, 28)
-    turns = torch.randint(3, 300, (3, 6), generator=torch.Generator().manual_seed(0))
+    texts, image = (
+        ["USER: <image>What is in it? ASSISTANT: a cat.", "describe it in detail yes no two"],
+        picture(28, 28),
+    )
+    turns = torch.randint(3, 300, (2, 6), generator=torch.Generator().manual_seed(0))
     made = (METHODS | OTHERS)[method]
-    together, cache = converse(model, processor(texts, [image]), turns, made(0.4), 5)
+    together, cache = converse(model, processor(texts, [image]), turns, made(0.4), 4)
     for index, text in enumerate(texts):
         inputs = processor(text, [image] * (index == 0))
-        alone, own = converse(model, inputs, turns[index : index + 1], made(0.4), 5)
+        alone, own = converse(model, inputs, turns[index : index + 1], made(0.4), 4)
         assert torch.equal(alone[0], together[index])
         assert torch.equal(own.kept[:, 0], cache.kept[:, index])
         for one, other in zip(own.position[:, 0], cache.position[:, index]):
@@ -467,7 +448,7 @@ def test_a_sample_gets_the_same_answers_and_cache_alone_and_in_a_batch(small, me
 
 
 @pytest.mark.parametrize("method", ["prefixkv", "plan", "keep", "local", "h2o", "cover"])
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(seeds, st.lists(st.integers(1, 60), min_size=1, max_size=3), budgets, st.integers(0, 50),
        st.lists(st.integers(1, 9), max_size=6))  # fmt: skip
 def test_after_a_turn_a_layer_holds_the_first_tokens_and_as_many_as_it_may(
@@ -499,8 +480,8 @@ class Least(WithoutWeights, WithoutSquares):
 
 
 @pytest.mark.parametrize("method", [H2O, Cover, Least])
-@settings(max_examples=15)
-@given(seeds, st.integers(6, 40), st.lists(st.sampled_from([1, 1, 1, 2, 4, 7]), max_size=25))
+@settings(max_examples=10)
+@given(seeds, st.integers(6, 40), st.lists(st.sampled_from([1, 1, 1, 2, 4, 7]), max_size=20))
 def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(method, seed, length, blocks):
     """The cache in place against lists: a token's attention is its own wherever it stands, and a fork's is its own."""
     query, key, present = attention(seed, 1, [length])
@@ -544,7 +525,7 @@ def test_the_token_goes_that_has_least_attention_which_goes_on_accumulating(meth
 
 
 def test_a_recorder_keeps_everything_and_remembers_the_importance_of_every_layer():
-    (query, key, present), recorder = attention(0, 3, [20, 12]), Recorder()
+    (query, key, present), recorder = attention(0, 3, [20, 12]), compressors.Recorder()
     assert torch.equal(cached(recorder, 0, query, key, present).kept, torch.tensor([[20, 12]] * 3))
     expected = torch.stack([importance(q, k, present) for q, k in zip(query, key)])
     assert torch.equal(recorder.scores, expected) and torch.equal(recorder.present, present)

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import edit_weights, same_weights, write
+from checkpoints import edit_weights, picture, same_weights, write
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,20 +19,7 @@ from minillava.checks import LlavaError
 from minillava.compressors import METHODS
 from minillava.config import TextConfig
 from minillava.fast import FastInt8Linear, optimize
-from minillava.quantised import (
-    BITS,
-    GROUP,
-    Int8Linear,
-    Packed,
-    QuantisedKVCache,
-    dequantise,
-    new_cache,
-    pack_bits,
-    quantise,
-    quantise_rows,
-    to_int8,
-    unpack_bits,
-)
+from minillava.quantised import BITS, GROUP, Int8Linear, dequantise, quantise, to_int8
 from minillava.scenes import short_question
 from prefixkv import PrefixKV
 from train.evaluate import answers, held_out
@@ -50,9 +37,9 @@ def noise(seed: int, *shape: int) -> torch.Tensor:
 @given(seeds, bits_, st.integers(1, 6))
 def test_codes_survive_packing_in_as_few_bytes_as_they_need(seed, bits, eights):
     codes = torch.randint(2**bits, (3, 8 * eights), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
-    packed = pack_bits(codes, bits)
+    packed = quantised.pack_bits(codes, bits)
     assert packed.shape == (3, bits * eights) and packed.dtype == torch.uint8
-    assert torch.equal(unpack_bits(packed, bits), codes)
+    assert torch.equal(quantised.unpack_bits(packed, bits), codes)
 
 
 @given(seeds, bits_)
@@ -75,7 +62,7 @@ def test_groups_are_channels_of_keys_and_tokens_of_values(per_token):
     content, found = torch.randn(1, 1, 64, 64) / 100, []
     for large in (0.0, 1000.0):
         content[0, 0, 5, 40] = large
-        part = Packed(torch.zeros(1, 1, 64, 64), 4, per_token)
+        part = quantised.Packed(torch.zeros(1, 1, 64, 64), 4, per_token)
         part[0, :, :64] = content[0]
         found.append(part[:, :, :64][0, 0])
     slot, channel = (found[0] != found[1]).nonzero(as_tuple=True)
@@ -91,16 +78,23 @@ def test_numbers_beyond_float16_become_its_largest(bits):
 
 @pytest.mark.parametrize("method", ["full", *METHODS])
 @torch.inference_mode()
-def test_with_every_method_eight_bits_say_what_the_full_numbers_say(tiny, sweep, method):
-    model, processor = tiny
-    chosen, compressor = scenes(1 if method in METHODS else 50 if sweep else 4, seed=3), METHODS.get(method)
-    inputs = processor([sample.prompt(processor) for sample in chosen], [sample.image() for sample in chosen])
-    caches = [new_cache(model, 12, compressor and compressor(0.5), bits) for bits in (None, 8)]
+def test_with_every_method_eight_bits_say_what_the_full_numbers_say(tiny, small, sweep, method):
+    if method == "full":
+        model, processor = tiny
+        chosen = scenes(50 if sweep else 2, seed=3)
+        inputs = processor([sample.prompt(processor) for sample in chosen], [sample.image() for sample in chosen])
+    else:
+        *_, model, processor = small
+        texts = ["USER: <image>What is in it? ASSISTANT: a cat.", "describe it in detail yes no two"]
+        inputs = processor(texts, [picture(28, 28)])
+    compressor, near = METHODS.get(method), 0.1 if method == "full" else 0.2
+    caches = [quantised.new_cache(model, 6, compressor and compressor(0.5), bits) for bits in (None, 8)]
     plain, eight = (model.read(**inputs, cache=cache) for cache in caches)
     assert torch.equal(caches[0].kept, caches[1].kept)
-    for _ in range(12):
+    for _ in range(6):
         token = plain.argmax(-1, keepdim=True)
-        assert torch.allclose(plain, eight, rtol=0, atol=0.1)  # of 22; 0.06 was measured, in 4 bits more than 0.1
+        # 0.06 was measured in both models; in 4 bits more than 0.1 in the embedded one, and than 0.5 in the random one.
+        assert torch.allclose(plain, eight, rtol=0, atol=near)
         assert compressor or torch.equal(token[:, 0], eight.argmax(-1))  # a broken text may end in a tie
         plain, eight = (model.read(token, cache) for cache in caches)
 
@@ -111,7 +105,7 @@ def test_with_every_method_eight_bits_say_what_the_full_numbers_say(tiny, sweep,
 def test_bytes_are_those_of_the_formula_and_what_is_held_is_what_was_written(seed, lengths, bits, budget, turns, room):
     """Also where there is more room only later. A fork stays as it is."""
     config = TextConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, num_key_value_heads=1)
-    cache = QuantisedKVCache(config, room, budget and PrefixKV(budget), bits)
+    cache = quantised.QuantisedKVCache(config, room, budget and PrefixKV(budget), bits)
     generator, longest = torch.Generator().manual_seed(seed), max(lengths)
     present = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
     written = {}  # of (layer, text, position): the value
@@ -155,7 +149,7 @@ def test_bytes_are_those_of_the_formula_and_what_is_held_is_what_was_written(see
 )  # fmt: skip
 def test_other_bits_and_heads_that_do_not_fall_into_groups_are_refused(size, bits, sentence):
     with pytest.raises(LlavaError, match=sentence):
-        QuantisedKVCache(TextConfig(head_dim=size), 8, bits=bits)
+        quantised.QuantisedKVCache(TextConfig(head_dim=size), 8, bits=bits)
 
 
 # ---------------------------------------------------------------- weights
@@ -168,7 +162,7 @@ def test_a_weight_is_off_by_half_a_scale_at_most_and_zeros_stay_zeros(seed, out,
     weight = noise(seed, out, width).to(dtype)
     weight[seed % out] = weight[seed % out] * (0, 1e-30, 1e-45)[seed % 3]
     with mock.patch.object(quantised, "PART", part):
-        codes, scale = quantise_rows(weight)
+        codes, scale = quantised.quantise_rows(weight)
     assert codes.dtype == torch.int8 and scale.dtype == torch.bfloat16 and (scale > 0).all()
     off = (weight.double() - scale.double()[:, None] * codes).abs() / scale.double()[:, None]
     assert off.max() <= 0.5 + 2**-16  # float32 rounds a quotient of up to 127.5 by 2^-18
@@ -200,7 +194,7 @@ def test_a_product_is_that_of_the_widened_weight(kernel, seed, batch, tokens, ou
 
 def test_the_embedded_model_in_8_bits_answers_as_in_float32(tiny):
     model, processor = tiny
-    asked = [(scene, short_question(rng, scene).text) for rng, scene in (held_out("question", i) for i in range(8))]
+    asked = [(scene, short_question(rng, scene).text) for rng, scene in (held_out("question", i) for i in range(4))]
     expected, found = (answers(m, processor, asked, 8) for m in (model, optimize(to_int8(copy.deepcopy(model)))))
     assert found == expected
 
@@ -243,7 +237,7 @@ def test_training_in_8_bits_is_refused_and_reading_is_not(small):
 ])  # fmt: skip
 def test_a_converted_checkpoint_is_the_freshly_rounded_one_to_the_bit(tmp_path, kind, tied, dtype, capsys):
     """It is 8 bits without being asked for, takes what is said, and is read by `inspect` and `convert`, too."""
-    folder, out = write(random_model(kind, 2, tied=tied).to(dtype), tmp_path / "16", "disk5"), tmp_path / "8"
+    folder, out = write(random_model(kind, 2, tied=tied).to(dtype), tmp_path / "16"), tmp_path / "8"
     assert main(["convert", str(folder), str(out), "--dtype", "int8"]) == 0
     fresh, converted = load_model(folder, dtype="int8"), load_model(out)
     assert same_weights(fresh, converted) and same_weights(fresh, to_int8(load_model(folder, dtype=None)))
