@@ -131,10 +131,11 @@ def write_checkpoint(config: LlavaConfig, folder: Path, dtype: torch.dtype) -> N
     files = {}
     for name, parameter in empty_model(config).named_parameters():
         shape, count = parameter.shape, parameter.numel()
-        weight = torch.full(shape, float("norm" in name and name.endswith("weight")), dtype=dtype)
         if len(shape) > 1:
             some = (noise * parameter[0].numel() ** -0.5).to(dtype).roll(int(torch.randint(len(noise), ())))
             weight = some.repeat(math.ceil(count / len(some)))[:count].reshape(shape).clone()
+        else:
+            weight = torch.full(shape, float("norm" in name and name.endswith("weight")), dtype=dtype)
         files[hub_name(name)] = f"{name}.safetensors"
         save_file({hub_name(name): weight}, folder / f"{name}.safetensors", metadata={"format": "pt"})
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
@@ -271,7 +272,7 @@ def measure(contender: str, folder: str, preset: Preset) -> Result:
         total_seconds=prefill + sum(steps),
         kv_bytes=held(),
         weight_bytes=numbers * read.itemsize,
-        peak_bytes=common.peak(device) - before,
+        peak_bytes=max(1, common.peak(device) - before),  # growth takes its logarithm
         whole_bytes=common.peak(device),
     )
 
