@@ -25,11 +25,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from minillava.command import end_quietly, run_command  # isort: skip
-
-if __name__ == "__main__":
-    end_quietly()
-
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -39,6 +34,7 @@ import weights
 from bench.parity import GRIDS, random_model, save_original
 from minillava import TINY
 from minillava.checks import LlavaError
+from minillava.command import run_command
 from minillava.processor import open_image
 from prefixkv import PrefixKV
 

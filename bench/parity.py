@@ -9,26 +9,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from minillava.command import end_quietly, run_command  # isort: skip
-
-if __name__ == "__main__":
-    end_quietly()
-
 import torch
 from torch import Tensor
 
+from bench.common import table
 from minillava.anyres import fit
+from minillava.command import run_command
+from minillava.convert import rename
 
 IMAGE_ID, PATCHES = 310, 16
 DTYPES = ("float32", "float16", "bfloat16")
 CLIP = "clip-vit-test"
+TO_ORIGINAL = [  # names of transformers' weights, to those of the original
+    (r"^model\.(?=language_model|vision_tower|multi_modal_projector)", ""),
+    (r"^multi_modal_projector\.linear_1", "model.mm_projector.0"),
+    (r"^multi_modal_projector\.linear_2", "model.mm_projector.2"),
+    (r"^language_model\.(?=lm_head|model\.)", ""),
+    (r"^language_model\.", "model."),
+    (r"^vision_tower\.(vision_model\.)?", "vision_model."),
+]
 
 
 def save_original(model: Any, folder: Path, image_id: int = IMAGE_ID, **config: Any) -> None:
@@ -41,16 +46,10 @@ def save_original(model: Any, folder: Path, image_id: int = IMAGE_ID, **config: 
     llava: dict[str, Tensor] = {}
     clip = {"logit_scale": torch.ones([]), "text_model.embeddings.position_ids": torch.arange(3)}
     for name, tensor in model.state_dict().items():
-        name = re.sub(r"^model\.(?=language_model|vision_tower|multi_modal_projector)", "", name)
-        tensor = tensor.clone().contiguous()
-        if name.startswith("vision_tower."):
-            clip[re.sub(r"^vision_tower\.(vision_model\.)?", "vision_model.", name)] = tensor
-            continue
-        name = re.sub(r"^multi_modal_projector\.linear_1", "model.mm_projector.0", name)
-        name = re.sub(r"^multi_modal_projector\.linear_2", "model.mm_projector.2", name)
-        name = re.sub(r"^language_model\.(?=lm_head|model\.)", "", name)
-        name = re.sub(r"^language_model\.", "model.", name)
-        llava[name] = tensor[:image_id].clone() if name in ("model.embed_tokens.weight", "lm_head.weight") else tensor
+        name, tensor = rename(name, TO_ORIGINAL), tensor.clone().contiguous()
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensor = tensor[:image_id].clone()
+        (clip if name.startswith("vision_model.") else llava)[name] = tensor
     (folder / CLIP).mkdir(parents=True, exist_ok=True)
     save_file(llava, folder / "model.safetensors")
     save_file(clip, folder / CLIP / "model.safetensors")
@@ -66,44 +65,45 @@ def save_original(model: Any, folder: Path, image_id: int = IMAGE_ID, **config: 
     (folder / CLIP / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision.to_dict()}))
 
 
-FAMILY = ("CLIP, Llama 3", "SigLIP, Qwen2", "LLaVA-NeXT, Llama", "LLaVA-NeXT, Mistral")
 GRIDS = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 28], [28, 140]]  # of tiles of 28 pixels
+KINDS: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {  # classes, settings of decoder and whole
+    "CLIP, Llama": ("Llava", "CLIPVision", "Llama", {}, {}),
+    "CLIP, Llama 3": ("Llava", "CLIPVision", "Llama", {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "rope_parameters": {
+                      "rope_type": "default", "rope_theta": 5e5}}, {}),
+    "SigLIP, Qwen2": ("Llava", "SiglipVision", "Qwen2", {}, {"vision_feature_select_strategy": "full",
+                      "vision_feature_layer": -1}),
+    "LLaVA-NeXT, Llama": ("LlavaNext", "CLIPVision", "Llama", {}, {"image_grid_pinpoints": GRIDS}),
+    "LLaVA-NeXT, Mistral": ("LlavaNext", "CLIPVision", "Mistral", {"sliding_window": None},
+                            {"image_grid_pinpoints": GRIDS}),
+}  # fmt: skip
+FAMILY = tuple(KINDS)[1:]
 PICTURES = ((40, 75), (28, 200), (90, 31), (3, 120))  # heights and widths
 
 
 def random_model(kind: str, kv_heads: int = 4, seed: int = 0, tied: bool = False, text: Mapping[str, Any] | None = None,
                  vision: Mapping[str, Any] | None = None, **top: Any) -> Any:  # fmt: skip
-    """A random model of transformers: `CLIP, Llama` or one of FAMILY, with weights large enough to matter.
+    """A random model of transformers, of one of KINDS, with weights large enough to matter.
 
     text, vision and top: settings of the decoder, of the tower and of the whole.
     """
     import transformers
 
-    t: Any = transformers  # whose classes say too exactly what they take
+    llava, tower, decoder, of_decoder, of_whole = KINDS[kind]
     torch.manual_seed(seed)
+    side = 30 if tower == "SiglipVision" else 28  # a border of two pixels is cut off, as in the real one's 384 / 14
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
-             "image_size": 30 if kind == "SigLIP, Qwen2" else 28, "patch_size": 7, **(vision or {})}  # fmt: skip
+             "image_size": side, "patch_size": 7, **(vision or {})}  # fmt: skip
     words = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
              "num_attention_heads": 4, "num_key_value_heads": kv_heads, "max_position_embeddings": 1024,
-             "tie_word_embeddings": tied, **(text or {})}  # fmt: skip
+             "tie_word_embeddings": tied, **of_decoder, **(text or {})}  # fmt: skip
     settings: dict[str, Any] = {"image_token_index": IMAGE_ID, "pad_token_id": 0, "image_seq_length": PATCHES,
-                                "tie_word_embeddings": tied, **top}  # fmt: skip
-    tower: Any = t.CLIPVisionConfig(**sizes)
-    decoder: Any = t.LlamaConfig(**words)
-    if kind == "CLIP, Llama 3":
-        decoder = t.LlamaConfig(
-            **words, rms_norm_eps=1e-5, rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
-        )
-    if kind == "SigLIP, Qwen2":  # a border of two pixels is cut off, as in the real one's 384 / 14
-        tower, decoder = t.SiglipVisionConfig(**sizes), t.Qwen2Config(**words)
-        settings |= {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
-    if kind == "LLaVA-NeXT, Mistral":
-        decoder = t.MistralConfig(**words, sliding_window=None)
-    tiled = kind.startswith("LLaVA-NeXT")
-    if tiled:
-        settings |= {"image_grid_pinpoints": GRIDS}
-    config = (t.LlavaNextConfig if tiled else t.LlavaConfig)(vision_config=tower, text_config=decoder, **settings)
-    model: Any = (t.LlavaNextForConditionalGeneration if tiled else t.LlavaForConditionalGeneration)(config).eval()
+                                "tie_word_embeddings": tied, **top, **of_whole}  # fmt: skip
+    config = getattr(transformers, f"{llava}Config")(
+        vision_config=getattr(transformers, f"{tower}Config")(**sizes),
+        text_config=getattr(transformers, f"{decoder}Config")(**words),
+        **settings,
+    )
+    model: Any = getattr(transformers, f"{llava}ForConditionalGeneration")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             wide = parameter.dim() > 1
@@ -113,7 +113,7 @@ def random_model(kind: str, kv_heads: int = 4, seed: int = 0, tied: bool = False
     return model
 
 
-def make(folder: Path, kinds: Sequence[str] = ("CLIP, Llama", *FAMILY)) -> None:
+def make(folder: Path, kinds: Iterable[str] = KINDS) -> None:
     """Random checkpoints in every dtype and layout, with and without grouped queries, by the installed version."""
     import transformers
     from safetensors.torch import load_file, save_file
@@ -124,15 +124,14 @@ def make(folder: Path, kinds: Sequence[str] = ("CLIP, Llama", *FAMILY)) -> None:
         model.save_pretrained(saved)
         # Loaded again, since `.to` has rounded RoPE's frequencies as well.
         model = type(model).from_pretrained(saved, torch_dtype=getattr(torch, dtype)).eval()
-        family = kind in FAMILY
-        layouts = {kind if family else "as saved": saved}
-        if not family:
-            layouts["original LLaVA"] = folder / f"{name} original"
+        layouts = {kind: saved}
+        if kind not in FAMILY:
+            layouts = {"as saved": saved, "original LLaVA": folder / f"{name} original"}
             save_original(model, layouts["original LLaVA"])
-        if not family and model.state_dict().keys() != load_file(saved / "model.safetensors").keys():
-            out = layouts["as in memory"] = folder / f"{name} memory"
-            model.config.save_pretrained(out)
-            save_file({name: t.clone() for name, t in model.state_dict().items()}, out / "model.safetensors")
+            if model.state_dict().keys() != load_file(saved / "model.safetensors").keys():
+                out = layouts["as in memory"] = folder / f"{name} memory"
+                model.config.save_pretrained(out)
+                save_file({name: t.clone() for name, t in model.state_dict().items()}, out / "model.safetensors")
         inputs = make_inputs(model, kind, dtype)
         with torch.no_grad():
             logits = model(**inputs).logits
@@ -165,29 +164,27 @@ def compare(folders: list[Path]) -> str:
 
     from weights import load_model
 
-    cells: dict[tuple[str, str], dict[str, list[tuple[float, int]]]] = {}
+    found: dict[tuple[str, str], dict[str, list[tuple[float, int]]]] = {}
     largest = 0.0
     for path in sorted(path for folder in folders for path in folder.glob("*/version.json")):
         version, layout, dtype = json.loads(path.read_text())
-        model, expected = load_model(path.parent, dtype=None), load_file(path.parent / "expected.st")
-        inputs: dict[str, Any] = {name: tensor for name, tensor in expected.items() if name not in ("logits", "tokens")}
+        model, inputs = load_model(path.parent, dtype=None), load_file(path.parent / "expected.st")
+        expected, made = inputs.pop("logits"), inputs.pop("tokens")
+        arguments: dict[str, Any] = inputs
         with torch.no_grad():
-            logits = model(**inputs)
-        tokens = model.generate(**inputs, max_new_tokens=64, eos_token_id=()).token_ids
+            logits = model(**arguments)
+        tokens = model.generate(**arguments, max_new_tokens=64, eos_token_id=()).token_ids
         real = IMAGE_ID if layout == "original LLaVA" else None  # its vocabulary ends there, and is filled up
-        apart = (logits.double() - expected["logits"].double())[..., :real].abs().max()
-        equal = int((tokens == expected["tokens"]).long().cumprod(1).sum())
-        cells.setdefault((version, layout), {}).setdefault(dtype, []).append((float(apart), equal))
-        largest = max(largest, float(expected["logits"].abs().max()))
+        apart = (logits.double() - expected.double())[..., :real].abs().max()
+        equal = int((tokens == made).long().cumprod(1).sum())
+        found.setdefault((version, layout), {}).setdefault(dtype, []).append((float(apart), equal))
+        largest = max(largest, float(expected.abs().max()))
 
-    def cell(found: Mapping[str, list[tuple[float, int]]], dtype: str) -> str:
-        runs = found.get(dtype)
-        return f"{max(run[0] for run in runs):.1g}, {min(run[1] for run in runs)} of 64" if runs else ""
+    def cell(runs: list[tuple[float, int]]) -> str:
+        return f"{max(apart for apart, _ in runs):.1g}, {min(equal for _, equal in runs)} of 64" if runs else ""
 
-    lines = [f"| written by transformers | layout | {' | '.join(DTYPES)} |", "|---" * (2 + len(DTYPES)) + "|"]
-    for (version, layout), found in sorted(cells.items()):
-        lines.append(f"| {version} | {layout} | {' | '.join(cell(found, dtype) for dtype in DTYPES)} |")
-    return "\n".join([*lines, "", f"The largest logit is {largest:.1f}."])
+    rows = [[*key, *(cell(runs.get(dtype, [])) for dtype in DTYPES)] for key, runs in sorted(found.items())]
+    return table(["written by transformers", "layout", *DTYPES], rows) + f"\n\nThe largest logit is {largest:.1f}."
 
 
 def main() -> int:

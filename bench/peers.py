@@ -17,38 +17,30 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from minillava.command import end_quietly, run_command  # isort: skip
-
-if __name__ == "__main__":
-    end_quietly()
-
 import torch
 from torch import Tensor
 
-from bench import real
-from bench.common import in_a_process, peak
-from bench.common import table as markdown
-from bench.speed import PRESETS, write_checkpoint
+from bench import common, real
+from bench.speed import PRESETS, timed, write_checkpoint
 from minillava.checks import require
+from minillava.command import run_command
 from minillava.fast import optimize
-from minillava.model import KVCache
 from minillava.quantised import to_int8
 from weights import load_model
 
 OURS = ("minillava float32", "minillava bfloat16", "minillava int8")
+DECODERS = ("smollm2", "1b")
 WARM = 3  # single tokens that are read before the timing
-THEIRS = {"smollm2": ("llama.cpp Q4_1",), "1b": ("llama.cpp F16", "llama.cpp Q8_0")}
-Reader = tuple[Callable[[], object], Callable[[list[int]], Tensor]]  # begins anew; reads tokens -> logits [V]
+Reader = Callable[[list[int]], Tensor]  # reads further tokens: the logits [V] after them
 
 
-def theirs(path: str, prompt: int, new: int) -> Reader:
-    """llama.cpp on a GGUF file."""
+def theirs(path: str, prompt: int, new: int) -> Callable[[], Reader]:
+    """llama.cpp on a GGUF file: a function that begins a text."""
     import llama_cpp
     import numpy as np
 
@@ -61,25 +53,26 @@ def theirs(path: str, prompt: int, new: int) -> Reader:
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(peer.ctx), (peer.n_vocab(),))
         return torch.from_numpy(logits.copy())
 
-    return peer.reset, read
+    def begin() -> Reader:
+        peer.reset()
+        return read
+
+    return begin
 
 
-def ours(path: str, new: int, dtype: str) -> Reader:
-    """This project's decoder, fast, on the same file, or on a folder."""
+def ours(path: str, new: int, dtype: str) -> Callable[[], Reader]:
+    """The same of this project's decoder, fast, on that file, or on a folder."""
     if Path(path).is_dir():
         model = load_model(Path(path), dtype=getattr(torch, dtype), fast=True)
     else:
         model = real.load(Path(path))[0]
         model = optimize(to_int8(model) if dtype == "int8" else model.to(getattr(torch, dtype)))
-    caches: list[KVCache] = []
 
-    def begin() -> None:
-        caches[:] = [model.new_cache(new + WARM)]
+    def begin() -> Reader:
+        cache = model.new_cache(new + WARM)
+        return lambda tokens: model.read(torch.tensor([tokens]), cache)[0].float()
 
-    def read(tokens: list[int]) -> Tensor:
-        return model.read(torch.tensor([tokens]), caches[0])[0].float()
-
-    return begin, read
+    return begin
 
 
 def work(name: str, path: str, prompt: int, new: int) -> dict[str, Any]:
@@ -90,21 +83,14 @@ def work(name: str, path: str, prompt: int, new: int) -> dict[str, Any]:
     rng = random.Random(0)
     ids = [rng.randrange(3, 30_000) for _ in range(prompt + new)]  # in the vocabularies of both decoders
     program, kind = name.split()
-    begin, read = theirs(path, prompt, new) if program == "llama.cpp" else ours(path, new, kind)
-    begin()
-    read(ids[:prompt])
-    for token in ids[:WARM]:
-        read([token])
-    begin()
-    start = time.perf_counter()
-    logits = read(ids[:prompt])
-    seconds, steps = time.perf_counter() - start, []
-    for token in ids[prompt:]:
-        start = time.perf_counter()
-        read([token])
-        steps.append(1000 * (time.perf_counter() - start))
+    begin = theirs(path, prompt, new) if program == "llama.cpp" else ours(path, new, kind)
+    for tokens in (ids[:WARM], ids[prompt:]):  # the first text warms up
+        read, steps = begin(), []
+        seconds, logits = timed("cpu", read, ids[:prompt])
+        for token in tokens:
+            steps.append(1000 * timed("cpu", read, [token])[0])
     top = logits.topk(5).indices.tolist()
-    return {"prompt": seconds, "step": statistics.median(steps), "peak": peak("cpu"), "top": top}
+    return {"prompt": seconds, "step": statistics.median(steps), "peak": common.peak(), "top": top}
 
 
 def table(title: str, rounds: dict[str, list[dict[str, Any]]], prompt: int) -> str:
@@ -116,7 +102,21 @@ def table(title: str, rounds: dict[str, list[dict[str, Any]]], prompt: int) -> s
             shown.append(f"{statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f})")
         rows.append([name, *shown, f"{max(each['peak'] for each in results) / 1e9:.2f}", results[0]["top"]])
     columns = ["", "prompt tokens/s", "new tokens/s", "peak GB", "likeliest after the prompt"]
-    return f"{title}, {torch.get_num_threads()} threads\n\n{markdown(columns, rows)}"
+    return f"{title}, {torch.get_num_threads()} threads\n\n{common.table(columns, rows)}"
+
+
+def files(decoder: str, folder: Path) -> dict[str, str]:
+    """The contenders for a decoder, and what each of them reads; random weights are written into `folder`."""
+    if decoder == "smollm2":
+        return dict.fromkeys(("llama.cpp Q4_1", *OURS), str(real.find()))
+    config = PRESETS["laptop-1b"].model
+    assert config is not None
+    write_checkpoint(config, folder / "hub", torch.bfloat16)
+    model = load_model(folder / "hub", dtype=None)
+    for kind in ("F16", "Q8_0"):
+        real.write_gguf(model, folder / kind, kind)
+    return {"llama.cpp F16": str(folder / "F16"), "llama.cpp Q8_0": str(folder / "Q8_0"),
+            **dict.fromkeys(OURS, str(folder / "hub"))}  # fmt: skip
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -125,34 +125,22 @@ def compare(args: argparse.Namespace) -> None:
     require(not missing, f'{" and ".join(missing)} is missing; pip install -c constraints.txt -e ".[real,peers]".')
     least = min(args.rounds, args.prompt, args.new)
     require(least > 0, f"--rounds, --prompt or --new is {least}; expected 1 or more.")
-    with tempfile.TemporaryDirectory() as scratch:
-        for decoder in args.decoders:
-            if decoder == "smollm2":
-                files = dict.fromkeys((*THEIRS[decoder], *OURS), str(real.find()))
-            else:
-                config = PRESETS["laptop-1b"].model
-                assert config is not None
-                write_checkpoint(config, Path(scratch, "hub"), torch.bfloat16)
-                files = dict.fromkeys(OURS, str(Path(scratch, "hub")))
-                model = load_model(Path(scratch, "hub"), dtype=None)
-                for name in THEIRS[decoder]:
-                    kind = name.split()[1]
-                    files[name] = str(Path(scratch, f"{kind}.gguf"))
-                    real.write_gguf(model, Path(files[name]), kind)
-                del model
-            rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in (*THEIRS[decoder], *OURS)}
+    for decoder in args.decoders:
+        with tempfile.TemporaryDirectory() as scratch:
+            paths = files(decoder, Path(scratch))
+            rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in paths}
             for number in range(args.rounds):
-                for name, found in rounds.items():
-                    found.append(in_a_process(work, name, files[name], args.prompt, args.new))
-                    print(number + 1, name, found[-1], file=sys.stderr, flush=True)
-            title = f"{decoder}, {args.prompt} + {args.new} tokens, {args.rounds} rounds"
-            print(table(title, rounds, args.prompt), end="\n\n", flush=True)
+                for name, path in paths.items():
+                    rounds[name].append(common.in_a_process(work, name, path, args.prompt, args.new))
+                    print(number + 1, name, rounds[name][-1], file=sys.stderr, flush=True)
+        title = f"{decoder}, {args.prompt} + {args.new} tokens, {args.rounds} rounds"
+        print(table(title, rounds, args.prompt), end="\n\n", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes as in `run_command`."""
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--decoders", nargs="+", choices=tuple(THEIRS), default=tuple(THEIRS))
+    parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=DECODERS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=640, help="tokens (default: 640)")
     parser.add_argument("--new", type=int, default=64, help="tokens (default: 64)")

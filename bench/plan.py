@@ -13,14 +13,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from minillava.command import end_quietly, run_command  # isort: skip
-
-if __name__ == "__main__":
-    end_quietly()
-
 from torch import Tensor
 
 from minillava import explore, terminal
+from minillava.command import run_command
 from minillava.compressors import METHODS
 from minillava.model import Llava
 from minillava.processor import Processor
@@ -87,28 +83,6 @@ def plot(processor: Processor, inputs: dict[str, Tensor], kept: dict[str, list[s
     return picture.getvalue()
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.plan", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--save", type=terminal.output_file, metavar="FILE", help="file for the plan (JSON)")
-    parser.add_argument("--plot", type=terminal.output_file, metavar="FILE", help="file for the picture")
-    parser.add_argument("--budget", type=terminal.parse_budget, default=0.2, metavar="SHARE",
-                        help="share of the cache to keep (default: 20%%)")  # fmt: skip
-    parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME",
-                        help="the first one's plan is saved; repeatable for the picture (default: prefixkv, cover): "
-                        + ", ".join(METHODS))  # fmt: skip
-    terminal.add_picture_options(parser)
-    terminal.add_model_options(parser)
-    args = parser.parse_args(arguments)
-    if not args.save and not args.plot:
-        parser.error("there is nothing to write; give --save, --plot, or both")
-    if args.plot and Path(args.plot).suffix not in PLOTS:
-        parser.error(f"--plot is {args.plot:.200}; expected a name that ends in {', '.join(PLOTS)}")
-    if args.plot and find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install -c constraints.txt -e '.[bench]'")
-    return args
-
-
 def work(args: argparse.Namespace) -> None:
     """Reads the prompt, and writes what was asked for."""
     _, images = terminal.pictures(args.image, args.scene)
@@ -126,7 +100,23 @@ def work(args: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes as in `run_command`."""
-    args = parse(arguments)
+    parser = argparse.ArgumentParser(prog="python -m bench.plan", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--save", type=terminal.output_file, metavar="FILE", help="file for the plan (JSON)")
+    parser.add_argument("--plot", type=terminal.output_file, metavar="FILE", help="file for the picture")
+    parser.add_argument("--budget", type=terminal.parse_budget, default=0.2, metavar="SHARE",
+                        help="share of the cache to keep (default: 20%%)")  # fmt: skip
+    parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME",
+                        help="the first one's plan is saved; repeatable for the picture (default: prefixkv, cover): "
+                        + ", ".join(METHODS))  # fmt: skip
+    terminal.add_picture_options(parser)
+    terminal.add_model_options(parser)
+    args = parser.parse_args(arguments)
+    if not args.save and not args.plot:
+        parser.error("there is nothing to write; give --save, --plot, or both")
+    if args.plot and Path(args.plot).suffix not in PLOTS:
+        parser.error(f"--plot is {args.plot:.200}; expected a name that ends in {', '.join(PLOTS)}")
+    if args.plot and find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install -c constraints.txt -e '.[bench]'")
     return run_command("bench.plan", lambda: work(args))
 
 

@@ -19,17 +19,13 @@ from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 
-from minillava.command import end_quietly, printable, run_command  # isort: skip
-
-if __name__ == "__main__":
-    end_quietly()
-
 import torch
 from PIL import Image
 
 from bench import common
 from minillava import terminal
 from minillava.checks import require
+from minillava.command import printable, run_command
 from minillava.compressors import METHODS
 from minillava.model import KVCache, Llava
 from minillava.processor import Processor, open_image, read_json

@@ -3,8 +3,7 @@
 Every contender runs in a separate process on the same weights; the processes take turns, round after round, and the
 medians are reported. A decode step reads all weights and all kept keys and values once, so it cannot take less than
 t_min = (weights + KV) / memory bandwidth. Other questions: `--growth`, how time and memory grow with length and batch;
-`--scoring`, what choosing costs a prompt; `--where`, where its seconds go; `--loading`, what it takes to load a
-checkpoint.
+`--scoring`, what choosing costs a prompt.
 """
 
 from __future__ import annotations
@@ -15,18 +14,11 @@ import random
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from minillava.command import end_quietly, run_command  # isort: skip
-
-if __name__ == "__main__":
-    end_quietly()
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -35,13 +27,13 @@ from torch import Tensor
 from bench import common
 from minillava import TINY
 from minillava.checks import require
+from minillava.command import run_command
 from minillava.compressors import METHODS
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.convert import config_dict, hub_name
 from minillava.fast import compile_steps
 from minillava.files import write_json
 from minillava.model import Llava
-from minillava.quantised import Int8Linear
 from prefixkv import Plan, PrefixKV
 from weights import empty_model, load_model, read_config
 
@@ -58,6 +50,7 @@ CONTENDERS = (
 OTHERS = tuple(f"{name} 20%" for name in METHODS if name != "prefixkv")
 INT8 = ("full int8", "PrefixKV 20% int8")  # weights in 8 bits, beside those in the preset's dtype
 PARTS = tuple(f"full without {name}" for name in ("FastLinear", "FastAttention", "FastTopLayer", "FastLlava", "all"))
+BLOCK = 1 << 28  # numbers of 1 GB, to measure the memory with
 
 
 @dataclass(frozen=True)
@@ -113,11 +106,9 @@ PRESETS = {  # those called paper have the batches and lengths of the published 
 }
 
 
-@dataclass
-class Result:
+class Result(NamedTuple):
     """What one process measured."""
 
-    contender: str
     prefill_seconds: float
     step_milliseconds: float  # median of the decode steps
     tokens_per_second: float  # new tokens of the whole batch, prefill not counted
@@ -131,30 +122,23 @@ class Result:
 def write_checkpoint(config: LlavaConfig, folder: Path, dtype: torch.dtype) -> None:
     """Random weights of these shapes in the Hub layout, so that transformers and we load the same.
 
-    Files of about 2 GB are made one after the other, so that no more than that and a tensor are in memory at once.
-    A million random numbers serve for all, each tensor from a place of its own: to draw billions would take long.
+    Each tensor has a file, so that only one is in memory. A million random numbers serve for all, each tensor from a
+    place of its own: to draw billions would take long.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     noise = torch.randn(1_048_573)  # a prime, so that no two rows are alike
-
-    def weight(name: str, parameter: Tensor) -> Tensor:
-        shape, count = parameter.shape, parameter.numel()
-        if len(shape) == 1:
-            return torch.full(shape, float("norm" in name and name.endswith("weight")), dtype=dtype)
-        some = (noise * parameter[0].numel() ** -0.5).to(dtype).roll(int(torch.randint(len(noise), ())))
-        return some.repeat(math.ceil(count / len(some)))[:count].reshape(shape).clone()
-
-    files: dict[str, dict[str, Tensor]] = {}
-    size = 0
+    files = {}
     for name, parameter in empty_model(config).named_parameters():
-        files.setdefault(f"model-{int(size // 2e9) + 1:05}.safetensors", {})[name] = parameter
-        size += parameter.numel() * dtype.itemsize
-    for file, members in files.items():
-        save_file({hub_name(name): weight(name, parameter) for name, parameter in members.items()},
-                  folder / file, metadata={"format": "pt"})  # fmt: skip
-    index = {hub_name(name): file for file, members in files.items() for name in members}
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
+        shape, count = parameter.shape, parameter.numel()
+        if len(shape) > 1:
+            some = (noise * parameter[0].numel() ** -0.5).to(dtype).roll(int(torch.randint(len(noise), ())))
+            weight = some.repeat(math.ceil(count / len(some)))[:count].reshape(shape).clone()
+        else:
+            weight = torch.full(shape, float("norm" in name and name.endswith("weight")), dtype=dtype)
+        files[hub_name(name)] = f"{name}.safetensors"
+        save_file({hub_name(name): weight}, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
     write_json(folder / "config.json", config_dict(config, str(dtype).removeprefix("torch.")))
 
 
@@ -175,15 +159,19 @@ def make_inputs(config: LlavaConfig, preset: Preset) -> dict[str, Tensor]:
     return inputs
 
 
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def timed(device: str, work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """The seconds that `work` takes, until the device has done all of it, and what it returns."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    start = time.perf_counter()
+    done = work(*arguments)
+    wait()
+    return time.perf_counter() - start, done
 
 
 def forget_peak(device: str) -> int:
     """Begins a new peak; returns the bytes in use now. Outside Linux the CPU's peak remains that of the process."""
     if device.startswith("cuda"):
-        synchronize(device)
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")
@@ -200,14 +188,14 @@ def compressor_of(contender: str, layers: int) -> PrefixKV | None:
     return METHODS[name.lower()](float(share.rstrip("%")) / 100)
 
 
-Run = tuple[Tensor, Callable[[Tensor], Tensor], Callable[[], int]]  # first logits [B, V]; token -> logits; KV bytes
+Run = tuple[Tensor, Callable[[Tensor], Tensor], Callable[[], int]]  # first logits [B, V]; those -> the next; KV bytes
 
 
 def ours(model: Llava, contender: str, inputs: dict[str, Tensor], new: int) -> Run:
     """Our prefill, and what one decode step is."""
     cache = model.new_cache(new, compressor_of(contender, model.config.text.num_hidden_layers))
-    logits = model.read(**inputs, cache=cache)
-    return logits, lambda token: model.read(token[:, None], cache), lambda: cache.held_bytes
+    first = model.read(**inputs, cache=cache)
+    return first, lambda logits: model.read(logits.argmax(-1)[:, None], cache), lambda: cache.held_bytes
 
 
 def theirs(model: Any, contender: str, inputs: dict[str, Tensor], new: int) -> Run:
@@ -218,21 +206,18 @@ def theirs(model: Any, contender: str, inputs: dict[str, Tensor], new: int) -> R
     batch, prompt = inputs["input_ids"].shape
     static = "StaticCache" in contender
     cache = StaticCache(config=text, max_cache_len=prompt + new) if static else DynamicCache(config=text)
-    seen = prompt
+    seen = 0
 
-    def call(**tokens: Tensor) -> Tensor:
-        mask = torch.ones(batch, seen, dtype=torch.long, device=inputs["input_ids"].device)
-        out = model(**tokens, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def read(input_ids: Tensor, **picture: Tensor) -> Tensor:
+        nonlocal seen
+        seen += input_ids.shape[1]
+        mask = torch.ones(batch, seen, dtype=torch.long, device=input_ids.device)
+        out = model(input_ids, **picture, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1]
 
-    def step(token: Tensor) -> Tensor:
-        nonlocal seen
-        seen += 1
-        return call(input_ids=token[:, None])
-
     size = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * model.dtype.itemsize
-    logits = call(**{name: tensor for name, tensor in inputs.items() if name != "attention_mask"})
-    return logits, step, lambda: batch * seen * size
+    first = read(**{name: tensor for name, tensor in inputs.items() if name != "attention_mask"})
+    return first, lambda logits: read(logits.argmax(-1)[:, None]), lambda: batch * seen * size
 
 
 def without(model: Llava, contender: str) -> Llava:
@@ -263,57 +248,39 @@ def measure(contender: str, folder: str, preset: Preset) -> Result:
         model, begin = without(load_model(Path(folder), device, dtype, fast=True), contender), ours
         if compiled:
             compile_steps(model)
-    warm = inputs = make_inputs(config, preset)  # if compiled, the lengths measured, so that nothing is compiled then
-    if not compiled and (preset.cut or preset.picture[0]):  # a picture takes long
-        warm = {name: inputs[name][:, -8:] for name in ("input_ids", "attention_mask")}
-    elif not compiled:
-        warm = {name: tensor[:1] for name, tensor in inputs.items()}
-        for name in ("input_ids", "attention_mask"):
-            warm[name] = warm[name][:, : config.num_image_tokens + 8]
+    warm = inputs = make_inputs(config, preset)
+    if not compiled:  # what is compiled reads the lengths measured, so that nothing is compiled then
+        slow = preset.cut or preset.picture[0]  # a picture would take long
+        prompt, image = (8, False) if slow else (config.num_image_tokens + 8, preset.image)
+        warm = make_inputs(config, replace(preset, batch=1, prompt=prompt, image=image))
     logits, step, _ = begin(model, contender, warm, max(preset.new, 4))
     for _ in range(3):
-        logits = step(logits.argmax(-1))
+        logits = step(logits)
     before = forget_peak(device)
-    start = time.perf_counter()
-    logits, step, held = begin(model, contender, inputs, preset.new)
-    synchronize(device)
-    prefilled = time.perf_counter()
+    prefill, (logits, step, held) = timed(device, begin, model, contender, inputs, preset.new)
     steps = []
     for _ in range(preset.new - 1):
-        began = time.perf_counter()
-        logits = step(logits.argmax(-1))
-        synchronize(device)
-        steps.append(time.perf_counter() - began)
-    total = time.perf_counter() - start
-    text = config.text
-    per_layer = 2 * text.num_attention_heads * text.head_size * text.hidden_size  # query and output
-    per_layer += 2 * text.kv_heads * text.head_size * text.hidden_size + 3 * text.hidden_size * text.intermediate_size
+        seconds, logits = timed(device, step, logits)
+        steps.append(seconds)
     read = preset.stored if begin is theirs else dtype
-    weights = (text.num_hidden_layers * per_layer + text.vocab_size * text.hidden_size) * read.itemsize
+    numbers = sum(parameter.numel() for name, parameter in empty_model(config).named_parameters()
+                  if parameter.dim() > 1 and name.startswith(("language_model.layers", "lm_head")))  # fmt: skip
     return Result(
-        contender=contender,
-        prefill_seconds=prefilled - start,
+        prefill_seconds=prefill,
         step_milliseconds=1000 * statistics.median(steps),
         tokens_per_second=preset.batch * (preset.new - 1) / sum(steps),
-        total_seconds=total,
+        total_seconds=prefill + sum(steps),
         kv_bytes=held(),
-        weight_bytes=weights,
-        peak_bytes=common.peak(device) - before,
+        weight_bytes=numbers * read.itemsize,
+        peak_bytes=max(1, common.peak(device) - before),  # growth takes its logarithm
         whole_bytes=common.peak(device),
     )
 
 
 def bandwidth(device: str) -> float:
-    """Bytes a second that all threads together read from memory: the best of several sums over 1 GB."""
-    block = torch.ones(1 << 28, device=device)
-    best = math.inf
-    for _ in range(6):
-        synchronize(device)
-        start = time.perf_counter()
-        block.sum()
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return block.nbytes / best
+    """Bytes a second that all threads together read from memory: the best of several sums of BLOCK numbers."""
+    block = torch.ones(BLOCK, device=device)
+    return block.nbytes / min(timed(device, block.sum)[0] for _ in range(6))
 
 
 def run(contender: str, folder: str, preset: Preset) -> Result:
@@ -326,32 +293,29 @@ def run(contender: str, folder: str, preset: Preset) -> Result:
 
 def median(results: list[Result]) -> Result:
     """The median of every figure over rounds."""
-    figures = zip(*(list(asdict(result).values())[1:] for result in results))
-    return Result(results[0].contender, *map(statistics.median, figures))
+    return Result(*map(statistics.median, zip(*results)))
 
 
-COLUMNS = ("", "prefill s", "ms a step", "t_min ms", "step / t_min", "tokens/s", "all s", "KV MB", "peak MB", "all MB",
-           "gain", "allowed")  # fmt: skip
-
-
-def table(results: list[Result], speed: float, preset: Preset) -> str:
+def table(results: dict[str, Result], speed: float, preset: Preset) -> str:
     """Markdown: what each contender took, against the full cache and against t_min."""
-    by_name, rows = {result.contender: result for result in results}, []
-    for r in results:
+    columns = ["", "prefill s", "ms a step", "t_min ms", "step / t_min", "tokens/s", "all s", "KV MB", "peak MB",
+               "all MB", "gain", "allowed"]  # fmt: skip
+    rows = []
+    for name, r in results.items():
         least = 1000 * (r.weight_bytes + r.kv_bytes) / speed
         gain = allowed = ""
-        full = by_name.get("full compiled" if r.contender.endswith("compiled") else "full")
-        if full and not r.contender.startswith("transformers"):
+        full = results.get("full compiled" if name.endswith("compiled") else "full")
+        if full and not name.startswith("transformers"):
             gain = f"{full.step_milliseconds / r.step_milliseconds:.2f}"
             allowed = f"{(full.weight_bytes + full.kv_bytes) / (r.weight_bytes + r.kv_bytes):.2f}"
         rows.append([
-            r.contender, f"{r.prefill_seconds:.3f}", f"{r.step_milliseconds:.2f}", f"{least:.2f}",
+            name, f"{r.prefill_seconds:.3f}", f"{r.step_milliseconds:.2f}", f"{least:.2f}",
             f"{r.step_milliseconds / least:.2f}", f"{r.tokens_per_second:.0f}", f"{r.total_seconds:.2f}",
             f"{r.kv_bytes / 1e6:.1f}", f"{r.peak_bytes / 1e6:.0f}", f"{r.whole_bytes / 1e6:.0f}", gain, allowed,
         ])  # fmt: skip
     text = (f"Batch {preset.batch}, {preset.prompt} prompt + {preset.new} new tokens, {preset.dtype} on "
             f"{device_name(preset.device)}; memory read at {speed / 1e9:.1f} GB/s.\n\n"
-            + common.table(COLUMNS, rows))  # fmt: skip
+            + common.table(columns, rows))  # fmt: skip
     if preset.cut:
         text += f"\n\nRows of transformers end after {preset.cut} new tokens; so do their times and bytes."
     return text
@@ -374,14 +338,13 @@ def growth(folder: str, preset: Preset, rounds: int) -> str:
     tables = []
     for name, shapes in GROWTH.items():
         found: list[tuple[float, ...]] = []
-        rows: list[list[object]] = []
         for batch, prompt in shapes:
             preset = replace(preset, batch=batch, prompt=prompt, new=9, image=False, picture=(0, 0))
             plain, scored = (median([run(contender, folder, preset) for _ in range(rounds)])
                              for contender in ("full", "PrefixKV 20%"))  # fmt: skip
-            found.append((batch * prompt, plain.prefill_seconds, scored.prefill_seconds, plain.step_milliseconds,
-                          plain.peak_bytes / 1e6, scored.peak_bytes / 1e6))  # fmt: skip
-            rows.append([batch if name == "batch" else prompt, *(f"{value:.3g}" for value in found[-1][1:])])
+            found.append((batch if name == "batch" else prompt, plain.prefill_seconds, scored.prefill_seconds,
+                          plain.step_milliseconds, plain.peak_bytes / 1e6, scored.peak_bytes / 1e6))  # fmt: skip
+        rows: list[list[object]] = [[size, *(f"{value:.3g}" for value in values)] for size, *values in found]
         for label, first in (("exponent", found[0]), ("exponent, last doubling", found[-2])):
             size, *slopes = [math.log(after / before) for before, after in zip(first, found[-1])]
             rows.append([label, *(f"{slope / size:.2f}" for slope in slopes)])
@@ -398,18 +361,15 @@ def scoring(methods: list[str], folder: str, preset: Preset, rounds: int) -> dic
     """
     model = load_model(Path(folder), preset.device, getattr(torch, preset.dtype), fast=True)
     inputs = make_inputs(model.config, preset)
-    seconds: dict[str, list[float]] = {name: [] for name in ("full", *methods)}
+    found: dict[str, list[float]] = {name: [] for name in ("full", *methods)}
     order = random.Random(0)
     for number in range(rounds + 1):
-        for name in order.sample(list(seconds), len(seconds)):
-            compressor = None if name == "full" else METHODS[name](0.2)
-            synchronize(preset.device)
-            start = time.perf_counter()
-            model.read(**inputs, cache=model.new_cache(preset.new, compressor))
-            synchronize(preset.device)
+        for name in order.sample(list(found), len(found)):
+            contender = name if name == "full" else f"{name} 20%"
+            seconds, _ = timed(preset.device, ours, model, contender, inputs, preset.new)
             if number > 0:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                found[name].append(seconds)
+    return found
 
 
 def scoring_table(seconds: dict[str, list[float]], preset: Preset) -> str:
@@ -425,99 +385,45 @@ def scoring_table(seconds: dict[str, list[float]], preset: Preset) -> str:
             f"budget 20%, {len(seconds['full'])} rounds.\n\n{common.table(columns, rows)}")  # fmt: skip
 
 
-class TimedScores(PrefixKV):
-    """PrefixKV at 20 %; notes the seconds that its scores take."""
-
-    seconds = 0.0
-
-    def score(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        start = time.perf_counter()
-        scores = super().score(layer, query, key, value)
-        self.seconds += time.perf_counter() - start
-        return scores
-
-
-def where(folder: str, preset: Preset, rounds: int) -> str:
-    """Markdown: where a prompt's seconds go, and what its Linear layers would take at the machine's own rate.
-
-    That is the rate of one float32 product of the MLP's shape, measured in every round. The first round warms up.
-    """
-    require(preset.device == "cpu", "--where measures a CPU; leave --device out.")
-    model = load_model(Path(folder), preset.device, getattr(torch, preset.dtype), fast=True)
-    inputs, layers, text = make_inputs(model.config, preset), model.language_model.layers, model.config.text
-    parts: dict[str, list[torch.nn.Module]] = {
-        "vision tower": [model.vision_tower], "projector": [model.multi_modal_projector],
-        "queries, keys, values, outputs": [part for layer in layers for part in layer.self_attn.children()],
-        "MLP": [layer.mlp for layer in layers], "decoder": [model.language_model]}  # fmt: skip
-    spent: dict[str, float] = defaultdict(float)  # seconds of a round
-    numbers: dict[str, int] = defaultdict(int)  # of its Linear layers: a product and a sum count as two
-    began: list[float] = []
-    for name, modules in parts.items():
-
-        def ended(*_: Any, name: str = name) -> None:
-            spent[name] += time.perf_counter() - began.pop()
-
-        def count(layer: Any, given: tuple[Tensor], _: Any, name: str = name) -> None:
-            numbers[name] += 2 * given[0].numel() * len(layer.weight)
-
-        for module in modules:
-            module.register_forward_pre_hook(lambda *_: began.append(time.perf_counter()))
-            module.register_forward_hook(ended)
-            for inner in module.modules():
-                if isinstance(inner, (torch.nn.Linear, Int8Linear)):
-                    inner.register_forward_hook(count)
-    matrix = torch.randn(text.intermediate_size, text.hidden_size)
-    tokens = torch.randn(preset.batch * preset.prompt, text.hidden_size)
-    found = []
-    for _ in range(rounds + 1):
-        spent.clear()
-        numbers.clear()
-        start = time.perf_counter()
-        for _ in range(4):
-            tokens @ matrix.mT
-        rate = 8 * tokens.numel() * len(matrix) / (time.perf_counter() - start)
-        start, method = time.perf_counter(), TimedScores(0.2)
-        model.read(**inputs, cache=model.new_cache(preset.new, method))
-        whole = time.perf_counter() - start
-        rest = spent["decoder"] - spent["queries, keys, values, outputs"] - spent["MLP"] - method.seconds
-        found.append({"rate": rate, **{name: spent[name] for name in parts}, "scoring": method.seconds,
-                      "whole prompt": whole, "attention, norms, the rest of the decoder": rest})  # fmt: skip
-    taken = {name: statistics.median(each[name] for each in found[1:]) for name in found[0]}
-    rate, rows = taken.pop("rate"), []
-    for name, seconds in taken.items():
-        least = numbers[name] / rate
-        rows.append([name, f"{seconds:.2f}", *((f"{least:.2f}", f"{seconds / least:.2f}") if least else ("", ""))])
-    return (f"{preset.prompt} prompt tokens, {preset.dtype} on {device_name(preset.device)}, PrefixKV 20%, medians of "
-            f"{rounds} rounds; one float32 product runs at {rate / 1e9:.0f} GFLOP/s.\n\n"
-            + common.table(["", "s", "Linear layers at that rate, s", "ratio"], rows))  # fmt: skip
+def measure_all(args: argparse.Namespace) -> None:
+    """Prints what was asked for; raises LlavaError for what cannot be run."""
+    given = {name: getattr(args, name) for name in ("batch", "new", "device", "dtype")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    preset = replace(PRESETS[args.preset], **changes)
+    here = not preset.device.startswith("cuda") or torch.cuda.is_available()
+    require(here, f"{preset.device} needs a GPU; there is none here.")
+    require(min(args.rounds, preset.batch, preset.new - 1) > 0,
+            f"Expected --rounds and --batch of 1 or more, --new of 2 or more; found {args.rounds}, {preset.batch}, "
+            f"{preset.new}.")  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, found = scratch if preset.model else str(TINY), dict[str, Any]()
+        if preset.model is not None:
+            write_checkpoint(preset.model, Path(folder), preset.stored)
+        if args.scoring:
+            found = scoring(args.scoring, folder, preset, args.rounds)
+            text = scoring_table(found, preset)
+        elif args.growth:
+            text = growth(folder, preset, args.rounds)
+        else:
+            rounds: dict[str, list[Result]] = {name: [] for name in args.contenders}
+            speeds = []
+            for _ in range(args.rounds):
+                speeds.append(common.in_a_process(bandwidth, preset.device))
+                for name in args.contenders:
+                    rounds[name].append(run(name, folder, preset))
+            results = {name: median(each) for name, each in rounds.items()}
+            text = table(results, statistics.median(speeds), preset)
+            found = {name: [result._asdict() for result in each] for name, each in rounds.items()}
+    print(text)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "speed.md").write_text(text + "\n", encoding="utf-8")
+        if found:
+            write_json(args.out / "speed.json", {"preset": args.preset, "changes": changes, "rounds": found})
 
 
-def loading(folder: str) -> str:
-    """How long a checkpoint takes to load as it is, and how much memory at the peak, which a thread samples.
-
-    Counted is anonymous memory (RssAnon, in Linux): what a process holds, without pages that are backed by the files.
-    """
-
-    def watch() -> None:
-        while not loaded.wait(0.01):
-            held.append(common.status("RssAnon"))
-
-    size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-    held, loaded = [common.status("RssAnon")], threading.Event()
-    threading.Thread(target=watch).start()
-    start = time.perf_counter()
-    try:
-        model = load_model(Path(folder), dtype=None, fast=True)
-    finally:
-        loaded.set()
-    seconds, count = time.perf_counter() - start, sum(p.numel() for p in model.parameters())
-    peak_share = (max(held) - held[0]) / size
-    return (f"{count:,} parameters, {size:,} bytes: {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s; "
-            f"anonymous memory at the peak: {peak_share:.2%} of the size.")  # fmt: skip
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes as in `run_command`."""
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="cpu", choices=PRESETS, help="shapes and lengths (default: cpu)")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), metavar="NAME",
@@ -536,55 +442,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     other.add_argument("--scoring", nargs="+", choices=METHODS, metavar="NAME",
                        help="measure the prefill with these methods at 20%%, beside the full cache's, instead: "
                        + ", ".join(METHODS))  # fmt: skip
-    other.add_argument("--where", action="store_true", help="measure where a prompt's seconds go, instead")
-    other.add_argument("--loading", metavar="FOLDER", help="measure what it takes to load this checkpoint instead; if "
-                       "there is none, one with the preset's shapes and random weights is written first")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="folder for speed.md and speed.json")
-    return parser.parse_args(arguments)
-
-
-def measure_all(args: argparse.Namespace) -> None:
-    """Prints what was asked for; raises LlavaError for what cannot be run."""
-    changes = {name: getattr(args, name) for name in ("batch", "new", "device", "dtype")
-               if getattr(args, name) is not None}  # fmt: skip
-    preset = replace(PRESETS[args.preset], **changes)
-    here = not preset.device.startswith("cuda") or torch.cuda.is_available()
-    require(here, f"{preset.device} needs a GPU; there is none here.")
-    require(min(args.rounds, preset.batch, preset.new - 1) > 0,
-            f"Expected --rounds and --batch of 1 or more, --new of 2 or more; found {args.rounds}, {preset.batch}, "
-            f"{preset.new}.")  # fmt: skip
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, found = args.loading or (scratch if preset.model else str(TINY)), {}
-        if preset.model is not None and not Path(folder, "config.json").exists():
-            write_checkpoint(preset.model, Path(folder), preset.stored)
-        if args.loading:
-            text = loading(folder)
-        elif args.scoring:
-            text = scoring_table(scoring(args.scoring, folder, preset, args.rounds), preset)
-        elif args.where:
-            text = where(folder, preset, args.rounds)
-        elif args.growth:
-            text = growth(folder, preset, args.rounds)
-        else:
-            rounds: dict[str, list[Result]] = {name: [] for name in args.contenders}
-            speeds = []
-            for _ in range(args.rounds):
-                speeds.append(common.in_a_process(bandwidth, preset.device))
-                for name in args.contenders:
-                    rounds[name].append(run(name, folder, preset))
-            results = [median(rounds[name]) for name in args.contenders]
-            text = table(results, statistics.median(speeds), preset)
-            found = {name: [asdict(result) for result in each] for name, each in rounds.items()}
-    print(text)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "speed.md").write_text(text + "\n", encoding="utf-8")
-        write_json(args.out / "speed.json", {"preset": args.preset, "changes": changes, "rounds": found})
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Exit codes as in `run_command`."""
-    args = parse(arguments)
+    parser.add_argument("--out", type=Path, help="folder for speed.md, and for speed.json with every round")
+    args = parser.parse_args(arguments)
     return run_command("bench.speed", lambda: measure_all(args))
 
 
