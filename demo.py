@@ -184,27 +184,38 @@ def chat(model: Llava, processor: Processor, images: list[Image.Image], args: ar
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="demo.py", description="Describes images with a LLaVA checkpoint, full cache beside compressed ones.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        prog="demo.py",
+        description="Describes images with a LLaVA checkpoint, full cache beside compressed ones.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     asked = parser.add_argument_group("picture and question")
     terminal.add_picture_options(asked, several=True)
-    asked.add_argument("--chat", action="store_true", help="several turns in the terminal, with the full cache, or "
-                     "with one --method and --budget")  # fmt: skip
+    asked.add_argument(
+        "--chat",
+        action="store_true",
+        help="several turns in the terminal, with the full cache, or with one --method and --budget",
+    )
     terminal.add_model_options(parser.add_argument_group("model"))
     cache = parser.add_argument_group("cache")
     cache.add_argument("--budget", action="append", type=terminal.parse_budget, metavar="SHARE",
                        help="share of the cache to keep, like 20%%; repeatable (default: 50%%, 20%%)")  # fmt: skip
     cache.add_argument(
-        "--method", action="append", choices=METHODS, metavar="NAME",
+        "--method",
+        action="append",
+        choices=METHODS,
+        metavar="NAME",
         help="what compresses it; repeatable (default: prefixkv, and without --budget cover at 20%%): "
         + ", ".join(METHODS),
-    )  # fmt: skip
+    )
     cache.add_argument("--kv-bits", type=int, choices=BITS, metavar="N",
                        help="store keys and values in N bits: 2, 3, 4 or 8; by itself or with a method")  # fmt: skip
     cache.add_argument("--plan", metavar="FILE", help="keep what a plan says instead of a budget")
-    cache.add_argument("--compile", action="store_true", help="compile what reads a token: it takes minutes, which are "
-                       "announced first; then each token takes less time")  # fmt: skip
+    cache.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile what reads a token: it takes minutes, which are announced first; then each token takes less time",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     sampling = parser.add_argument_group("sampling")

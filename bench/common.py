@@ -29,19 +29,14 @@ def in_a_process(work: Callable[..., T], *arguments: object) -> T:
             raise LlavaError(f"{arguments[0]} cannot be measured here: {error}") from None
 
 
-def status(field: str) -> int:
-    """Bytes in a line of Linux' /proc/self/status, such as VmHWM, the most that was resident; 0 if it lacks that."""
-    lines = Path("/proc/self/status").read_text(errors="replace").splitlines()
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field)), 0)
-
-
 def peak(device: str = "cpu") -> int:
-    """Bytes at the peak so far: of this process, or allocated on a GPU; 0 on Windows, where it is not known."""
+    """Bytes at the peak so far: of this process, or allocated on a GPU; 0 where that is not known, as on Windows."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     # `resource` would count what the parent held when it began this process.
-    if sys.platform == "linux" and (most := status("VmHWM")):
-        return most
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
     if sys.platform == "win32":
         return 0
     import resource

@@ -115,8 +115,11 @@ def files(decoder: str, folder: Path) -> dict[str, str]:
     model = load_model(folder / "hub", dtype=None)
     for kind in ("F16", "Q8_0"):
         real.write_gguf(model, folder / kind, kind)
-    return {"llama.cpp F16": str(folder / "F16"), "llama.cpp Q8_0": str(folder / "Q8_0"),
-            **dict.fromkeys(OURS, str(folder / "hub"))}  # fmt: skip
+    return {
+        "llama.cpp F16": str(folder / "F16"),
+        "llama.cpp Q8_0": str(folder / "Q8_0"),
+        **dict.fromkeys(OURS, str(folder / "hub")),
+    }
 
 
 def compare(args: argparse.Namespace) -> None:

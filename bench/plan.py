@@ -49,8 +49,11 @@ def plot(processor: Processor, inputs: dict[str, Tensor], kept: dict[str, list[s
     image, columns, cells = explore.drawn(inputs, processor)
     rows, ids = len(cells) // columns, inputs["input_ids"][0].tolist()
     first = ids.index(processor.config.image_token_id)
-    words = {at: processor.tokenizer.piece(id).replace("\u2581", " ").replace("<0x0A>", "\u23ce")
-             for at, id in enumerate(ids) if at > first and id != processor.config.image_token_id}  # fmt: skip
+    words = {
+        at: processor.tokenizer.piece(id).replace("\u2581", " ").replace("<0x0A>", "\u23ce")
+        for at, id in enumerate(ids)
+        if at > first and id != processor.config.image_token_id
+    }
     layers = len(next(iter(kept.values())))
     shown = sorted({round(i * (layers - 1) / (SHOWN - 1)) for i in range(SHOWN)})
     figure, axes = plt.subplots(len(kept), 1 + len(shown), squeeze=False, layout="constrained",

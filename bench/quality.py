@@ -30,11 +30,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from minillava.command import end_quietly, run_command  # isort: skip
-
-if __name__ == "__main__":
-    end_quietly()
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -47,6 +42,7 @@ from bench.samples import WIDTHS, Sample, read_samples, scenes
 from bench.variants import KVzip, empty_cache, make, parsed, twice
 from minillava import TINY
 from minillava.checks import LlavaError, require
+from minillava.command import run_command
 from minillava.compressors import METHODS as COMPRESSORS
 from minillava.compressors import Recorder, gini
 from minillava.files import write_json
@@ -165,8 +161,11 @@ def measure(
     for method, budget in runs:
         try:
             seeds = [args.seed + index for index in indices]
-            compressor = (PrefixKV(plan=plans[budget]) if parsed(method)["base"] == "plan" else
-                          make(method, budget, seeds, further, min(lengths)))  # fmt: skip
+            compressor = (
+                PrefixKV(plan=plans[budget])
+                if parsed(method)["base"] == "plan"
+                else make(method, budget, seeds, further, min(lengths))
+            )
         except LlavaError as error:  # nothing is left for the prompt
             print(f"{error} This run is left out.", file=sys.stderr)
             continue
@@ -330,8 +329,10 @@ def tables(records: list[Record], samples: dict[str, Samples], seed: int) -> str
     by_run = grouped(records)
     cut = [run for run in by_run if not run[2].startswith("full")]
     methods, budgets = sorted({run[2] for run in cut}, key=order_of), sorted({run[3] for run in cut})
-    lines = ["In brackets 95 % by bootstrap over samples; + better, − worse, = neither than random at the budget, "
-             "in pairs.", ""]  # fmt: skip
+    lines = [
+        "In brackets 95 % by bootstrap over samples; + better, − worse, = neither than random at the budget, in pairs.",
+        "",
+    ]
     for measure, (title, kind, *_) in MEASURES.items():
         floors = blind(samples[kind], measure, seed)
         for protocol in PROTOCOLS:
@@ -349,10 +350,14 @@ def tables(records: list[Record], samples: dict[str, Samples], seed: int) -> str
     for protocol in PROTOCOLS:
         means = {run[2:]: share_of(by_run.get(("description", *run[1:]), [])) for run in by_run if run[1] == protocol}
         rows = [
-            [method, f"{budget:.0%}", f"{100 * mean:.1f} %" if mean else "",
-             *(cell(measure, values_of(by_run, measure, protocol, method, budget)) for measure in MEASURES)]
+            [
+                method,
+                f"{budget:.0%}",
+                f"{100 * mean:.1f} %" if mean else "",
+                *(cell(measure, values_of(by_run, measure, protocol, method, budget)) for measure in MEASURES),
+            ]
             for (method, budget), mean in sorted(means.items(), key=lambda item: item[1])
-        ]  # fmt: skip
+        ]
         if rows:
             lines += [f"**By bytes held at the end; protocol {protocol}**", ""]
             lines += [table(["", "budget", "bytes", *MEASURES], rows), ""]
@@ -364,8 +369,10 @@ def sizes_table(by_run: dict[Run, list[Record]]) -> list[str]:
     rows = []
     described = [run for run in by_run if run[0] == "description"]
     for run in sorted(described, key=lambda run: (run[1], run[3], order_of(run[2]))):
-        found, true = ([sum(row.get(f"{name} {width}", 0) for row in by_run[run]) for width in WIDTHS]
-                       for name in ("found", "true"))  # fmt: skip
+        found, true = (
+            [sum(row.get(f"{name} {width}", 0) for row in by_run[run]) for width in WIDTHS]
+            for name in ("found", "true")
+        )
         if not true[0]:
             return []
         cells = [f"{100 * right / all_:.0f} ({right} of {all_})" if all_ else "" for right, all_ in zip(found, true)]
@@ -412,10 +419,15 @@ def plot(records: list[Record], path: Path) -> None:
             at = [share_of(by_run[run]) for run in runs]
             found = [float(statistic(measure, values_of(by_run, measure, *run[1:]))) for run in runs]
             thick = method in ("prefixkv", "cover") or method.startswith("full")
-            axis.plot(at, found, marker="o", markersize=3, label=method, color=hues[method],
-                      linewidth=2.4 if thick else 1.1)  # fmt: skip
-        axis.set(xscale="log", yscale="log" if measure == "perplexity" else "linear",
-                 title=f"{protocol}: {measure}", xlabel="bytes held at the end, of all in 16 bits")  # fmt: skip
+            axis.plot(
+                at, found, marker="o", markersize=3, label=method, color=hues[method], linewidth=2.4 if thick else 1.1
+            )
+        axis.set(
+            xscale="log",
+            yscale="log" if measure == "perplexity" else "linear",
+            title=f"{protocol}: {measure}",
+            xlabel="bytes held at the end, of all in 16 bits",
+        )
     figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -452,10 +464,13 @@ def settle(args: argparse.Namespace, weights: Path) -> None:
     path = args.out / "settings.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"{name} {before.get(name)} → {value}" for name, value in settings.items()
-                   if before.get(name) != value]  # fmt: skip
-        require(not changed, f"{args.out} holds results of other settings ({', '.join(changed)}); choose another --out "
-                "or delete it.")  # fmt: skip
+        changed = [
+            f"{name} {before.get(name)} → {value}" for name, value in settings.items() if before.get(name) != value
+        ]
+        require(
+            not changed,
+            f"{args.out} holds results of other settings ({', '.join(changed)}); choose another --out or delete it.",
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("RANK", 0)) == 0:
         write_json(path, settings)
@@ -503,8 +518,10 @@ def prepare(args: argparse.Namespace) -> tuple[Path, Llava, Any, dict[str, Sampl
 
 def evaluate(args: argparse.Namespace) -> int:
     """Runs what is missing and writes the tables; returns the exit code."""
-    require(min(args.samples, args.questions, args.batch_size, args.max_new_tokens) > 0,
-            "--samples, --questions, --batch-size and --max-new-tokens must be 1 or more.")  # fmt: skip
+    require(
+        min(args.samples, args.questions, args.batch_size, args.max_new_tokens) > 0,
+        "--samples, --questions, --batch-size and --max-new-tokens must be 1 or more.",
+    )
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         if args.device == "cuda":
@@ -523,20 +540,31 @@ def evaluate(args: argparse.Namespace) -> int:
     plans = {budget: read_plan(args.plans / f"{budget:g}.json") for budget in args.budgets if args.plans}
     # Scenes make plans of their own. Other data have none; by default, the method is then left out.
     methods = [name for name in args.methods if parsed(name)["base"] != "plan" or plans or args.data == "scenes"]
-    require(methods == args.methods or args.methods == list(METHODS),
-            "The method plan needs --plans FOLDER with this --data; --estimate-plan FOLDER writes them.")  # fmt: skip
+    require(
+        methods == args.methods or args.methods == list(METHODS),
+        "The method plan needs --plans FOLDER with this --data; --estimate-plan FOLDER writes them.",
+    )
     protocols = [protocol for protocol in args.protocols if all(sample.can_be(protocol) for sample in some)]
     left = ", ".join(protocol for protocol in args.protocols if protocol not in protocols)
-    require(not left or args.protocols == list(PROTOCOLS),
-            f"The data have no questions for the protocol {left}; leave it out.")  # fmt: skip
+    require(
+        not left or args.protocols == list(PROTOCOLS),
+        f"The data have no questions for the protocol {left}; leave it out.",
+    )
     settle(args, weights)
     if any(parsed(method)["base"] == "plan" for method in methods) and not plans:
         plans, _ = estimate(model, processor, scenes(10, args.seed, "calibration"), args)
-    runs = [(method, budget) for method in dict.fromkeys(["full", *methods])
-            for budget in ([1.0] if method.startswith("full") else args.budgets)]  # fmt: skip
+    runs = [
+        (method, budget)
+        for method in dict.fromkeys(["full", *methods])
+        for budget in ([1.0] if method.startswith("full") else args.budgets)
+    ]
     done = {key_of(r): r for part in gather(read_results(args.out) if rank == 0 else []) for r in part}
-    work = [(kind, protocol, batch) for protocol in protocols for kind in samples
-            for batch in batches(processor, samples[kind], protocol, args.batch_size)][rank::world]  # fmt: skip
+    work = [
+        (kind, protocol, batch)
+        for protocol in protocols
+        for kind in samples
+        for batch in batches(processor, samples[kind], protocol, args.batch_size)
+    ][rank::world]
     with (  # one write a line, so that a stop cuts off one line at most
         (args.out / f"results-{rank}.jsonl").open("a", buffering=1, encoding="utf-8") as file,
         tqdm(total=len(work) * len(runs), disable=rank > 0, unit="run", ncols=79) as bar,

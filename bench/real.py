@@ -119,8 +119,11 @@ def load(path: Path, dtype: str = "float32") -> tuple[Llava, Any]:
     found = model.load_state_dict(state, strict=False, assign=True)
     if text.tie_word_embeddings:
         model.lm_head.weight = model.language_model.embed_tokens.weight
-    wrong = found.unexpected_keys + [name for name, weight in model.named_parameters()
-                                     if weight.is_meta and name.startswith(("language_model", "lm_head"))]  # fmt: skip
+    wrong = found.unexpected_keys + [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_meta and name.startswith(("language_model", "lm_head"))
+    ]
     require(not wrong, f"{path} has too many or too few weights: {', '.join(wrong[:5])}; expected a Llama decoder's.")
     model = to_int8(model) if dtype == "int8" else model.to(getattr(torch, dtype))
     return optimize(model.eval()), read_tokenizer(field)

@@ -129,12 +129,15 @@ def report(args: argparse.Namespace, scratch: Path) -> str:
     text, parameters = model.config.text, list(model.parameters())
     about: Rows = [
         ["checkpoint", folder.resolve().name if os.path.isdir(args.model) else f"{args.model}, {folder.name}"],
-        ["kind", f"{read_json(folder / 'config.json').get('model_type')}: {model.config.vision.model_type}, "
-         f"{text.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size}"],
+        [
+            "kind",
+            f"{read_json(folder / 'config.json').get('model_type')}: {model.config.vision.model_type}, "
+            f"{text.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size}",
+        ],
         ["parameters", f"{sum(p.numel() for p in parameters):,}"],
         ["weights", f"{args.dtype}, {terminal.human(sum(p.nbytes for p in parameters))}; the file has {own}"],
         ["device", torch.cuda.get_device_name(device) if device.type == "cuda" else device],
-    ]  # fmt: skip
+    ]
     model.generate(torch.tensor([[1, 2, 3]], device=device), max_new_tokens=4)  # warms up
     parts = ["# A report of minillava", table(["what", "found"], about + machine()), "## Beside transformers", stages]
     for number, (path, image) in enumerate(zip(paths, images)):
@@ -156,8 +159,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", metavar="FOLDER", help="pictures to describe, the first few (default: a scene)")
     parser.add_argument("--out", type=terminal.output_file, default="report.md", metavar="FILE")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, mps")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8"],
-                        help="of the weights (default: float32 where it fits into memory, else what does)")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16", "int8"],
+        help="of the weights (default: float32 where it fits into memory, else what does)",
+    )
     args = parser.parse_args(arguments)
 
     def work() -> None:

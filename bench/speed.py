@@ -263,8 +263,11 @@ def measure(contender: str, folder: str, preset: Preset) -> Result:
         seconds, logits = timed(device, step, logits)
         steps.append(seconds)
     read = preset.stored if begin is theirs else dtype
-    numbers = sum(parameter.numel() for name, parameter in empty_model(config).named_parameters()
-                  if parameter.dim() > 1 and name.startswith(("language_model.layers", "lm_head")))  # fmt: skip
+    numbers = sum(
+        parameter.numel()
+        for name, parameter in empty_model(config).named_parameters()
+        if parameter.dim() > 1 and name.startswith(("language_model.layers", "lm_head"))
+    )
     return Result(
         prefill_seconds=prefill,
         step_milliseconds=1000 * statistics.median(steps),
@@ -286,8 +289,12 @@ def bandwidth(device: str) -> float:
 def run(contender: str, folder: str, preset: Preset) -> Result:
     """What a contender takes, measured in a separate process."""
     done = common.in_a_process(measure, contender, folder, preset)
-    print(f"{contender}, {preset.batch} x {preset.prompt} tokens: prefill {done.prefill_seconds:.2f} s, "
-          f"{done.step_milliseconds:.2f} ms a step", file=sys.stderr, flush=True)  # fmt: skip
+    print(
+        f"{contender}, {preset.batch} x {preset.prompt} tokens: prefill {done.prefill_seconds:.2f} s, "
+        f"{done.step_milliseconds:.2f} ms a step",
+        file=sys.stderr,
+        flush=True,
+    )
     return done
 
 
@@ -313,9 +320,10 @@ def table(results: dict[str, Result], speed: float, preset: Preset) -> str:
             f"{r.step_milliseconds / least:.2f}", f"{r.tokens_per_second:.0f}", f"{r.total_seconds:.2f}",
             f"{r.kv_bytes / 1e6:.1f}", f"{r.peak_bytes / 1e6:.0f}", f"{r.whole_bytes / 1e6:.0f}", gain, allowed,
         ])  # fmt: skip
-    text = (f"Batch {preset.batch}, {preset.prompt} prompt + {preset.new} new tokens, {preset.dtype} on "
-            f"{device_name(preset.device)}; memory read at {speed / 1e9:.1f} GB/s.\n\n"
-            + common.table(columns, rows))  # fmt: skip
+    text = (
+        f"Batch {preset.batch}, {preset.prompt} prompt + {preset.new} new tokens, {preset.dtype} on "
+        f"{device_name(preset.device)}; memory read at {speed / 1e9:.1f} GB/s.\n\n" + common.table(columns, rows)
+    )
     if preset.cut:
         text += f"\n\nRows of transformers end after {preset.cut} new tokens; so do their times and bytes."
     return text
@@ -340,8 +348,10 @@ def growth(folder: str, preset: Preset, rounds: int) -> str:
         found: list[tuple[float, ...]] = []
         for batch, prompt in shapes:
             preset = replace(preset, batch=batch, prompt=prompt, new=9, image=False, picture=(0, 0))
-            plain, scored = (median([run(contender, folder, preset) for _ in range(rounds)])
-                             for contender in ("full", "PrefixKV 20%"))  # fmt: skip
+            plain, scored = (
+                median([run(contender, folder, preset) for _ in range(rounds)])
+                for contender in ("full", "PrefixKV 20%")
+            )
             found.append((batch if name == "batch" else prompt, plain.prefill_seconds, scored.prefill_seconds,
                           plain.step_milliseconds, plain.peak_bytes / 1e6, scored.peak_bytes / 1e6))  # fmt: skip
         rows: list[list[object]] = [[size, *(f"{value:.3g}" for value in values)] for size, *values in found]
@@ -381,8 +391,10 @@ def scoring_table(seconds: dict[str, list[float]], preset: Preset) -> str:
         ratio = f"{statistics.median(ratios):.3f} ({low:.2f}–{high:.2f})"
         rows.append([name, f"{statistics.median(each):.4f}", ratio])
     columns = ["", "prefill s (median)", "divided by the full cache's (middle half)"]
-    return (f"Batch {preset.batch}, {preset.prompt} prompt tokens, {preset.dtype} on {device_name(preset.device)}, "
-            f"budget 20%, {len(seconds['full'])} rounds.\n\n{common.table(columns, rows)}")  # fmt: skip
+    return (
+        f"Batch {preset.batch}, {preset.prompt} prompt tokens, {preset.dtype} on {device_name(preset.device)}, "
+        f"budget 20%, {len(seconds['full'])} rounds.\n\n{common.table(columns, rows)}"
+    )
 
 
 def measure_all(args: argparse.Namespace) -> None:
@@ -392,9 +404,11 @@ def measure_all(args: argparse.Namespace) -> None:
     preset = replace(PRESETS[args.preset], **changes)
     here = not preset.device.startswith("cuda") or torch.cuda.is_available()
     require(here, f"{preset.device} needs a GPU; there is none here.")
-    require(min(args.rounds, preset.batch, preset.new - 1) > 0,
-            f"Expected --rounds and --batch of 1 or more, --new of 2 or more; found {args.rounds}, {preset.batch}, "
-            f"{preset.new}.")  # fmt: skip
+    require(
+        min(args.rounds, preset.batch, preset.new - 1) > 0,
+        f"Expected --rounds and --batch of 1 or more, --new of 2 or more; found {args.rounds}, {preset.batch}, "
+        f"{preset.new}.",
+    )
     with tempfile.TemporaryDirectory() as scratch:
         folder, found = scratch if preset.model else str(TINY), dict[str, Any]()
         if preset.model is not None:
@@ -437,11 +451,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8"])
     other = parser.add_mutually_exclusive_group()
-    other.add_argument("--growth", action="store_true",
-                       help="measure growth with length and batch instead, whatever --batch and --new")  # fmt: skip
-    other.add_argument("--scoring", nargs="+", choices=METHODS, metavar="NAME",
-                       help="measure the prefill with these methods at 20%%, beside the full cache's, instead: "
-                       + ", ".join(METHODS))  # fmt: skip
+    other.add_argument(
+        "--growth", action="store_true", help="measure growth with length and batch instead, whatever --batch and --new"
+    )
+    other.add_argument(
+        "--scoring",
+        nargs="+",
+        choices=METHODS,
+        metavar="NAME",
+        help="measure the prefill with these methods at 20%%, beside the full cache's, instead: " + ", ".join(METHODS),
+    )
     parser.add_argument("--out", type=Path, help="folder for speed.md, and for speed.json with every round")
     args = parser.parse_args(arguments)
     return run_command("bench.speed", lambda: measure_all(args))

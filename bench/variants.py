@@ -332,9 +332,7 @@ class Least(LeastAttended):
         return counts
 
 
-PARTS: dict[str, type[PrefixKV]] = {
-    "+words": Words, "equal": Equal, "prefix": Prefix, "queue": Queue, "least": Least
-}  # fmt: skip
+PARTS: dict[str, type[PrefixKV]] = {"+words": Words, "equal": Equal, "prefix": Prefix, "queue": Queue, "least": Least}
 
 
 def make(name: str, budget: float, seeds: Sequence[int] = (0,), further: int = 0, prompt: int = 1) -> PrefixKV | None:
@@ -364,15 +362,23 @@ def parsed(name: str) -> dict[str, str]:
             f"There is no method {name!r}; known are full, plan, {', '.join(METHODS)}, and see bench/variants.py."
         )
     base, bits, words = found["base"], found["bits"], found["words"]
-    require(not (bits and found["short"]),
-            f"{name!r} asks for few bits and short positions; only one of the two can be had.")  # fmt: skip
+    require(
+        not (bits and found["short"]),
+        f"{name!r} asks for few bits and short positions; only one of the two can be had.",
+    )
     require(not bits or int(bits) in BITS, f"{name!r} asks for {bits} bits; known are {', '.join(map(str, BITS))}.")
-    require(base not in ("full", "plan", "pooled") or not (words or found["sizes"] or found["rule"]),
-            f"{name!r}: {base} leaves nothing to choose; it can be combined with bits only.")  # fmt: skip
-    require(found["rule"] != "least" or not base.startswith("cover "),
-            f"{name!r}: this method has an eviction of its own; leave out /least.")  # fmt: skip
-    require(not words or not (base.startswith("cover") or base == "h2o as published"),
-            f"{name!r}: this method does not ask for scores when it chooses; leave out +words.")  # fmt: skip
+    require(
+        base not in ("full", "plan", "pooled") or not (words or found["sizes"] or found["rule"]),
+        f"{name!r}: {base} leaves nothing to choose; it can be combined with bits only.",
+    )
+    require(
+        found["rule"] != "least" or not base.startswith("cover "),
+        f"{name!r}: this method has an eviction of its own; leave out /least.",
+    )
+    require(
+        not words or not (base.startswith("cover") or base == "h2o as published"),
+        f"{name!r}: this method does not ask for scores when it chooses; leave out +words.",
+    )
     return found.groupdict()
 
 

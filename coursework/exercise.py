@@ -357,8 +357,9 @@ def autograder(out: Path, names: Sequence[str], files: Files) -> None:
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m coursework.exercise", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m coursework.exercise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     actions = ("list", "check", "remove", "restore", "submit", "handout", "solutions", "autograder", "grade")
     parser.add_argument("action", choices=actions, metavar="ACTION")
     parser.add_argument("names", nargs="*", metavar="NAME", help="an exercise, or OUT, or FOLDER, as above")

@@ -144,5 +144,8 @@ def check_images(
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raises LlavaError for settings that `sample` cannot use."""
     sane = temperature >= 0 and isinstance(top_k, int) and top_k >= 0 and 0 < top_p <= 1
-    require(sane, f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range; expected 0 or more, a "
-            "whole number from 0, and a number above 0 and up to 1.")  # fmt: skip
+    require(
+        sane,
+        f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range; expected 0 or more, a "
+        "whole number from 0, and a number above 0 and up to 1.",
+    )

@@ -186,8 +186,11 @@ def config_dict(config: LlavaConfig, dtype: str) -> dict[str, object]:
     vision |= {"projection_dim": config.vision.hidden_size} if config.vision.has_cls else {"vision_use_head": False}
     raw: dict[str, object] = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
     if config.image_grid_pinpoints:
-        raw = {"model_type": "llava_next", "architectures": ["LlavaNextForConditionalGeneration"],
-               "image_grid_pinpoints": config.image_grid_pinpoints}  # fmt: skip
+        raw = {
+            "model_type": "llava_next",
+            "architectures": ["LlavaNextForConditionalGeneration"],
+            "image_grid_pinpoints": config.image_grid_pinpoints,
+        }
     names = ("projector_hidden_act", "multimodal_projector_bias", "mm_projector_type", "vision_feature_layer",
              "vision_feature_select_strategy", "pad_token_id")  # fmt: skip
     if dtype == "int8":
@@ -231,12 +234,13 @@ def convert(model: Llava, processor: Processor, folder: Path, out: Path) -> None
         "preprocessor_config.json": images,
         "processor_config.json": {
             "processor_class": "LlavaNextProcessor" if config.image_grid_pinpoints else "LlavaProcessor",
-            "patch_size": config.vision.patch_size, "image_token": IMAGE_TOKEN,
+            "patch_size": config.vision.patch_size,
+            "image_token": IMAGE_TOKEN,
             "vision_feature_select_strategy": config.vision_feature_select_strategy,
             "num_additional_image_tokens": int(config.vision.has_cls),
         },
         "generation_config.json": {"eos_token_id": list(config.eos_token_id), "pad_token_id": config.pad_token_id},
-    }  # fmt: skip
+    }
     with replacing(out) as temporary:
         temporary.mkdir(parents=True)
         save_weights(model, temporary / "model.safetensors")

@@ -223,8 +223,9 @@ def main(arguments: list[str] | None = None) -> int:
     terminal.add_model_options(parser)
     parser.add_argument("--budget", action="append", type=terminal.parse_budget, metavar="SHARE",
                         help="share of the cache for answers; repeatable (default: 5%%, 10%%, 20%%, 50%%)")  # fmt: skip
-    parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME",
-                        help="method to show; repeatable (default: all)")  # fmt: skip
+    parser.add_argument(
+        "--method", action="append", choices=METHODS, metavar="NAME", help="method to show; repeatable (default: all)"
+    )
     parser.add_argument("--max-new-tokens", type=terminal.whole_number(1), default=128, metavar="N",
                         help="longest answer, in tokens (default: 128)")  # fmt: skip
     args = parser.parse_args(arguments)

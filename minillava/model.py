@@ -40,8 +40,11 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "quick_gelu": quick_gelu, "silu": F.silu,
-}  # fmt: skip
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+    "silu": F.silu,
+}
 CosSin = tuple[Tensor, Tensor]  # of RoPE's angles at the positions of tokens, both [B, 1, N, Dh]
 Waiting = tuple[int, Tensor, Tensor, Tensor]  # a layer that waits to be cached: its number, key, value and scores
 
@@ -277,8 +280,9 @@ class Decoder(nn.Module):
         dtype = self.embed_tokens.weight.dtype
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
-    def forward(self, hidden: Tensor, positions: Tensor, mask: Tensor | None = None,
-                cache: KVCache | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self, hidden: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """Embeddings [B, N, D] of tokens at positions [B, N] -> [B, N, D], ready for the output layer."""
         rope = self.cos_sin(positions)
         for layer in self.layers:

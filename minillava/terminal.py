@@ -71,14 +71,23 @@ def output_file(text: str) -> str:
 def add_picture_options(parser: argparse._ActionsContainer, several: bool = False) -> None:
     """--image, --scene and --prompt. With `several`, --scene may be repeated: each scene is a question of its own."""
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--image", action="append", metavar="FILE",
-                        help="picture; repeat for several in one question (default: an example scene)")  # fmt: skip
-    either.add_argument("--scene", action="append" if several else "store", type=whole_number(0), metavar="N",
-                        help="draw scene N of coloured shapes"
-                        + ("; repeat for several, one after the other" if several else ""))  # fmt: skip
+    either.add_argument(
+        "--image",
+        action="append",
+        metavar="FILE",
+        help="picture; repeat for several in one question (default: an example scene)",
+    )
+    either.add_argument(
+        "--scene",
+        action="append" if several else "store",
+        type=whole_number(0),
+        metavar="N",
+        help="draw scene N of coloured shapes" + ("; repeat for several, one after the other" if several else ""),
+    )
     if several:
-        parser.add_argument("--save-scene", type=output_file, metavar="FILE",
-                            help="write the drawn scene as PNG, and say what is in it")  # fmt: skip
+        parser.add_argument(
+            "--save-scene", type=output_file, metavar="FILE", help="write the drawn scene as PNG, and say what is in it"
+        )
     parser.add_argument("--prompt", metavar="TEXT", help="question about the pictures (default: describe in detail)")
 
 
@@ -88,9 +97,12 @@ def add_model_options(parser: argparse._ActionsContainer) -> None:
         "--model", default=str(TINY), help="folder of a checkpoint, or Hub id (default: the embedded one)"
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, mps")
-    parser.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16", "int8"],
-                        help="of the weights; auto: as the checkpoint has them, and on a CPU 16 or 8 bits if memory is "
-                        "short (default: float32, and for a checkpoint in 8 bits int8)")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "float16", "bfloat16", "int8"],
+        help="of the weights; auto: as the checkpoint has them, and on a CPU 16 or 8 bits if memory is "
+        "short (default: float32, and for a checkpoint in 8 bits int8)",
+    )
 
 
 def pictures(paths: list[str] | None, scene: int | None) -> tuple[list[str], list[Image.Image]]:
@@ -120,8 +132,9 @@ def prompt_of(processor: Processor, question: str | None, images: int) -> str:
 def progress_bar(title: str, unit: str, total: int | None = None) -> tqdm:
     """How far something slow is, on stderr if that is a terminal; it comes after a second, and goes at the end."""
     columns = min(WIDTH, shutil.get_terminal_size().columns) - 1
-    return tqdm(desc=title, total=total, unit=unit, unit_scale=unit == "B", delay=SLOW, ncols=columns, leave=False,
-                disable=None)  # fmt: skip
+    return tqdm(
+        desc=title, total=total, unit=unit, unit_scale=unit == "B", delay=SLOW, ncols=columns, leave=False, disable=None
+    )
 
 
 def human(count: int) -> str:
@@ -184,12 +197,16 @@ def compile_shown(model: Llava) -> None:
     from minillava.fast import compile_steps
 
     compiler, *_ = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    require(model.lm_head.weight.is_cuda or shutil.which(compiler),
-            f"--compile needs a C++ compiler, and there is no {compiler}; leave the option out.")  # fmt: skip
+    require(
+        model.lm_head.weight.is_cuda or shutil.which(compiler),
+        f"--compile needs a C++ compiler, and there is no {compiler}; leave the option out.",
+    )
     layers = len(model.language_model.layers)
-    print(f"--compile: the first answer comes about {max(1, round(layers * COMPILE_SECONDS / 60))} min later, with the "
-          "full cache and again with a compressed one. Not compiled: h2o, matching, cover and --kv-bits.",
-          file=sys.stderr)  # fmt: skip
+    print(
+        f"--compile: the first answer comes about {max(1, round(layers * COMPILE_SECONDS / 60))} min later, with the "
+        "full cache and again with a compressed one. Not compiled: h2o, matching, cover and --kv-bits.",
+        file=sys.stderr,
+    )
     compile_steps(model)
 
 

@@ -1,0 +1,8 @@
+"""The training of the embedded checkpoint: each file is a program, `python -m train.NAME`."""
+
+import sys
+
+from minillava.command import end_quietly
+
+if sys.argv[0] == "-m":  # so it is until `python -m` has found the program, which then imports what is slow
+    end_quietly()

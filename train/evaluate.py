@@ -13,12 +13,8 @@ import random
 import sys
 from collections import Counter, defaultdict
 
-from minillava.command import end_quietly, run_command  # isort: skip
-
-if __name__ == "__main__":
-    end_quietly()
-
 from minillava import TINY
+from minillava.command import run_command
 from minillava.model import Llava
 from minillava.processor import Processor
 from minillava.scenes import DESCRIBE, Question, Scene, draw, make_scene, named, short_question

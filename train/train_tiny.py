@@ -39,11 +39,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minillava.command import end_quietly, run_command  # isort: skip
-
-if __name__ == "__main__":
-    end_quietly()
-
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -52,6 +47,7 @@ from torch import Tensor, nn
 
 from minillava import scenes
 from minillava.checks import LlavaError
+from minillava.command import run_command
 from minillava.config import LlavaConfig, TextConfig, VisionConfig
 from minillava.convert import convert
 from minillava.files import replacing, write_json
@@ -137,8 +133,9 @@ def patch_labels(scene: scenes.Scene, cover: Image.Image, grid: int) -> Tensor:
     best = shares[:, 1:].max(-1)
     owner = torch.where(best.values >= 1 / 6, best.indices + 1, 0)
     colours, sizes = list(scenes.COLOURS), list(scenes.SIZES)
-    things = [(colours.index(t.colour), scenes.SHAPES.index(t.shape), sizes.index(t.size), t.cell)
-              for t in scene.things]  # fmt: skip
+    things = [
+        (colours.index(t.colour), scenes.SHAPES.index(t.shape), sizes.index(t.size), t.cell) for t in scene.things
+    ]
     cells = torch.arange(grid * grid)
     rest = [
         (shares.max(-1).values < 0.999).long(),
@@ -313,9 +310,13 @@ def finish(layer: DecoderLayer, hidden: Tensor, context: Tensor) -> Tensor:
 
 
 def decode(
-    model: Llava, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor,
-    before: Callable[..., Any] = project, after: Callable[..., Tensor] = finish,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    model: Llava,
+    hidden: Tensor,
+    rope: tuple[Tensor, Tensor],
+    mask: Tensor,
+    before: Callable[..., Any] = project,
+    after: Callable[..., Tensor] = finish,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The decoder over embeddings [B, N, D]: the words' outputs [B, M, D], and of POINTER query and key [B, N, Dh].
 
     The first N - M tokens end with the picture's: plainly causal, so that they need no mask. The mask [B, 1, M, N] is
@@ -362,9 +363,13 @@ def pointing_loss(query: Tensor, shown: Tensor, heads: nn.ModuleDict, tokens: Te
 
 
 def answer_loss(
-    model: Llava, heads: nn.ModuleDict, features: Tensor, tokens: Tensor, targets: Tensor,
+    model: Llava,
+    heads: nn.ModuleDict,
+    features: Tensor,
+    tokens: Tensor,
+    targets: Tensor,
     blocks: tuple[Callable[..., Any], Callable[..., Any]],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a batch's answers, the share of answers of which each token is the likeliest, and the pointing loss.
 
     Every sample is new, so the share of right answers is that of greedy decoding on scenes never seen. An answer of
@@ -415,8 +420,9 @@ def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversati
         optimizer.load_state_dict(state["optimizer"])
     compiled: Callable[..., Any] = torch.compile if args.compile else lambda part, dynamic: part
     see, blocks = compiled(look, dynamic=False), (compiled(project, dynamic=True), compiled(finish, dynamic=True))
-    data = torch.utils.data.DataLoader(Batches(stage, args.seed, talk), batch_size=None, sampler=range(start, steps),
-                                       num_workers=1, prefetch_factor=4)  # fmt: skip
+    data = torch.utils.data.DataLoader(
+        Batches(stage, args.seed, talk), batch_size=None, sampler=range(start, steps), num_workers=1, prefetch_factor=4
+    )
     began, used, saved, mean = time.time(), time.process_time(), time.time(), 0.0
     for step, batch in enumerate(data, start):
         images, targets, tokens = (part.to(args.device) for part in batch)
@@ -566,22 +572,35 @@ def export(model: Llava, tokenizer: Path, talk: Conversations, folder: Path) -> 
 
 
 def write_card(
-    model: Llava, folder: Path, args: argparse.Namespace, stages: tuple[Stage, ...], scores: dict[str, float],
+    model: Llava,
+    folder: Path,
+    args: argparse.Namespace,
+    stages: tuple[Stage, ...],
+    scores: dict[str, float],
     seconds: float,
-) -> None:  # fmt: skip
+) -> None:
     """Writes the model card, with the scores as measured, and the processor's seconds that `stages` took."""
     processor, blind = f"{torch.get_num_threads()} threads of the {args.device}", commonest()
     which = "All stages" if stages[0] == STAGES[0] else f"The stages from {stages[0].name} on, in a run with `--start`,"
-    rows = [f"| {s.name} | {s.kind} | {s.side} x {s.side} | {2 * s.smallest * s.grid:.1f} | {s.steps:,} | {s.batch} "
-            f"| {s.rate:g} |" for s in STAGES[: STAGES.index(stages[-1]) + 1]]  # fmt: skip
-    marks = [f"| {name} | {100 * share:.1f} % | " + (f"{100 * blind[name]:.1f} % |" if name in blind else "|")
-             for name, share in scores.items()]  # fmt: skip
+    rows = [
+        f"| {s.name} | {s.kind} | {s.side} x {s.side} | {2 * s.smallest * s.grid:.1f} | {s.steps:,} | {s.batch} "
+        f"| {s.rate:g} |"
+        for s in STAGES[: STAGES.index(stages[-1]) + 1]
+    ]
+    marks = [
+        f"| {name} | {100 * share:.1f} % | " + (f"{100 * blind[name]:.1f} % |" if name in blind else "|")
+        for name, share in scores.items()
+    ]
     card = CARD.format(
-        parameters=sum(p.numel() for p in model.parameters()), v=model.config.vision, t=model.config.text,
-        objects=scenes.MAX_OBJECTS, stages="\n".join(rows), scores="\n".join(marks),
+        parameters=sum(p.numel() for p in model.parameters()),
+        v=model.config.vision,
+        t=model.config.text,
+        objects=scenes.MAX_OBJECTS,
+        stages="\n".join(rows),
+        scores="\n".join(marks),
         command=f"python -m train.train_tiny --until {stages[-1].name} --seed {args.seed}{' --compile' * args.compile}",
         time=f"{which} took {seconds / 60:.0f} minutes of processor time, on {processor}.",
-    )  # fmt: skip
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -594,8 +613,12 @@ def main(arguments: list[str] | None = None) -> None:
     names = [stage.name for stage in STAGES]
     parser.add_argument("--start", type=Path, help="folder of a checkpoint that the stages before --first have made")
     parser.add_argument("--first", choices=names, default=names[0], help="the first stage")
-    parser.add_argument("--until", choices=names, default=names[-1],
-                        help="the last stage (default: all); `joint` gives a checkpoint for 96 px")  # fmt: skip
+    parser.add_argument(
+        "--until",
+        choices=names,
+        default=names[-1],
+        help="the last stage (default: all); `joint` gives a checkpoint for 96 px",
+    )
     parser.add_argument("--limit", type=int, help="at most so many steps a stage, to try it out")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny/checkpoint"), help="folder for the checkpoint")
     args = parser.parse_args(arguments)
