@@ -80,15 +80,17 @@ def test_a_larger_budget_keeps_a_superset_in_every_layer_and_never_lowers_the_th
 
 
 @pytest.mark.parametrize(
-    "table, sizes",
+    "table, protected, sizes",
     [  # Two layers are level at p = 0.5; the third layer, at 0.75, has the smallest next prefix.
-        ([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0.75, 0.125, 0.125, 0]], [[1, 1, 1], [2, 1, 1], [2, 2, 1]]),
-        ([[0.5, 0.375, 0.125], [0.5, 0.25, 0.25]], [[1, 1], [1, 2]]),  # of two level ones, whose next prefix holds less
+        ([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0.75, 0.125, 0.125, 0]], 0, [[1, 1, 1], [2, 1, 1], [2, 2, 1]]),
+        ([[0.5, 0.375, 0.125], [0.5, 0.25, 0.25]], 0, [[1, 1], [1, 2]]),  # of two level ones, whose next holds less
+        # The first layer is full: its prefix of 3, which holds least, and 2 protected ones. It takes no more.
+        ([[0.2] * 5, [0.9, *[0.025] * 4], [0.9, *[0.025] * 4]], 2, [[5, 3, 3], [5, 4, 3], [5, 4, 4]]),
     ],
 )
-def test_tokens_left_over_go_where_a_larger_threshold_would_put_them(table, sizes):
+def test_tokens_left_over_go_where_a_larger_threshold_would_put_them(table, protected, sizes):
     curve = priority(torch.tensor(table))
-    assert [search(curve, sum(counts), 0)[1].tolist() for counts in sizes] == sizes
+    assert [search(curve, sum(counts), protected)[1].tolist() for counts in sizes] == sizes
 
 
 @given(seeds, st.integers(1, 3), st.integers(3, 7), st.data())
@@ -234,7 +236,8 @@ def test_importance_that_is_not_finite_is_refused_with_its_layer(value):
        for budget in (0, -0.1, 1.0001, float("nan"), float("inf"))],
      ({"num_sinks": -1}, "num_sinks is -1; expected a number of tokens, 0 or more."),
      ({"num_sinks": 1.5}, "num_sinks is 1.5; expected a number of tokens, 0 or more."),
-     ({"plan": Plan(0.5, [float("nan"), 9.0])}, "The plan has the ratios [nan, 9.0]; expected numbers from 0 to 1."),
+     ({"plan": Plan(0.5, [float("nan")])}, "The plan has the ratios [nan]; expected numbers from 0 to 1."),
+     ({"plan": Plan(0.5, [1, 1.01])}, "The plan has the ratios [1, 1.01]; expected numbers from 0 to 1."),
      ({"decode": "drop"}, "decode is 'drop'; expected 'ratio' or 'keep'."),
      ({"plan": Plan(0.5, [0.1, 0.5, 0.9])}, "The plan is for 3 layers; the model has 4.")],
 )  # fmt: skip
@@ -336,7 +339,7 @@ def test_a_plan_needs_no_more_than_its_ratios_and_may_be_in_any_script(tmp_path,
 
 @given(st.integers(0, 2**31), st.integers(1, 60), st.integers(0, 3))
 def test_a_plan_keeps_its_ratio_and_the_protected_tokens_of_each_layer_at_once(seed, length, num_sinks):
-    ratios = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
+    ratios = [0.0, 1.0, *torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()]
     compressor, scores = begun(PrefixKV(num_sinks=num_sinks, plan=Plan(0.5, ratios)), length), torch.rand(1, length)
     assert compressor.budget == 0.5
     for layer, ratio in enumerate(ratios):
