@@ -128,7 +128,7 @@ def table(runs: list[Run]) -> str:
 
 
 def compressors(args: argparse.Namespace) -> list[tuple[str, PrefixKV | None]]:
-    """What to run beside the full cache, with its method: the plan, or every method at every budget."""
+    """What to run beside the full cache: the plan, or every method at every budget; or all tokens in few bits."""
     if args.kv_bits and not (args.plan or args.method or args.budget):
         return [("full", None)]
     if args.plan:
@@ -194,7 +194,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     asked.add_argument(
         "--chat",
         action="store_true",
-        help="several turns in the terminal, with the full cache, or with one --method and --budget",
+        help="several turns in the terminal, with the full cache, or one --method (or prefixkv) and --budget (or 50%%)",
     )
     terminal.add_model_options(parser.add_argument_group("model"))
     cache = parser.add_argument_group("cache")

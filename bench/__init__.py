@@ -1,4 +1,4 @@
-"""Measurements: each file is a program, `python -m bench.NAME`."""
+"""Measurements, and what they share. The programs: `python -m bench.NAME`."""
 
 import sys
 

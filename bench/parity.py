@@ -123,7 +123,7 @@ def make(folder: Path, kinds: Iterable[str] = KINDS) -> None:
         model, saved = random_model(kind, kv_heads).to(getattr(torch, dtype)), folder / f"{name} saved"
         model.save_pretrained(saved)
         # Loaded again, since `.to` has rounded RoPE's frequencies as well.
-        model = type(model).from_pretrained(saved, torch_dtype=getattr(torch, dtype)).eval()
+        model = type(model).from_pretrained(saved, torch_dtype=getattr(torch, dtype)).eval()  # 4.45 knows no `dtype`
         layouts = {kind: saved}
         if kind not in FAMILY:
             layouts = {"as saved": saved, "original LLaVA": folder / f"{name} original"}

@@ -29,8 +29,6 @@ from bench import common, real
 from bench.speed import PRESETS, timed, write_checkpoint
 from minillava.checks import require
 from minillava.command import run_command
-from minillava.fast import optimize
-from minillava.quantised import to_int8
 from weights import load_model
 
 OURS = ("minillava float32", "minillava bfloat16", "minillava int8")
@@ -65,8 +63,7 @@ def ours(path: str, new: int, dtype: str) -> Callable[[], Reader]:
     if Path(path).is_dir():
         model = load_model(Path(path), dtype=getattr(torch, dtype), fast=True)
     else:
-        model = real.load(Path(path))[0]
-        model = optimize(to_int8(model) if dtype == "int8" else model.to(getattr(torch, dtype)))
+        model = real.load(Path(path), dtype)[0]
 
     def begin() -> Reader:
         cache = model.new_cache(new + WARM)

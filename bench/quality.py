@@ -10,8 +10,9 @@ checkpoint on scenes that training never saw. `--data FILE` asks questions of yo
 `--data prose` and `--data facts` take a pretrained decoder of text.
 Methods are combined as bench/variants.py says: `--methods full cover random+words/least full@2`.
 
-Results go to `--out`: `results*.jsonl` (a line for every answer, from which a second run goes on), `table.md`, and
-`quality.png` where matplotlib is installed. Many processes: `torchrun --nproc-per-node 2 -m bench.quality`.
+Results go to `--out`: `results*.jsonl` (a line for every answer, from which a second run goes on), `settings.json`,
+`table.md`, and `quality.png` where matplotlib is installed. Many processes:
+`torchrun --nproc-per-node 2 -m bench.quality`.
 """
 
 from __future__ import annotations

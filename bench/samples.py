@@ -27,7 +27,8 @@ SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions. "
 )
-WIDTHS = ("2.0 to 2.4", "2.5 to 2.9", "3.0 to 3.6", "5.5 to 7.0")  # of objects, in patches of the embedded model
+# Of objects, in patches of the embedded model: halves of those that `--smaller` adds, then `scenes.SIZES`.
+WIDTHS = ("2.0 to 2.4", "2.5 to 2.9", "3.0 to 3.6", "5.5 to 7.0")
 
 
 def wide(radius: float) -> str:
@@ -67,13 +68,14 @@ class Sample:
     def split(self, processor: Processor, protocol: str) -> tuple[dict[str, Tensor], int]:
         """The model's inputs for a whole prompt, and after how many of its ids the cache is cut."""
         images = [self.image()]
-        if protocol != "second":
-            inputs = processor(self.prompt(processor), images)
+        question = self.question.replace("<image>", "").strip()
+        if protocol != "second":  # for `first` the image stands first, whatever the data say
+            turns = [(question, None)] if protocol == "first" else []
+            inputs = processor(self.prompt(processor, turns), images)
             (ids,) = inputs["input_ids"]
             patches = (ids == processor.config.image_token_id).nonzero()
             return inputs, len(ids) if protocol == "known" else int(patches[-1]) + 1
         assert self.earlier is not None
-        question = self.question.replace("<image>", "").strip()
         before = processor(self.prompt(processor, [(self.earlier[0], None)]), images)["input_ids"]
         inputs = processor(self.prompt(processor, [self.earlier, (question, None)]), images)
         same = torch.equal(inputs["input_ids"][:, : before.shape[1]], before)

@@ -443,14 +443,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), metavar="NAME",
                         choices=CONTENDERS + OTHERS + INT8 + PARTS,
                         help=", ".join(CONTENDERS + OTHERS + INT8 + PARTS).replace("%", "%%"))  # fmt: skip
-    parser.add_argument("--parts", action="store_const", dest="contenders", const=["full", *PARTS],
-                        help="measure what each class of minillava.fast gains, one left out at a time")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="times that each contender runs (default: 3)")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--new", type=int, help="new tokens")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8"])
     other = parser.add_mutually_exclusive_group()
+    other.add_argument("--parts", action="store_const", dest="contenders", const=["full", *PARTS],
+                       help="measure what each class of minillava.fast gains, one left out at a time")  # fmt: skip
     other.add_argument(
         "--growth", action="store_true", help="measure growth with length and batch instead, whatever --batch and --new"
     )

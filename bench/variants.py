@@ -350,7 +350,8 @@ def make(name: str, budget: float, seeds: Sequence[int] = (0,), further: int = 0
     bases = [PARTS[parts[part]] for part in ("words", "sizes", "rule") if parts[part] in PARTS]
     cls: type[PrefixKV] = type(name, (*bases, (METHODS | VARIANTS)[parts["base"]]), {})
     made = cls(budget, seeds) if issubclass(cls, Random) else cls(budget)
-    made.decode = "keep" if parts["rule"] == "keep" else "ratio"
+    if parts["rule"] == "keep":
+        made.decode = "keep"
     return made
 
 

@@ -368,13 +368,18 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--out", help="grade: a new folder for points.csv and STUDENT/results.json")
     args = parser.parse_args(arguments)
     action, names, only = args.action, args.names, args.only or list(EXERCISES)
-    if len(names) < (action not in ("list", "check")) or (action != "grade" and len(names) > (action != "list")):
+    least, most = {"list": (0, 0), "check": (0, 1), "grade": (1, len(names))}.get(action, (1, 1))
+    if not least <= len(names) <= most:
         parser.error(f"{action} does not take {len(names)} names")
-    if action in actions[1:4] and {*names} - {*EXERCISES}:
+    if args.only and action not in ("grade", "autograder"):
+        parser.error("--only is for grade and autograder")
+    if args.out and action != "grade":
+        parser.error("--out is for grade")
+    if action in ("check", "remove", "restore") and {*names} - {*EXERCISES}:
         parser.error(f"there is no exercise {names[0]}; exercises: {', '.join(EXERCISES)}")
     if action in ("remove", "restore") and (root / REFERENCE).exists():
         raise ValueError("This is a handout: its bodies are away for you to write. `check` says how far you are.")
-    if action in actions[5:] and (root / SAVED).exists():
+    if action in ("handout", "solutions", "autograder", "grade") and (root / SAVED).exists():
         raise ValueError("A body is away; restore it first: `restore NAME`.")
     work: dict[str, Callable[[], object]] = {
         "list": lambda: print(

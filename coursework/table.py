@@ -1,4 +1,4 @@
-"""The exercises, in the order of what they cost, and the tests that grade them."""
+"""The exercises, and the tests that grade them."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ class Random(Uniform):
 class LeastAttended(PrefixKV):
     """When a layer is full, drops the token that has received least attention. The defaults are those of `Cover`.
 
-    Subclasses call `watch` in `allocate`, which sees the scores of all layers. With a plan it is not called.
+    Subclasses call `watch` in `allocate`, which sees the scores of all layers. `super()` is `Weighted` in `Cover`.
     """
 
     def begin(self, present: Tensor, image: Tensor, layers: int) -> None:
@@ -304,7 +304,7 @@ class Elastic(Uniform):
     """Merges dropped tokens: each anchor becomes the mean of itself and the dropped tokens nearest to it.
 
     Elastic Cache (arXiv 2407.18121), its cache merging: importance is accumulated attention, a bucket is an anchor
-    and the dropped tokens to which it is the nearest; its fixed-point elimination is PrefixKV's way to decode.
+    and the dropped tokens to which it is the nearest. While decoding it drops at a fixed place, as PrefixKV does.
     """
 
     def compress(self, waiting: list[Waiting]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

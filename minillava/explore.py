@@ -68,7 +68,9 @@ class Beside(Recorder):
         """What each layer keeps of the prompt, bool [N]: by the first method at each budget, then by the next."""
         for methods, found in zip(self.methods, self.found):
             for number, method in enumerate(methods):
-                vars(method).update(vars(methods[0]) | {"budget": method.budget})  # with what `score` has noted
+                vars(method).update(
+                    vars(methods[0]) | {"budget": method.budget}
+                )  # at each budget, what the first one's `score` has noted
                 scores = [by_budget[number % len(by_budget)] for by_budget in found]
                 sizes = method.allocate(torch.stack(scores))
                 yield [method.choose(layer, *pair)[0] for layer, pair in enumerate(zip(scores, sizes))]
@@ -127,7 +129,7 @@ def words(left: str, right: str) -> tuple[list[tuple[bool, str]], list[tuple[boo
 @torch.no_grad()
 def collect(model: Llava, processor: Processor, prompt: str, images: Sequence[Image.Image], budgets: Sequence[float],
             name: str = "", methods: Sequence[str] = ("prefixkv",)) -> dict[str, Any]:  # fmt: skip
-    """What page and picture show, without the answers, in plain Python values; of several images the first is shown.
+    """What the page shows, without the answers, in plain Python values; of several images the first is shown.
 
     Raises LlavaError for a prompt without an image.
     """

@@ -296,11 +296,12 @@ class FastKVCache(KVCache):
 
     def update(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `KVCache.update`. A single token is the latest, so it sees every slot that is filled."""
-        if layer < len(self.key):  # a turn or a token; those of the prompt change the dtype as they are stored
-            held = self.key[layer].dtype
-            query, key, value = query.to(held), key.to(held), value.to(self.value[layer].dtype)
         self.handed = None
-        if self.slot is None or layer >= len(self.key):
+        if layer >= len(self.key):  # the prompt; its keys and values change the dtype as they are stored
+            return super().update(layer, query, key, value)
+        dtype = self.key[layer].dtype
+        query, key, value = query.to(dtype), key.to(dtype), value.to(self.value[layer].dtype)
+        if self.slot is None:  # a turn
             return super().update(layer, query, key, value)
         keys, values, row, slot = self.key[layer], self.value[layer], self.row, self.slot[layer]
         keys[row, :, slot], values[row, :, slot] = key.squeeze(2), value.squeeze(2)
@@ -309,7 +310,7 @@ class FastKVCache(KVCache):
         even = not self.compiled and filled == self.fewest[layer]
         seen = None if even else (position >= 0)[:, None, None]
         bias = None
-        if self.hands_over and held == torch.float32:
+        if self.hands_over and dtype == torch.float32:
             self.handed = position
             bias = self.compressor.bias(layer, position) if isinstance(self.compressor, Weighted) else None
         elif self.attends:

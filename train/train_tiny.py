@@ -11,7 +11,7 @@ Three kinds of stages. The first takes the place of the pretrained CLIP that LLa
 
 The table STAGES says what is done in which order. Most is learnt from small pictures, which cost little; then the
 pictures grow, and the tower's position embeddings with them. The last three stages also draw objects down to 2 x 2
-patches: one stage three times over, which begins anew with a high rate.
+patches: one stage three times over, in which the rate rises and falls again, until questions are answered as before.
 
 Many questions are asked of one picture at once. Short conversations of one to three turns lie side by side after
 the image tokens; each sees the image and itself, at the positions it would have by itself. So one reading of the image
@@ -410,11 +410,11 @@ def run_stage(stage: Stage, model: Llava, heads: nn.ModuleDict, talk: Conversati
     start, before, origin = 0, 0.0, f"seed {args.seed}, begun from {args.start or 'nothing'}"
     if path.exists():
         state = torch.load(path, map_location=args.device, weights_only=True)
-        if state.get("origin") != origin:
-            raise LlavaError(f"{path} is of {state.get('origin')}, and this is {origin}; choose another --work.")
+        if state["origin"] != origin:
+            raise LlavaError(f"{path} is of {state['origin']}, and this is {origin}; choose another --work.")
         model.load_state_dict(state["model"])
-        heads.load_state_dict(state["heads"], strict=False)
-        start, before = state["step"], state.get("seconds", 0.0)
+        heads.load_state_dict(state["heads"])
+        start, before = state["step"], state["seconds"]
         if start >= steps:
             return before
         optimizer.load_state_dict(state["optimizer"])
@@ -598,8 +598,10 @@ def write_card(
         objects=scenes.MAX_OBJECTS,
         stages="\n".join(rows),
         scores="\n".join(marks),
-        command=f"python -m train.train_tiny --until {stages[-1].name} --seed {args.seed}{' --compile' * args.compile}",
-        time=f"{which} took {seconds / 60:.0f} minutes of processor time, on {processor}.",
+        command=f"python -m train.train_tiny --until {stages[-1].name} --seed {args.seed}{' --compile' * args.compile}"
+        + (f" --start FOLDER --first {stages[0].name}" if stages[0] != STAGES[0] else ""),
+        time=f"{which} took {seconds / 60:.0f} minutes of processor time, on {processor}, without that of the "
+        "process that draws the scenes.",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
