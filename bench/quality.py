@@ -45,7 +45,7 @@ from minillava import TINY
 from minillava.checks import LlavaError, require
 from minillava.command import run_command
 from minillava.compressors import METHODS as COMPRESSORS
-from minillava.compressors import Recorder, gini
+from minillava.compressors import Recorder
 from minillava.files import write_json
 from minillava.model import KeepAll, KVCache, Llava
 from minillava.quantised import QuantisedKVCache
@@ -206,6 +206,11 @@ def curves(recorder: Recorder, points: int = 101) -> Tensor:
     prompts = zip(recorder.scores.cpu().unbind(1), recorder.present.cpu())
     each = [priority(scores[:, tokens])[None] for scores, tokens in prompts]  # [1, L, N + 1]
     return torch.cat([F.interpolate(one, points, mode="linear", align_corners=True) for one in each]).mean(0)
+
+
+def gini(curve: Tensor) -> Tensor:
+    """Gini coefficients [L] of curves of `priority` [L, points]: 0 for equal, near 1 if one has all."""
+    return 2 * torch.trapezoid(curve, dx=1 / (curve.shape[1] - 1)) - 1
 
 
 def estimate(

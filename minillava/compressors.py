@@ -122,11 +122,6 @@ class Recorder(KeepAll):
         return self.scores[layer]
 
 
-def gini(curve: Tensor) -> Tensor:
-    """Gini coefficients [L] of curves of `priority` [L, points]: 0 for equal, near 1 if one has all."""
-    return 2 * torch.trapezoid(curve, dx=1 / (curve.shape[1] - 1)) - 1
-
-
 class Uniform(PrefixKV):
     """PrefixKV with the same size for every layer. Comparing the two shows what the search adds.
 

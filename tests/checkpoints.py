@@ -14,7 +14,7 @@ def reference(seed=0, text=None, **settings):
     return random_model("CLIP, Llama", seed=seed, text={"max_position_embeddings": 256, **(text or {})}, **settings)
 
 
-def write(model, folder: Path, _layout: str = "disk5") -> Path:
+def write(model, folder: Path) -> Path:
     """Saves a reference model under `folder` as transformers does, with a tokenizer and an image processor."""
     model.save_pretrained(folder)
     write_processor(folder, model.config.vision_config.image_size)

@@ -22,10 +22,10 @@ from PIL import Image
 
 import weights
 from bench import quality
-from bench.quality import PROTOCOLS, curves, interval, likelihood, main, read_results
+from bench.quality import PROTOCOLS, curves, gini, interval, likelihood, main, read_results
 from bench.variants import empty_cache, make
 from minillava.checks import LlavaError
-from minillava.compressors import METHODS, Recorder, gini
+from minillava.compressors import METHODS, Recorder
 from prefixkv import PrefixKV
 from weights import read_plan
 

@@ -41,7 +41,7 @@ def test_the_embedded_checkpoint_agrees_answers_and_reads_only_what_is_new(tmp_p
 
 
 def test_a_random_checkpoint_and_pictures_of_ones_own_without_transformers(tmp_path, monkeypatch):
-    folder = write(reference(text={"max_position_embeddings": 1024}), tmp_path / "model", "disk5")
+    folder = write(reference(text={"max_position_embeddings": 1024}), tmp_path / "model")
     (tmp_path / "transformers.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(report, "ANSWER", 5)
