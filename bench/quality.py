@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -66,8 +66,17 @@ MEASURES = {  # title, kind of the samples that have it, fields
 }
 Samples = Sequence[Sample | real.Text]
 Batch = tuple[list[int], dict[str, Tensor], Tensor]  # which samples; inputs up to the cut; turns after it, [B, M]
+SHORT = 24  # tokens that the answer to a short question has at most
 Record = dict[str, Any]
-Run = tuple[str, str, str, float]  # kind, protocol, method, budget
+
+
+class Run(NamedTuple):
+    """What is measured on all samples of a kind: a method and budget in a protocol."""
+
+    kind: str  # question or description
+    protocol: str
+    method: str
+    budget: float
 
 
 # ---------------------------------------------------------------- measuring
@@ -155,7 +164,7 @@ def measure(
     long = chosen[0].kind == "description"
     answers = [sample.answer_ids(processor) for sample in chosen]
     further = turn.shape[1] + max(map(len, answers))
-    most = 24 if not long else 1 if args.data == "prose" else args.max_new_tokens  # prose is not written
+    most = SHORT if not long else 1 if args.data == "prose" else args.max_new_tokens  # prose is not written
     prompt, scores = Collector(), None
     logits = model.read(**inputs, cache=model.new_cache(0, prompt))
     lengths = prompt.present.sum(-1).tolist()
@@ -251,14 +260,14 @@ def grouped(records: list[Record]) -> dict[Run, list[Record]]:
     """The records of each run, by sample."""
     by_run: dict[Run, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda record: record["sample"]):
-        by_run[record["kind"], record["protocol"], record["method"], record["budget"]].append(record)
+        by_run[Run(*(record[name] for name in Run._fields))].append(record)
     return dict(by_run)
 
 
 def values_of(by_run: dict[Run, list[Record]], measure: str, *run: Any) -> Tensor:
     """A measure's (numerator, denominator) of each sample of a protocol, method and budget: [samples, 2], float64."""
     _, kind, top, bottom = MEASURES[measure]
-    rows = [(row[top], row[bottom] if bottom else 1) for row in by_run.get((kind, *run), []) if top in row]
+    rows = [(row[top], row[bottom] if bottom else 1) for row in by_run.get(Run(kind, *run), []) if top in row]
     return torch.tensor(rows, dtype=torch.float64).view(-1, 2)
 
 
@@ -333,7 +342,7 @@ def blind(samples: Samples, measure: str, seed: int) -> dict[str, Tensor]:
 def tables(records: list[Record], samples: dict[str, Samples], seed: int) -> str:
     """Markdown: a table for each measure and protocol, by method and budget, and one by bytes for each protocol."""
     by_run = grouped(records)
-    cut = [run for run in by_run if not run[2].startswith("full")]
+    cut = [run for run in by_run if not run.method.startswith("full")]
     methods, budgets = sorted({run[2] for run in cut}, key=order_of), sorted({run[3] for run in cut})
     lines = [
         "In brackets 95 % by bootstrap over samples; + better, − worse, = neither than random at the budget, in pairs.",
@@ -354,7 +363,8 @@ def tables(records: list[Record], samples: dict[str, Samples], seed: int) -> str
                     rows[-1].append(cell(measure, own, None if method == "random" else other))
             lines += [table(["", *(f"{budget:.0%}" for budget in budgets)], rows), ""]
     for protocol in PROTOCOLS:
-        means = {run[2:]: share_of(by_run.get(("description", *run[1:]), [])) for run in by_run if run[1] == protocol}
+        asked = dict.fromkeys(run[2:] for run in by_run if run.protocol == protocol)  # methods and budgets
+        means = {run: share_of(by_run.get(Run("description", protocol, *run), [])) for run in asked}
         rows = [
             [
                 method,
@@ -373,8 +383,8 @@ def tables(records: list[Record], samples: dict[str, Samples], seed: int) -> str
 def sizes_table(by_run: dict[Run, list[Record]]) -> list[str]:
     """Markdown lines: objects named truly by their width, for scenes that have the smaller ones."""
     rows = []
-    described = [run for run in by_run if run[0] == "description"]
-    for run in sorted(described, key=lambda run: (run[1], run[3], order_of(run[2]))):
+    described = [run for run in by_run if run.kind == "description"]
+    for run in sorted(described, key=lambda run: (run.protocol, run.budget, order_of(run.method))):
         found, true = (
             [sum(row.get(f"{name} {width}", 0) for row in by_run[run]) for width in WIDTHS]
             for name in ("found", "true")
@@ -382,7 +392,7 @@ def sizes_table(by_run: dict[Run, list[Record]]) -> list[str]:
         if not true[0]:
             return []
         cells = [f"{100 * right / all_:.0f} ({right} of {all_})" if all_ else "" for right, all_ in zip(found, true)]
-        rows.append([run[1], f"{run[3]:.0%}", run[2], *cells])
+        rows.append([run.protocol, f"{run.budget:.0%}", run.method, *cells])
     title = "**Objects named truly by their width in patches, in per cent**"
     return [title, "", table(["protocol", "budget", "", *WIDTHS], rows), ""]
 
@@ -390,9 +400,9 @@ def sizes_table(by_run: dict[Run, list[Record]]) -> list[str]:
 def layer_table(curve: Tensor, records: list[Record]) -> str:
     """Markdown: how concentrated each layer's importance is, and what PrefixKV kept of it, by budget."""
     columns, values = ["Gini"], [gini(curve)]
-    for (*run, budget), rows in sorted(grouped(records).items()):
-        if run == ["description", "known", "prefixkv"]:
-            columns.append(f"{budget:.0%}")
+    for run, rows in sorted(grouped(records).items()):
+        if run[:3] == ("description", "known", "prefixkv"):
+            columns.append(f"{run.budget:.0%}")
             values.append(torch.stack([torch.tensor(row["kept"]) / row["prompt"] for row in rows]).mean(0))
     title = "**Layers: Gini coefficient of importance, and share that PrefixKV keeps by budget**"
     cells = [
@@ -412,11 +422,11 @@ def plot(records: list[Record], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     by_run = grouped(records)
-    protocols = [protocol for protocol in PROTOCOLS if any(run[1] == protocol for run in by_run)]
+    protocols = [protocol for protocol in PROTOCOLS if any(run.protocol == protocol for run in by_run)]
     measures = [name for name in MEASURES if any(len(values_of(by_run, name, *run[1:])) for run in by_run)]
     figure, axes = plt.subplots(len(measures), len(protocols), layout="constrained", squeeze=False,
                                 figsize=(1 + 3.6 * len(protocols), 0.6 + 2.7 * len(measures)))  # fmt: skip
-    methods = sorted({method for _, _, method, _ in by_run}, key=order_of)
+    methods = sorted({run.method for run in by_run}, key=order_of)
     hues = dict(zip(methods, itertools.cycle(plt.get_cmap("tab20").colors)))  # type: ignore[attr-defined]
     for (row, measure), (column, protocol) in itertools.product(enumerate(measures), enumerate(protocols)):
         axis = axes[row][column]

@@ -234,7 +234,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> None:
         start = time.perf_counter()
-        budgets, methods = args.budget or ANSWERED, args.method or [*reversed(METHODS)]
+        budgets, methods = (
+            args.budget or ANSWERED,
+            args.method or [*reversed(METHODS)],
+        )  # cover, the last, is shown first
         _, images = terminal.pictures(args.image, args.scene)
         model, processor = terminal.load_shown(args)
         prompt = terminal.prompt_of(processor, args.prompt, len(images))

@@ -90,7 +90,7 @@ def sdpa_float32(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | 
     return context.to(query.dtype)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`apply_rope`. Compiled, each `cat` would be a pass over memory of its own; moved indices join the loop around."""
     if not torch.compiler.is_compiling():
         return apply_rope(x, cos, sin)
@@ -171,7 +171,7 @@ class FastAttention(Attention):
         if x.shape[1] > 1:
             return super().project(x, rope)
         both = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1)  # [B, 1, (H + Hkv) * Dh]
-        both = turn(split_heads(both, self.num_heads + self.kv_heads), *rope)  # [B, H + Hkv, 1, Dh]
+        both = rotate(split_heads(both, self.num_heads + self.kv_heads), *rope)  # [B, H + Hkv, 1, Dh]
         value = split_heads(self.v_proj(x), self.kv_heads)  # [B, Hkv, 1, Dh]
         return both[:, : self.num_heads], both[:, self.num_heads :], value
 

@@ -353,7 +353,8 @@ def pointing_loss(query: Tensor, shown: Tensor, heads: nn.ModuleDict, tokens: Te
     # One product for all tokens, of which some are then taken: gathering a picture's keys for each is far slower.
     weights = ((query @ shown.mT)[row, at - 1] * query.shape[-1] ** -0.5).log_softmax(-1)  # [T, P]
     place = targets[row][..., list(LABELS).index("place")]  # [T, P], 0 for none
-    wanted = (about[row, at][:, None] << 1 >> place & 1).bool()
+    bits = about[row, at][:, None] << 1  # bit 0, of patches in no place, is never set
+    wanted = ((bits >> place) & 1).bool()
     loss = -weights.masked_fill(~wanted, -torch.inf).logsumexp(-1)[wanted.any(-1)].mean()
     for name, asked in (("colour", colour), ("shape", shape)):
         reader, looks = heads[f"pointer {name}"], targets[..., list(LABELS).index(name)] - 1
