@@ -183,8 +183,11 @@ def model(request, small):
 
 
 @settings(max_examples=12)
-@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 20), min_size=1, max_size=3),
-       st.lists(st.sampled_from([1, 1, 2, 3, 5, 9, 16]), max_size=8))  # fmt: skip
+@given(
+    st.integers(0, 2**32 - 1),
+    st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    st.lists(st.sampled_from([1, 1, 2, 3, 5, 9, 16]), max_size=8),
+)
 def test_a_text_in_blocks_has_the_logits_of_one_prompt(model, seed, lengths, sizes):
     """The prompts have different lengths; each further block of 16 tokens is an image."""
     generator, rows, longest = torch.Generator().manual_seed(seed), len(lengths), max(lengths)

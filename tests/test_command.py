@@ -24,10 +24,14 @@ def started(code: str, redirect: str = "") -> subprocess.Popen[str]:
     """A command in a process of its own, which says "begun" on stderr first."""
     code = f"import sys; from minillava.command import *; sys.stderr and print('begun', file=sys.stderr); {code}"
     return subprocess.Popen(
-        ["bash", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, code], cwd=ROOT, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ["bash", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, code],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("error, code, sentence", [
@@ -76,9 +80,12 @@ def test_ctrl_c_ends_a_command_without_a_traceback(code, ends):
     assert (process.wait(), process.stderr.read()) == (ends, "begun\n")
 
 
-PROGRAMS = [path for folder in ("", "minillava", "bench", "train", "coursework")
-            for path in sorted((ROOT / folder).glob("*.py"))
-            if '__name__ == "__main__"' in path.read_text() and path.name != "template.py"]  # fmt: skip
+PROGRAMS = [
+    path
+    for folder in ("", "minillava", "bench", "train", "coursework")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if '__name__ == "__main__"' in path.read_text() and path.name != "template.py"
+]
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)

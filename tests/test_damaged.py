@@ -23,8 +23,12 @@ def bases(small, tmp_path_factory):
     """Whole checkpoints: the small one, it in 8 bits, an original LLaVA, and one in pickles."""
     folder = tmp_path_factory.mktemp("bases")
     assert weights.main(["convert", str(small[0]), str(folder / "int8"), "--dtype", "int8"]) == 0
-    return {"small": small[0], "int8": folder / "int8", "original": write_original(small[1], folder / "original"),
-            "pickled": write_original(small[1], folder / "pickled", pickled=True)}  # fmt: skip
+    return {
+        "small": small[0],
+        "int8": folder / "int8",
+        "original": write_original(small[1], folder / "original"),
+        "pickled": write_original(small[1], folder / "pickled", pickled=True),
+    }
 
 
 # ---------------------------------------------------------------- what to do to a checkpoint
@@ -128,19 +132,27 @@ ORIGINAL = [
       }.items() for value in values),
 ]  # fmt: skip
 IMAGES = {  # each is refused by its name
-    "size": [0, {"height": 4, "shortest_edge": None}, "large", 10**9], "crop_size": [{"height": -1, "width": 3}],
-    "rescale_factor": [10**400, True, "a"], "image_mean": [[10**400, 1, 1], [1, 2], "grey"], "image_std": [[0, 1, 1]],
-    "resample": [17], "do_resize": ["no"],
-}  # fmt: skip
+    "size": [0, {"height": 4, "shortest_edge": None}, "large", 10**9],
+    "crop_size": [{"height": -1, "width": 3}],
+    "rescale_factor": [10**400, True, "a"],
+    "image_mean": [[10**400, 1, 1], [1, 2], "grey"],
+    "image_std": [[0, 1, 1]],
+    "resample": [17],
+    "do_resize": ["no"],
+}
 NORM, EMBEDDING = "language_model.model.norm.weight", "language_model.model.embed_tokens.weight"
 UNEXPECTED = "language_model.model.layers.9.mlp.up_proj.weight"
 TENSORS = [
-    (lambda state: (state.pop(NORM), state.update({UNEXPECTED: torch.zeros(2, 2),
-                    "multi_modal_projector.linear_1.bias": torch.zeros(3)})),
-     rf"missing {NORM}; (?=.*linear_1.bias has shape \[3\], expected \[64\]).*unexpected {UNEXPECTED}"),  # all at once
+    (
+        lambda state: (
+            state.pop(NORM),
+            state.update({UNEXPECTED: torch.zeros(2, 2), "multi_modal_projector.linear_1.bias": torch.zeros(3)}),
+        ),
+        rf"missing {NORM}; (?=.*linear_1.bias has shape \[3\], expected \[64\]).*unexpected {UNEXPECTED}",
+    ),  # all at once
     (lambda state: state.update({"lm_head.weight": state["language_model.lm_head.weight"].clone()}), "same parameter"),
     (lambda state: state.update({EMBEDDING: state[EMBEDDING][:-2].clone()}), f"{EMBEDDING} has shape"),
-]  # fmt: skip
+]
 SCALE = "language_model.model.layers.1.mlp.up_proj.scale"
 MATRIX = SCALE.replace(".scale", ".weight")
 INT8 = [
@@ -148,13 +160,16 @@ INT8 = [
     (lambda state: state.update({SCALE: state[SCALE][:-1].clone()}), f"{SCALE} has shape"),
     (lambda state: state.update({SCALE: state[SCALE].float()}), f"{SCALE} is torch.float32, .* dense torch.bfloat16"),
     (lambda state: state.update({MATRIX: state[MATRIX].half()}), "dense torch.int8"),
-    *((lambda state, value=value: state[SCALE].__setitem__(3, value), f"{SCALE} is not finite and above 0")
-      for value in (0, -1e-3, float("nan"), float("inf"))),
-]  # fmt: skip
+    *(
+        (lambda state, value=value: state[SCALE].__setitem__(3, value), f"{SCALE} is not finite and above 0")
+        for value in (0, -1e-3, float("nan"), float("inf"))
+    ),
+]
 NOT_NUMBERS = [
-    (lambda tensor: tensor.int(), "is torch.int32"), (lambda tensor: tensor.to("meta"), "is no numbers"),
+    (lambda tensor: tensor.int(), "is torch.int32"),
+    (lambda tensor: tensor.to("meta"), "is no numbers"),
     (lambda tensor: tensor.to_sparse(), "is torch.float32, torch.sparse_coo"),
-]  # fmt: skip
+]
 INDEX = [
     ({"weight_map": {"a": "../out.safetensors"}}, "own folder"), ({"weight_map": {"a": "/etc/passwd"}}, "own folder"),
     ({"weight_map": {"a": "gone.safetensors"}}, "missing shard"), ({"weight_map": {}}, "missing language_model"),
@@ -162,12 +177,15 @@ INDEX = [
     ([1], "index.json"), (b"{", "index.json"),
 ]  # fmt: skip
 ADDED = [
-    ("added_tokens.json", {"<image>": "7"}), ("added_tokens.json", {"": 7}), ("added_tokens.json", {"<image>": -7}),
-    ("tokenizer.json", {"added_tokens": [{"id": 3}]}), ("tokenizer.json", {"added_tokens": "many"}),
+    ("added_tokens.json", {"<image>": "7"}),
+    ("added_tokens.json", {"": 7}),
+    ("added_tokens.json", {"<image>": -7}),
+    ("tokenizer.json", {"added_tokens": [{"id": 3}]}),
+    ("tokenizer.json", {"added_tokens": "many"}),
     ("tokenizer.json", {"added_tokens": [{"id": 3, "content": ["<image>"]}]}),
     ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<image>"}}}),
     ("tokenizer_config.json", {"added_tokens_decoder": [1, 2]}),
-]  # fmt: skip
+]
 SMALL = [
     *((config(**change), sentence) for change, sentence in CONFIG),
     *((on("preprocessor_config.json", partial(edit, **{name: value})), name)
@@ -221,12 +239,15 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence_and_nothing_in_it_is_run(
 
 @pytest.mark.parametrize(
     "damage, options, code, sentence",
-    [(as_pickle(NORM, NOT_NUMBERS[0][0]), [], 1, f"{NORM} is torch.int32"),
-     (as_pickle(EMBEDDING, NOT_NUMBERS[1][0]), [], 1, f"{EMBEDDING} is no numbers"),
-     (tensors(lambda state: state.pop(NORM)), [], 1, f"missing {NORM}"), (cut(5000), [], 2, "is damaged"),
-     (tensors(lambda state: state.update({"\x1b[2J\nred": torch.ones(1)})), [], 1, r"unexpected \x1b[2J\nred"),
-     (tensors(lambda state: state[MATRIX].fill_(float("nan"))), ["--dtype", "int8"], 0, f"{SCALE} is not finite")],
-)  # fmt: skip
+    [
+        (as_pickle(NORM, NOT_NUMBERS[0][0]), [], 1, f"{NORM} is torch.int32"),
+        (as_pickle(EMBEDDING, NOT_NUMBERS[1][0]), [], 1, f"{EMBEDDING} is no numbers"),
+        (tensors(lambda state: state.pop(NORM)), [], 1, f"missing {NORM}"),
+        (cut(5000), [], 2, "is damaged"),
+        (tensors(lambda state: state.update({"\x1b[2J\nred": torch.ones(1)})), [], 1, r"unexpected \x1b[2J\nred"),
+        (tensors(lambda state: state[MATRIX].fill_(float("nan"))), ["--dtype", "int8"], 0, f"{SCALE} is not finite"),
+    ],
+)
 def test_what_does_not_load_is_not_converted_either_and_inspect_shows_why(
     small, tmp_path, capsys, damage, options, code, sentence
 ):
@@ -241,8 +262,9 @@ def test_what_does_not_load_is_not_converted_either_and_inspect_shows_why(
     assert sentence in said and (sentence in shown) == (code > 0) and "\x1b" not in said + shown
 
 
-@pytest.mark.parametrize("name", ["no such folder", "no/such/folder", "/nowhere", "word " * 10**5, "\0"],
-                         ids=lambda name: name[:20])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["no such folder", "no/such/folder", "/nowhere", "word " * 10**5, "\0"], ids=lambda name: name[:20]
+)
 def test_what_is_neither_folder_nor_hub_id_is_refused_and_ends_a_command_with_2(name, capsys):
     with pytest.raises(LlavaError, match="no folder"):
         weights.load(name)

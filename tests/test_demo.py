@@ -293,9 +293,13 @@ def talk(run, monkeypatch):
     return chat
 
 
-@pytest.mark.parametrize("options, method", [
-    ((), None), (("--method", "cover", "--budget", "50%"), METHODS["cover"](0.5)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, method",
+    [
+        ((), None),
+        (("--method", "cover", "--budget", "50%"), METHODS["cover"](0.5)),
+    ],
+)
 def test_a_turn_reads_only_what_is_new_and_goes_on_with_the_same_cache(talk, tiny, options, method):
     lines, err, blocks = talk(QUESTIONS, *options)
     assert err == "" and blocks[0] > 500 and max(blocks[1:]) < 20 and len(blocks) == len(QUESTIONS)

@@ -77,9 +77,12 @@ def tokenizer(kind):
             single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", pieces.index("<|begin|>"))]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|begin|>", eos_token="<|end_of_text|>", pad_token="<|eot|>",
+        tokenizer_object=bpe,
+        bos_token="<|begin|>",
+        eos_token="<|end_of_text|>",
+        pad_token="<|eot|>",
         padding_side="left",
-    )  # fmt: skip
+    )
 
 
 def write(folder, kind, model):
@@ -94,9 +97,13 @@ def write(folder, kind, model):
     else:
         images = t.SiglipImageProcessorPil(size=size["crop_size"]) if siglip else t.CLIPImageProcessorPil(**size)
     made = processor(
-        images, tokenizer(kind), patch_size=7, vision_feature_select_strategy="full" if siglip else "default",
-        num_additional_image_tokens=int(not siglip), chat_template=TEMPLATES.get(kind),
-    )  # fmt: skip
+        images,
+        tokenizer(kind),
+        patch_size=7,
+        vision_feature_select_strategy="full" if siglip else "default",
+        num_additional_image_tokens=int(not siglip),
+        chat_template=TEMPLATES.get(kind),
+    )
     model.save_pretrained(folder)
     made.save_pretrained(folder)
     return made
@@ -171,9 +178,13 @@ def test_from_picture_files_through_three_turns_all_is_as_in_transformers(family
 
 
 @given(
-    st.floats(0.5, 64), st.floats(0.1, 4), st.floats(0.1, 8), st.integers(16, 131072), st.floats(100, 1e6),
+    st.floats(0.5, 64),
+    st.floats(0.1, 4),
+    st.floats(0.1, 8),
+    st.integers(16, 131072),
+    st.floats(100, 1e6),
     st.sampled_from([8, 64, 96, 128]),
-)  # fmt: skip
+)
 def test_llama_3s_angles_are_those_of_transformers(factor, low, more, original, theta, size):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -221,12 +232,14 @@ def test_a_picture_of_more_tokens_than_positions_is_refused_with_both_numbers(fa
 
 @pytest.mark.parametrize(
     "change, sentence",
-    [(lambda x: {"image_sizes": torch.tensor([[56, 30]])}, "hold 88 image tokens, but 1 images make"),
-     (lambda x: {"pixel_values": x["pixel_values"][:4]}, r"are 4 tiles; pictures of these image_sizes have 5"),
-     (lambda x: {"image_sizes": None}, "give image_sizes"),
-     (lambda x: {"image_sizes": torch.tensor([56, 56])}, r"image_sizes are \[56, 56\]; expected \[I, 2\]"),
-     (lambda x: {"pixel_values": x["pixel_values"][None]}, r"pixel_values are \[1, 5, 3, 28, 28\]; expected")],
-)  # fmt: skip
+    [
+        (lambda x: {"image_sizes": torch.tensor([[56, 30]])}, "hold 88 image tokens, but 1 images make"),
+        (lambda x: {"pixel_values": x["pixel_values"][:4]}, r"are 4 tiles; pictures of these image_sizes have 5"),
+        (lambda x: {"image_sizes": None}, "give image_sizes"),
+        (lambda x: {"image_sizes": torch.tensor([56, 56])}, r"image_sizes are \[56, 56\]; expected \[I, 2\]"),
+        (lambda x: {"pixel_values": x["pixel_values"][None]}, r"pixel_values are \[1, 5, 3, 28, 28\]; expected"),
+    ],
+)
 def test_tokens_and_tiles_that_do_not_fit_are_refused_with_both_numbers(family, change, sentence):
     *_, model, processor = family("LLaVA-NeXT, Llama")
     inputs = processor(ONE, [picture(56, 56)])
@@ -303,8 +316,11 @@ def test_prompts_are_those_that_transformers_makes_of_the_template_and_bos_stand
         parts = [*images, {"type": "text", "text": text}]
         return {"role": role, "content": parts if TEMPLATES[kind] is LLAVA else "<image>\n" * len(images) + text}
 
-    talk = [message("user", "What is this?", {"type": "image"}), message("assistant", "A red cat."),
-            message("user", "And that?")]  # fmt: skip
+    talk = [
+        message("user", "What is this?", {"type": "image"}),
+        message("assistant", "A red cat."),
+        message("user", "And that?"),
+    ]
     expected = theirs.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
     prompt, image = ours.chat(TALK, 1), picture(28, 28)
     assert prompt == expected.removeprefix("<|begin|>" if kind == "CLIP, Llama 3" else "")
@@ -320,10 +336,14 @@ def test_without_a_template_the_form_is_llava_15s(family):
 
 @pytest.mark.parametrize(
     "template, sentence",
-    [("{{ 7 ** (10 ** 9) }}", "did not end within"),  # one operation, which no clock in its process interrupts
-     ("{{ 'x' * 10 ** 11 }}", "too much memory"), ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-     ("{{ raise_exception('x\n' * 10 ** 6) }}", "x x x"), ("Hello", "leaves out an image or a question")],
-)  # fmt: skip
+    [
+        ("{{ 7 ** (10 ** 9) }}", "did not end within"),  # one operation, which no clock in its process interrupts
+        ("{{ 'x' * 10 ** 11 }}", "too much memory"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ raise_exception('x\n' * 10 ** 6) }}", "x x x"),
+        ("Hello", "leaves out an image or a question"),
+    ],
+)
 def test_a_template_that_fails_or_runs_away_is_refused_in_a_sentence(family, monkeypatch, template, sentence):
     if sentence.startswith("did not end"):
         monkeypatch.setattr("minillava.template.SECONDS", 0.3)

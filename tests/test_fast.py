@@ -170,8 +170,12 @@ def test_loading_gives_the_plain_classes_unless_speed_is_asked_for(small):
     assert "minillava.fast" not in {type(module).__module__ for module in plain.modules()}
     kinds = [type(module) for module in quick.modules()]
     assert {kind.__name__ for kind in kinds if kind.__module__ == "minillava.fast"} == {
-        "FastLinear", "FastAttention", "FastVisionLayer", "FastTopLayer", "FastLlava"
-    }  # fmt: skip
+        "FastLinear",
+        "FastAttention",
+        "FastVisionLayer",
+        "FastTopLayer",
+        "FastLlava",
+    }
     assert list(plain.state_dict()) == list(quick.state_dict())
     assert all(type(layer) is DecoderLayer for layer in quick.language_model.layers[:-1])
     assert optimize(quick) is quick  # once more changes nothing

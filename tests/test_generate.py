@@ -105,7 +105,7 @@ WRONG = [
     ({"input_ids": IMAGE[:1, 1:], "pixel_values": PIXELS}, "hold 15 image tokens, but 1 images make 16"),
     ({"input_ids": IMAGE[:1], "pixel_values": PIXELS.view(1, 3, 14, 56)}, r"expected \[I, 3, 28, 28\]"),
     ({"input_ids": IMAGE[:1], "pixel_values": PIXELS[..., :27]}, r"expected \[I, 3, 28, 28\]"),
-]  # fmt: skip
+]
 SETTINGS = [  # of `generate` only
     *(({"attention_mask": torch.tensor([mask])}, "pad prompts on the left")
       for mask in ([1, 1, 0], [True, False, True], [0.0, 0.0, 0.0])),
@@ -143,17 +143,19 @@ def state(cache):
 
 @pytest.mark.parametrize(
     "call, sentence",
-    [(lambda read, cache, _: read(IDS.repeat(1, 2), cache), r"4 tokens .* for 3; call cache.reserve\(1\) first"),
-     (lambda read, cache, _: read(IDS + 315, cache), "expected 0 to 319"),
-     (lambda read, cache, _: read(IDS[:, :0], cache), "at least one token in each row"),
-     (lambda read, cache, _: read(IDS, cache, attention_mask=IDS != 3), "padding in a further turn"),
-     (lambda read, cache, _: read(IDS[:1], cache), "have 1 rows and the cache holds 2 texts"),
-     (lambda read, cache, _: read(IMAGE, cache, PIXELS.repeat(2, 1, 1, 1)), "takes images only with its prompt"),
-     (lambda read, cache, _: read(IMAGE[:, :3], cache), "6 image tokens, but 0 images make 0"),
-     (lambda _, cache, __: cache.reserve(-1), "is -1; expected a whole number"),
-     (lambda _, cache, __: cache.reserve(250), "room for 250 more exceed the model's 256 positions"),
-     (lambda _, cache, other: other(IDS, cache), "made for a model of other sizes")],
-)  # fmt: skip
+    [
+        (lambda read, cache, _: read(IDS.repeat(1, 2), cache), r"4 tokens .* for 3; call cache.reserve\(1\) first"),
+        (lambda read, cache, _: read(IDS + 315, cache), "expected 0 to 319"),
+        (lambda read, cache, _: read(IDS[:, :0], cache), "at least one token in each row"),
+        (lambda read, cache, _: read(IDS, cache, attention_mask=IDS != 3), "padding in a further turn"),
+        (lambda read, cache, _: read(IDS[:1], cache), "have 1 rows and the cache holds 2 texts"),
+        (lambda read, cache, _: read(IMAGE, cache, PIXELS.repeat(2, 1, 1, 1)), "takes images only with its prompt"),
+        (lambda read, cache, _: read(IMAGE[:, :3], cache), "6 image tokens, but 0 images make 0"),
+        (lambda _, cache, __: cache.reserve(-1), "is -1; expected a whole number"),
+        (lambda _, cache, __: cache.reserve(250), "room for 250 more exceed the model's 256 positions"),
+        (lambda _, cache, other: other(IDS, cache), "made for a model of other sizes"),
+    ],
+)
 def test_what_a_cache_cannot_take_is_refused_and_leaves_it_as_it_was(small, tiny, call, sentence):
     _, _, model, processor = small
     cache = model.new_cache(5, PrefixKV(0.5))

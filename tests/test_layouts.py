@@ -41,9 +41,9 @@ def test_a_tower_of_its_own_wins_over_the_clip_that_is_named(tmp_path, small):
     folder = write_original(small[1], tmp_path / "llava")
     before, path = weights.load_model(folder), folder / CLIP / "model.safetensors"
     tower = {f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in load_file(path).items()}
-    edit_weights(folder, lambda state: state.update(
-        {name: tensor for name, tensor in tower.items() if ".vision_model." in name}
-    ))  # fmt: skip
+    edit_weights(
+        folder, lambda state: state.update({name: tensor for name, tensor in tower.items() if ".vision_model." in name})
+    )
     path.unlink()
     assert same_weights(weights.load_model(folder), before)
 

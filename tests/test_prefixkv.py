@@ -232,15 +232,19 @@ def test_importance_that_is_not_finite_is_refused_with_its_layer(value):
 
 @pytest.mark.parametrize(
     "wrong, sentence",
-    [*[({"budget": budget}, f"The budget is {budget}; expected a part of the cache above 0 and at most 1.")
-       for budget in (0, -0.1, 1.0001, float("nan"), float("inf"))],
-     ({"num_sinks": -1}, "num_sinks is -1; expected a number of tokens, 0 or more."),
-     ({"num_sinks": 1.5}, "num_sinks is 1.5; expected a number of tokens, 0 or more."),
-     ({"plan": Plan(0.5, [float("nan")])}, "The plan has the ratios [nan]; expected numbers from 0 to 1."),
-     ({"plan": Plan(0.5, [1, 1.01])}, "The plan has the ratios [1, 1.01]; expected numbers from 0 to 1."),
-     ({"decode": "drop"}, "decode is 'drop'; expected 'ratio' or 'keep'."),
-     ({"plan": Plan(0.5, [0.1, 0.5, 0.9])}, "The plan is for 3 layers; the model has 4.")],
-)  # fmt: skip
+    [
+        *[
+            ({"budget": budget}, f"The budget is {budget}; expected a part of the cache above 0 and at most 1.")
+            for budget in (0, -0.1, 1.0001, float("nan"), float("inf"))
+        ],
+        ({"num_sinks": -1}, "num_sinks is -1; expected a number of tokens, 0 or more."),
+        ({"num_sinks": 1.5}, "num_sinks is 1.5; expected a number of tokens, 0 or more."),
+        ({"plan": Plan(0.5, [float("nan")])}, "The plan has the ratios [nan]; expected numbers from 0 to 1."),
+        ({"plan": Plan(0.5, [1, 1.01])}, "The plan has the ratios [1, 1.01]; expected numbers from 0 to 1."),
+        ({"decode": "drop"}, "decode is 'drop'; expected 'ratio' or 'keep'."),
+        ({"plan": Plan(0.5, [0.1, 0.5, 0.9])}, "The plan is for 3 layers; the model has 4."),
+    ],
+)
 def test_arguments_out_of_range_are_refused(wrong, sentence):
     with pytest.raises(ValueError) as error:
         begun(PrefixKV(**wrong), 9)
@@ -328,10 +332,12 @@ def test_a_plan_survives_the_way_to_its_file_and_back(tmp_path):
 
 @pytest.mark.parametrize(
     "content, plan",
-    [('{"ratios": [0, 0.25, 1]}', Plan(pytest.approx(1.25 / 3), [0, 0.25, 1])),
-     ("[0.25, 1, 0, 0.75]", Plan(0.5, [0.75, 0, 1, 0.25])),  # a published one lists the ratios to forget
-     ('{"ratios": [0.5], "model": "猫"}', Plan(0.5, [0.5], "猫"))],
-)  # fmt: skip
+    [
+        ('{"ratios": [0, 0.25, 1]}', Plan(pytest.approx(1.25 / 3), [0, 0.25, 1])),
+        ("[0.25, 1, 0, 0.75]", Plan(0.5, [0.75, 0, 1, 0.25])),  # a published one lists the ratios to forget
+        ('{"ratios": [0.5], "model": "猫"}', Plan(0.5, [0.5], "猫")),
+    ],
+)
 def test_a_plan_needs_no_more_than_its_ratios_and_may_be_in_any_script(tmp_path, content, plan):
     (tmp_path / "plan.json").write_bytes(content.encode())
     assert read_plan(tmp_path / "plan.json") == plan

@@ -36,8 +36,9 @@ def quick_model(tmp_path_factory):
     tiny = weights.read_config(TINY)
     theirs = reference(
         text={"vocab_size": tiny.text.vocab_size, "num_hidden_layers": 2, "max_position_embeddings": 1024},
-        image_token_index=tiny.image_token_id, pad_token_id=tiny.pad_token_id,
-    )  # fmt: skip
+        image_token_index=tiny.image_token_id,
+        pad_token_id=tiny.pad_token_id,
+    )
     folder = write(theirs, tmp_path_factory.mktemp("model"))
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(TINY / name, folder)
@@ -88,9 +89,12 @@ def test_likelihood_of_the_full_cache_is_that_of_one_forward_pass(tiny):
 def test_every_run_is_there_once_and_the_tables_show_each(quick):
     records = read_results(quick)
     assert sorted(map(quality.key_of, records)) == sorted(
-        (kind, protocol, index, *run) for kind, count in (("question", 3), ("description", 2))
-        for protocol in PROTOCOLS for index in range(count) for run in RUNS
-    )  # fmt: skip
+        (kind, protocol, index, *run)
+        for kind, count in (("question", 3), ("description", 2))
+        for protocol in PROTOCOLS
+        for index in range(count)
+        for run in RUNS
+    )
     for record in records:
         if record["method"] == "prefixkv":
             assert sum(record["kept"]) == round(record["budget"] * 2 * record["prompt"])
@@ -117,8 +121,12 @@ def test_a_run_that_was_stopped_goes_on_in_two_processes_to_the_same_table(
     for name, value in (group | {"RANK": "1", "LOCAL_RANK": "1"}).items():
         monkeypatch.setenv(name, value)
     arguments = [*QUICK, "--model", str(quick_model), "--out", str(tmp_path)]
-    other = subprocess.Popen([sys.executable, "-m", "bench.quality", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL,
-                             preexec_fn=ends_with_this_process)  # fmt: skip
+    other = subprocess.Popen(
+        [sys.executable, "-m", "bench.quality", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=ends_with_this_process,
+    )
     monkeypatch.setenv("RANK", "0")
     assert main(arguments) == other.wait() == 0
     assert "damaged" in capsys.readouterr().err
@@ -157,9 +165,10 @@ def test_bad_entries_are_named_and_the_rest_is_evaluated(quick_model, tmp_path, 
         samples, bad = quality.read_samples(path, tmp_path, 8)
         assert [sentence.split(":")[0].split()[-1] for sentence in bad] == ["3", "4", "5", "6", "7"]
         assert [(sample.question, sample.answer, sample.earlier) for sample in samples] == [
-            ("<image>\nDescribe.", "A cat.", None), ("<image>\nIs it black?", "yes.", ("Describe.", "A cat.")),
+            ("<image>\nDescribe.", "A cat.", None),
+            ("<image>\nIs it black?", "yes.", ("Describe.", "A cat.")),
             ("How many?\n<image>", "two.", None),
-        ]  # fmt: skip
+        ]
     code = main(["--data", str(path), "--images", str(tmp_path), "--out", str(tmp_path / "out"), "--dtype", "int8",
                  "--methods", "full", "--max-new-tokens", "5", "--model", str(quick_model)])  # fmt: skip
     shown = capsys.readouterr()
@@ -188,8 +197,12 @@ def test_a_protocol_says_after_which_tokens_the_cache_is_cut(tiny, protocol):
 def test_answers_are_those_of_reading_cutting_and_asking_one_by_one(quick, quick_model):
     model, processor = weights.load(quick_model, fast=True)
     asked = {"question": quality.scenes(3, 0, "asked", short=True), "description": quality.scenes(2, 0)}
-    prompts = {(kind, protocol, index): sample.split(processor, protocol) for protocol in PROTOCOLS
-               for kind, samples in asked.items() for index, sample in enumerate(samples)}  # fmt: skip
+    prompts = {
+        (kind, protocol, index): sample.split(processor, protocol)
+        for protocol in PROTOCOLS
+        for kind, samples in asked.items()
+        for index, sample in enumerate(samples)
+    }
     for record in read_results(quick):
         if record["method"] == "plan":
             continue
@@ -262,15 +275,17 @@ ENTRY = [{"question": "What?", "answer": "a.", "image": str(TINY / "examples" / 
 
 @pytest.mark.parametrize(
     "content, options, message",
-    [*((content, [], "data.json") for content in ("", "{}", "3", "[", None)),
-     (json.dumps(NO_ENTRY), [], "no entry that can be used"),
-     (json.dumps(ENTRY), ["--methods", "plan"], "needs --plans FOLDER"),
-     (json.dumps(ENTRY), ["--methods", "best"], "no method 'best'"),
-     (json.dumps(ENTRY), ["--protocols", "second"], "no questions for the protocol second"),
-     (json.dumps(ENTRY), ["--out", "data.json/out"], "data.json"),
-     (json.dumps(ENTRY), ["--model", "model"], "chat template cannot be used"),
-     (json.dumps(ENTRY), ["--samples", "0"], "must be 1 or more")],
-)  # fmt: skip
+    [
+        *((content, [], "data.json") for content in ("", "{}", "3", "[", None)),
+        (json.dumps(NO_ENTRY), [], "no entry that can be used"),
+        (json.dumps(ENTRY), ["--methods", "plan"], "needs --plans FOLDER"),
+        (json.dumps(ENTRY), ["--methods", "best"], "no method 'best'"),
+        (json.dumps(ENTRY), ["--protocols", "second"], "no questions for the protocol second"),
+        (json.dumps(ENTRY), ["--out", "data.json/out"], "data.json"),
+        (json.dumps(ENTRY), ["--model", "model"], "chat template cannot be used"),
+        (json.dumps(ENTRY), ["--samples", "0"], "must be 1 or more"),
+    ],
+)
 def test_what_cannot_be_used_ends_with_2(content, options, message, quick_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(quick_model, "model")

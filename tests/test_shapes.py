@@ -23,8 +23,10 @@ from minillava.model import Llava, manual_attention
 from prefixkv import Plan, PrefixKV
 
 COMMENT = re.compile(r"\S\s+#\s*\[([^\]]+)\](?:: .*)?$")  # a reason may follow after a colon
-SOURCES = [Path(module.__file__) for module in (minillava.model, minillava.anyres, minillava.fast,
-                                                  minillava.compressors, prefixkv)]  # fmt: skip
+SOURCES = [
+    Path(module.__file__)
+    for module in (minillava.model, minillava.anyres, minillava.fast, minillava.compressors, prefixkv)
+]
 
 # Sizes that no two dimensions share, so that a comment cannot be right by accident.
 CONFIG = LlavaConfig(
@@ -120,8 +122,12 @@ def exercise() -> None:
     torch.manual_seed(0)
     model = Llava(CONFIG).eval()
     image = torch.full((16,), 100)
-    rows = [torch.cat([torch.arange(9), image, torch.arange(4)]), torch.cat([image, torch.arange(2), image]),
-            torch.arange(17), torch.arange(11)]  # fmt: skip
+    rows = [
+        torch.cat([torch.arange(9), image, torch.arange(4)]),
+        torch.cat([image, torch.arange(2), image]),
+        torch.arange(17),
+        torch.arange(11),
+    ]
     longest = max(map(len, rows))
     ids = torch.stack([torch.cat([torch.zeros(longest - len(row), dtype=torch.long), row]) for row in rows])
     mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])

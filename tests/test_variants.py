@@ -153,8 +153,10 @@ def test_pooled_patches_are_means_of_squares_that_count_four_times():
 
 def test_kvzip_scores_are_the_largest_attention_from_a_second_reading(small):
     _, _, model, processor = small
-    inputs = processor(["USER: <image>\nWhat? ASSISTANT:", "USER: <image>\nDescribe it. ASSISTANT:"],
-                       [picture(40, 40, seed) for seed in (0, 1)])  # fmt: skip
+    inputs = processor(
+        ["USER: <image>\nWhat? ASSISTANT:", "USER: <image>\nDescribe it. ASSISTANT:"],
+        [picture(40, 40, seed) for seed in (0, 1)],
+    )
     scores, row = twice(model, inputs), inputs["input_ids"][1]  # the longer prompt has no padding
     end = int((row == model.config.image_token_id).nonzero()[-1]) + 1
     again, prompt = torch.cat([row, row[:end]])[None], quality.Collector()

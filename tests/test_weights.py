@@ -67,11 +67,14 @@ def test_weights_in_8_bits_are_widened_and_nothing_is_computed_in_8_bits(folder)
         weights.load(folder, dtype=None)
 
 
-@pytest.mark.parametrize("generation, named", [
-    ({"repetition_penalty": 1.2, "do_sample": True}, "repetition_penalty = 1.2"),
-    ({"no_repeat_ngram_size": 3, "num_beams": 1}, "no_repeat_ngram_size = 3"),
-    ({"repetition_penalty": 1.0, "temperature": 0.5, "min_length": 0}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "generation, named",
+    [
+        ({"repetition_penalty": 1.2, "do_sample": True}, "repetition_penalty = 1.2"),
+        ({"no_repeat_ngram_size": 3, "num_beams": 1}, "no_repeat_ngram_size = 3"),
+        ({"repetition_penalty": 1.0, "temperature": 0.5, "min_length": 0}, None),
+    ],
+)
 def test_settings_that_change_transformers_tokens_are_named(folder, generation, named):
     (folder / "generation_config.json").write_text(json.dumps(generation))
     with warnings.catch_warnings(record=True) as caught:
