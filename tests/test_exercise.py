@@ -239,21 +239,29 @@ def test_a_handout_has_the_students_text_and_no_body(handout, files, capsys):
 
 
 def test_a_class_is_graded_into_a_table_and_equal_bodies_are_told(handout, files, tmp_path, monkeypatch, capsys):
-    found = {"passed": EXERCISES["rope"].tests, "first": "", "said": ""}
-    monkeypatch.setattr(exercise, "run", lambda one, files: found)
+    def run(one, files):
+        return {"passed": one.tests[b"x = x\n" in files[one.file] :], "first": "", "said": ""}  # not the definition
+
+    monkeypatch.setattr(exercise, "run", run)
     monkeypatch.chdir(tmp_path)
-    for name, mark in (("ann", ""), ("eve", "    # mine\n")):
+    for name, mark in (("ann", ""), ("eve", "    # mine\n"), ("dan", "    x = x\n")):
         student(tmp_path / name, handout, rope=mark + original(files, "rope"))
     main(["submit", "cas.zip"], shutil.copytree(handout, tmp_path / "bob"))
+    assert capsys.readouterr().out.count("not attempted") == len(EXERCISES)
     assert {*zipfile.ZipFile("cas.zip").namelist()} == {*exercise.HANDED_IN, "ANSWERS.md"}
     exercise.write({exercise.REFERENCE: pack(files)}, tmp_path / "clone")  # as in Gradescope's zip, without git
-    main(["grade", "ann", "eve", "cas.zip", *["--only", "rope", "--only", "cache", "--out", "out"]], tmp_path / "clone")
-    assert "the same rope: ann, eve" in capsys.readouterr().out
+    only = ["--only", "rope", "--only", "cache", "--out", "out"]
+    main(["grade", "ann", "eve", "dan", "cas.zip", *only], tmp_path / "clone")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the same")]
+    assert told == ["the same rope: ann, eve"]  # not cache, which nobody attempted
     rows = (tmp_path / "out" / "points.csv").read_text().splitlines()
-    assert rows == ["student,rope,cache,all", "ann,10.0,0.0,10.0", "eve,10.0,0.0,10.0", "cas,0.0,0.0,0.0"]
+    points = [f"{name},10.0,0.0,10.0" for name in ("ann", "eve")] + [f"{name},0.0,0.0,0.0" for name in ("dan", "cas")]
+    assert rows == ["student,rope,cache,all", *points]
     results = json.loads((tmp_path / "out" / "ann" / "results.json").read_text())
     expected = {"name": "cache", "score": 0.0, "max_score": 10.0, "output": "not attempted"}
     assert results["score"] == 10 and results["tests"][1] == expected
+    main(["grade", "ann", str(tmp_path / "ann"), "--only", "rope"], tmp_path / "clone")  # two of one name
+    assert f"the same rope: ann, {str(tmp_path)[1:].replace('/', '_')}_ann\n" in capsys.readouterr().out
 
 
 def test_gradescopes_zip_holds_a_repository_that_grades_without_git(repository, files, tmp_path):
@@ -262,6 +270,7 @@ def test_gradescopes_zip_holds_a_repository_that_grades_without_git(repository, 
         names = archive.namelist()
         assert {"setup.sh", "run_autograder"} < {*names} and not any(".git/" in name for name in names)
         assert b"--only rope" in archive.read("run_autograder")
+        assert archive.getinfo("run_autograder").external_attr >> 16 & 0o111  # it can be run
         exercise.write({exercise.REFERENCE: archive.read(f"repository/{exercise.REFERENCE}")}, tmp_path)
     assert reference(tmp_path) == files
 
@@ -271,8 +280,9 @@ def test_a_body_that_was_taken_away_comes_back_to_the_byte(repository, files, tm
     remove("search", root), remove("rope", root)
     with pytest.raises(ValueError, match="away already"):
         remove("rope", root)
-    with pytest.raises(ValueError, match="restore it first"):
-        main(["solutions", str(tmp_path / "s")], root)
+    for action in ("handout", "solutions", "autograder", "grade"):
+        with pytest.raises(ValueError, match="restore it first"):
+            main([action, str(tmp_path)], root)
     path = root / "prefixkv.py"
     own = path.read_text().replace('raise NotImplementedError("exercise: search")', "return 0.0, curve")
     path.write_text("def search(\n")

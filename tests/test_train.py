@@ -13,8 +13,8 @@ from checkpoints import same_weights
 from conftest import ROOT, TINY
 
 from minillava.checks import LlavaError
-from minillava.scenes import draw, make_scene, short_question
-from train import train_tiny
+from minillava.scenes import Question, describe, draw, make_scene, short_question
+from train import evaluate, train_tiny
 from train.train_tiny import LABELS, PATCH, Conversations, Stage
 from weights import load, load_processor
 
@@ -139,6 +139,25 @@ def test_the_rate_rises_and_falls_to_nothing():
     rates = [train_tiny.rate(step, 950, 5e-4, 0.0) for step in range(950)]
     assert rates[0] < 1e-5 and rates[-1] < 1e-6
     assert 3.5e-4 < max(rates) <= 5e-4
+
+
+def test_an_exam_has_the_shares_of_what_is_right(tiny, monkeypatch):
+    """The embedded model gets most of a few right. In made-up answers, a scene of three is described, three times."""
+    monkeypatch.setattr(evaluate, "BATCH", 2)
+    scores = evaluate.evaluate(*tiny, 1, 5)
+    assert scores["objects found"] > 0.5 and scores["questions right"] > 0.5
+    scenes = [evaluate.held_out("description", index)[1] for index in range(3)]
+    first, *others = (len(scene.things) for scene in scenes)
+    asked = [Question("count", "", answer, ()) for answer in ("one.", "one.", "two.")]
+    asked.append(Question("compare", "", "yes.", ()))
+    told = [[describe(scenes[0]) * 2, describe(scenes[0]), ""], ["one.", "One.", "two", "yes."]]
+    monkeypatch.setattr(evaluate, "exam", lambda _: [(scenes[0], question) for question in asked])
+    monkeypatch.setattr(evaluate, "answers", lambda *_: told.pop(0))
+    assert evaluate.evaluate(*tiny, 3, 4) == {
+        "objects found": first / (first + sum(others)), "objects named that exist": first / (3 * first),
+        "questions right": 2 / 4, "count": 1 / 3, "compare": 1.0,
+    }  # fmt: skip
+    assert evaluate.commonest(4) == {"count": 2 / 3, "compare": 1.0, "questions right": 3 / 4}
 
 
 @pytest.mark.parametrize("start, options, message", [
