@@ -15,13 +15,15 @@ def test_damaged_files_end_well(sweep):
     assert not ends["failed"] and min(ends["ran"], ends["were refused"]) > 3
 
 
-def test_what_ends_badly_is_counted_and_named(monkeypatch, capfd):
+def test_what_ends_badly_is_counted_and_named_and_a_case_can_be_run_again(monkeypatch, capfd, tmp_path):
     def make_seeds(folder):
         (folder / "hub").mkdir(parents=True)
         for name in fuzz.TARGETS[:5]:
             (folder / name).write_text('{"a": 1}')
 
     def use(rng, folder, name):
+        with (tmp_path / "drawn").open("a") as drawn:
+            drawn.write(f"{rng.random()}\n")
         if name == fuzz.TARGETS[0]:
             raise KeyError("from below")
         if name == fuzz.TARGETS[1]:
@@ -36,6 +38,9 @@ def test_what_ends_badly_is_counted_and_named(monkeypatch, capfd):
     assert fuzz.fuzz(range(5), seed=1) == {"failed": 4, "ran": 1}
     shown = capfd.readouterr().err
     assert "from below" in shown and "case 1, hub/model.safetensors.index.json: its process ended with 9" in shown
+    assert fuzz.fuzz([3], seed=1) == fuzz.fuzz([3], seed=2) == {"ran": 1}
+    *drawn, other = (tmp_path / "drawn").read_text().split()
+    assert drawn[5] == drawn[3] != other and len({*drawn}) == 5
 
 
 def test_damage_follows_from_its_number(tmp_path):

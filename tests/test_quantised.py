@@ -111,11 +111,12 @@ def test_bytes_are_those_of_the_formula_and_what_is_held_is_what_was_written(see
     written = {}  # of (layer, text, position): the value
 
     def bring(count, positions):
-        for layer in range(2):
-            key, value = torch.randn(2, len(lengths), 1, count, 16, generator=generator)
+        given = torch.randn(2, 2, len(lengths), 1, count, 16, generator=generator)
+        for layer, (key, value) in enumerate(given):
             for text, row in enumerate(positions.tolist()):
-                written.update({(layer, text, at): value[text, 0, j] for j, at in enumerate(row)})
+                written.update({(layer, text, at): value[text, 0, j].clone() for j, at in enumerate(row)})
             cache.update(layer, torch.randn(len(lengths), 2, count, 16, generator=generator), key, value)
+        given.zero_()  # the cache holds copies
 
     cache.begin(present, torch.zeros_like(present))
     bring(longest, cache.block)

@@ -64,12 +64,13 @@ def test_a_small_run_of_every_kind_of_contender(tmp_path, capsys, monkeypatch, t
 def test_growth_has_the_exponents_of_what_was_measured(monkeypatch, tmp_path, capsys):
     def run(name, folder, preset):
         size = preset.batch * preset.prompt
-        return result(size**0.5, 0, size if name == "full" else size**2)
+        return result(size + 1024, 0, size if name == "full" else size**2)
 
     monkeypatch.setattr(speed, "run", run)
     assert main(["--preset", "tiny", "--growth", "--out", str(tmp_path)]) == 0
     rows = [row[1:4] for row in rows_of(capsys.readouterr().out) if row[0].startswith("exponent")]
-    assert rows == [["1.00", "2.00", "0.50"]] * 4
+    steps = ["0.70", "0.92", "0.81", "0.96"]  # of prompts: log(17408 / 1536) / log(32), log(17408 / 9216) / log(2)
+    assert rows == [["1.00", "2.00", step] for step in steps]
     assert os.listdir(tmp_path) == ["speed.md"]  # there are no rounds for a speed.json
 
 
@@ -129,7 +130,7 @@ def test_a_row_names_its_method_and_budget():
 
 
 def test_scoring_divides_by_the_full_cache_of_the_same_round(capsys, tmp_path):
-    seconds = {"full": [1.0, 2.0, 4.0, 8.0], "cover": [1.5, 2.0, 4.0, 80.0], "prefixkv": [2.0, 4.0, 8.0, 16.0]}
+    seconds = {"full": [8.0, 1.0, 4.0, 2.0], "cover": [80.0, 1.5, 4.0, 2.0], "prefixkv": [16.0, 2.0, 8.0, 4.0]}
     assert rows_of(speed.scoring_table(seconds, PRESETS["tiny"]))[1:] == [
         ["full", "3.0000", "1.000 (1.00–1.00)"], ["cover", "3.0000", "1.250 (1.00–10.00)"],
         ["prefixkv", "6.0000", "2.000 (2.00–2.00)"],
