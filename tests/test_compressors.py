@@ -110,8 +110,12 @@ def test_the_choice_is_the_same_alone_and_in_a_batch(method, seed, layers, lengt
     image = present if whole else image_of(present) & (present.sum(-1, keepdim=True) % 2 == 1)
     counts, kept = choose(METHODS[method](budget), query, key, present, image)
     for b, length in enumerate(lengths):
-        alone = choose(METHODS[method](budget), *(t[:, b : b + 1, :, -length:] for t in (query, key)),
-                       torch.ones(1, length, dtype=torch.bool), image[b : b + 1, -length:])  # fmt: skip
+        alone = choose(
+            METHODS[method](budget),
+            *(t[:, b : b + 1, :, -length:] for t in (query, key)),
+            torch.ones(1, length, dtype=torch.bool),
+            image[b : b + 1, -length:],
+        )
         assert torch.equal(counts[:, b], alone[0][:, 0])
         assert whole or torch.equal(kept[:, b, -length:], alone[1][:, 0])
 
@@ -274,8 +278,9 @@ def tgvkv(weights, image, key):
     return sum(weighty[i] * weights[i] for i in words)
 
 
-@pytest.mark.parametrize("definition, options", [(snapkv, {"window": 5}), (mixkv, {"window": 5}), (vlcache, {}),
-                                                 (tgvkv, {})])  # fmt: skip
+@pytest.mark.parametrize(
+    "definition, options", [(snapkv, {"window": 5}), (mixkv, {"window": 5}), (vlcache, {}), (tgvkv, {})]
+)
 @given(seeds, st.integers(8, 60))
 def test_scores_and_notes_are_those_of_the_equations(definition, options, seed, length):
     query, key, present = attention(seed, 2, [length])
@@ -433,9 +438,10 @@ def test_a_full_budget_gives_the_text_of_the_full_cache_and_with_prefixkv_every_
 
 
 OTHERS = {
-    "full": lambda budget: None, "keep": lambda budget, sinks=1: PrefixKV(budget, sinks, decode="keep"),
+    "full": lambda budget: None,
+    "keep": lambda budget, sinks=1: PrefixKV(budget, sinks, decode="keep"),
     "plan": lambda budget, sinks=1: PrefixKV(0.2, sinks, plan=Plan(budget, [budget, budget / 2, 1, budget])),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("method", [*METHODS, *OTHERS])

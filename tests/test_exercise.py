@@ -106,12 +106,14 @@ BODIES = {
     "importance of all weights at once": ("importance", ("total = torch", "block = length\n    total = torch"), 6.67),
     "cache that grows on": ("cache", ("torch.minimum(self.held + 1, capacity)", "self.held + 1"), 3.33),
     "search, README's loop": (
-        "search", ("threshold = candidates[bisect_right(candidates, total, key=lambda p: int(sizes(p).sum())) - 1]",
-                   LOOP), 10),
+        "search",
+        ("threshold = candidates[bisect_right(candidates, total, key=lambda p: int(sizes(p).sum())) - 1]", LOOP),
+        10,
+    ),
     "search with leftovers for the smallest": ("search", ("key=share", "key=lambda layer: counts[layer]"), 8),
     "allocator of equal shares": ("allocator", ("ratios.double()", "torch.ones_like(ratios).double()"), 0),
     "second without a fork": ("second", ("cache.fork()", "cache"), 5),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name, body, points", BODIES.values(), ids=BODIES)

@@ -145,9 +145,11 @@ def test_bytes_are_those_of_the_formula_and_what_is_held_is_what_was_written(see
 
 @pytest.mark.parametrize(
     "size, bits, sentence",
-    [*((16, bits, r"expected 2, 3, 4, 8") for bits in (0, 1, 5, 16, 4.0, "4", None)),
-     *((size, 8, f"Heads of {size} numbers") for size in (4, 12, 40))],
-)  # fmt: skip
+    [
+        *((16, bits, r"expected 2, 3, 4, 8") for bits in (0, 1, 5, 16, 4.0, "4", None)),
+        *((size, 8, f"Heads of {size} numbers") for size in (4, 12, 40)),
+    ],
+)
 def test_other_bits_and_heads_that_do_not_fall_into_groups_are_refused(size, bits, sentence):
     with pytest.raises(LlavaError, match=sentence):
         quantised.QuantisedKVCache(TextConfig(head_dim=size), 8, bits=bits)
@@ -232,10 +234,14 @@ def test_training_in_8_bits_is_refused_and_reading_is_not(small):
 # ---------------------------------------------------------------- checkpoints in 8 bits
 
 
-@pytest.mark.parametrize("kind, tied, dtype", [
-    ("CLIP, Llama", False, torch.float32), ("CLIP, Llama", True, torch.float16),
-    ("SigLIP, Qwen2", True, torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, tied, dtype",
+    [
+        ("CLIP, Llama", False, torch.float32),
+        ("CLIP, Llama", True, torch.float16),
+        ("SigLIP, Qwen2", True, torch.bfloat16),
+    ],
+)
 def test_a_converted_checkpoint_is_the_freshly_rounded_one_to_the_bit(tmp_path, kind, tied, dtype, capsys):
     """It is 8 bits without being asked for, takes what is said, and is read by `inspect` and `convert`, too."""
     folder, out = write(random_model(kind, 2, tied=tied).to(dtype), tmp_path / "16"), tmp_path / "8"

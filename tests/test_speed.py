@@ -38,8 +38,12 @@ def test_work_is_done_in_a_new_process_and_one_that_dies_is_an_error():
 def test_ctrl_c_while_a_program_imports_ends_it_quietly(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    done = subprocess.run([sys.executable, "-m", "bench.speed"], cwd=ROOT, capture_output=True,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.speed"],
+        cwd=ROOT,
+        capture_output=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
@@ -76,8 +80,12 @@ def test_growth_has_the_exponents_of_what_was_measured(monkeypatch, tmp_path, ca
 
 def test_the_table_has_gain_and_limit_of_what_was_measured():
     """What is compiled gains over what is compiled."""
-    measured = {"full": result(40.0, 3_000_000), "PrefixKV 20%": result(20.0, 600_000),
-                "full compiled": result(30.0, 3_000_000), "PrefixKV 20% compiled": result(20.0, 600_000)}  # fmt: skip
+    measured = {
+        "full": result(40.0, 3_000_000),
+        "PrefixKV 20%": result(20.0, 600_000),
+        "full compiled": result(30.0, 3_000_000),
+        "PrefixKV 20% compiled": result(20.0, 600_000),
+    }
     rows = rows_of(table(measured, 1e8, PRESETS["cpu"]))[1:]
     assert rows[0][3:5] == ["40.00", "1.00"]  # 4 MB at 100 MB/s take 40 ms
     assert [row[10] for row in rows] == ["1.00", "2.00", "1.00", "1.50"]
@@ -91,9 +99,13 @@ def test_medians_are_taken_figure_by_figure():
 
 @pytest.mark.parametrize(
     "options, sentence",
-    [(["--rounds", "0"], "found 0, 1, 128"), (["--batch", "0"], "found 3, 0, 128"), (["--new", "1"], "found 3, 1, 1"),
-     (["--device", "cuda"], "needs a GPU")],
-)  # fmt: skip
+    [
+        (["--rounds", "0"], "found 0, 1, 128"),
+        (["--batch", "0"], "found 3, 0, 128"),
+        (["--new", "1"], "found 3, 1, 1"),
+        (["--device", "cuda"], "needs a GPU"),
+    ],
+)
 def test_what_cannot_be_measured_is_said(options, sentence, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["--preset", "tiny", *options]) == 2
@@ -132,9 +144,10 @@ def test_a_row_names_its_method_and_budget():
 def test_scoring_divides_by_the_full_cache_of_the_same_round(capsys, tmp_path):
     seconds = {"full": [8.0, 1.0, 4.0, 2.0], "cover": [80.0, 1.5, 4.0, 2.0], "prefixkv": [16.0, 2.0, 8.0, 4.0]}
     assert rows_of(speed.scoring_table(seconds, PRESETS["tiny"]))[1:] == [
-        ["full", "3.0000", "1.000 (1.00–1.00)"], ["cover", "3.0000", "1.250 (1.00–10.00)"],
+        ["full", "3.0000", "1.000 (1.00–1.00)"],
+        ["cover", "3.0000", "1.250 (1.00–10.00)"],
         ["prefixkv", "6.0000", "2.000 (2.00–2.00)"],
-    ]  # fmt: skip
+    ]
     assert main(["--preset", "tiny", "--rounds", "1", "--scoring", "cover", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "592 prompt tokens" in out and [row[0] for row in rows_of(out)] == ["", "full", "cover"]

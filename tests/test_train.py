@@ -112,9 +112,13 @@ def test_the_loss_of_conversations_side_by_side_is_that_of_each_alone(talk):
     torch.testing.assert_close(found, losses / weights)
 
 
-@pytest.mark.parametrize("kind, parts", [
-    ("vision", {"vision_tower"}), ("language", {"multi_modal_projector", "language_model", "lm_head"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, parts",
+    [
+        ("vision", {"vision_tower"}),
+        ("language", {"multi_modal_projector", "language_model", "lm_head"}),
+    ],
+)
 def test_a_stage_trains_its_own_parts(talk, tmp_path, kind, parts):
     (model, heads), (before, _) = beginning(talk), beginning(talk)
     train_tiny.run_stage(Stage(kind, kind, side=96, steps=1, batch=1, rate=1e-3), model, heads, talk, options(tmp_path))
@@ -154,17 +158,24 @@ def test_an_exam_has_the_shares_of_what_is_right(tiny, monkeypatch):
     monkeypatch.setattr(evaluate, "exam", lambda _: [(scenes[0], question) for question in asked])
     monkeypatch.setattr(evaluate, "answers", lambda *_: told.pop(0))
     assert evaluate.evaluate(*tiny, 3, 4) == {
-        "objects found": first / (first + sum(others)), "objects named that exist": first / (3 * first),
-        "questions right": 2 / 4, "count": 1 / 3, "compare": 1.0,
-    }  # fmt: skip
+        "objects found": first / (first + sum(others)),
+        "objects named that exist": first / (3 * first),
+        "questions right": 2 / 4,
+        "count": 1 / 3,
+        "compare": 1.0,
+    }
     assert evaluate.commonest(4) == {"count": 2 / 3, "compare": 1.0, "questions right": 3 / 4}
 
 
-@pytest.mark.parametrize("start, options, message", [
-    (TINY, "--first joint", "is for 192 px, and the pictures of joint have 96"), (TINY, "--until joint", "go together"),
-    (TINY, "--first joint-small --until joint", "names no stage before"),
-    (ROOT / "nothing", "--first joint", "--start: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "start, options, message",
+    [
+        (TINY, "--first joint", "is for 192 px, and the pictures of joint have 96"),
+        (TINY, "--until joint", "go together"),
+        (TINY, "--first joint-small --until joint", "names no stage before"),
+        (ROOT / "nothing", "--first joint", "--start: "),
+    ],
+)
 def test_a_start_that_leads_nowhere_is_told_before_anything_is_written(start, options, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train_tiny.main(["--start", str(start), *options.split(), "--work", str(tmp_path / "work")])
