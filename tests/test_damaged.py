@@ -110,6 +110,7 @@ CONFIG = [  # what else is said
     ({"text_config": {"rope_parameters": {"rope_type": "yarn", "factor": 2}}}, "rope_type = 'yarn'"),
     ({"text_config": {"rope_parameters": None, "rope_scaling": {"rope_type": [1]}}}, r"rope_type = \[1\]"),
     ({"text_config": {"rope_parameters": {"rope_type": "linear"}}}, "factor for RoPE = None"),
+    ({"text_config": {"rope_parameters": {"rope_type": "linear", "factor": 0}}}, "factor for RoPE = 0"),
     ({"text_config": {"rope_parameters": {**LLAMA3, "low_freq_factor": None}}}, "low_freq_factor for RoPE = None"),
     ({"text_config": {"rope_parameters": LLAMA3}}, "the lower one first"),
     ({"vision_config": {"num_attention_heads": 5}}, "hidden_size = 48; expected a multiple of its 5 heads"),
